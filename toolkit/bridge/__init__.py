@@ -1,0 +1,7 @@
+"""The gradient bridge: two jobs that share a directory train as one.
+
+``config`` the settings; ``donor`` and ``receiver`` the two jobs, ``job`` what they have in common;
+``accumulation`` and ``rescaling`` the arithmetic; ``payload`` what crosses, ``transport`` how;
+``runs`` who joins whom, ``liveness`` who is there; ``inbox`` and ``ledger`` what becomes of a
+payload, ``retention`` when it may go; ``control`` how ranks agree.
+"""

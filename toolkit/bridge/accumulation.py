@@ -1,0 +1,150 @@
+"""Exact sums over an accumulation window, under Accelerate and DDP.
+
+DDP averages the ranks' gradients and Accelerate divides each micro-step by the configured number
+of accumulation steps. With ranks or micro-batches of unequal size, or a short last window, the
+result is not the mean over the samples. Here what is back-propagated is the local SUM; after the
+synchronised micro-step ``.grad`` is ``S / (W A c)`` with ``S`` the sum over the samples of the
+whole window and all ranks, ``W`` the world size, ``A`` the configured accumulation steps and ``c`` a
+constant that keeps a scaled sum from overflowing. One factor makes it the exact sum or mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from toolkit.bridge.control import ControlGroup
+from toolkit.bridge.rescaling import LossReduction
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Window:
+    """One closed accumulation window.
+
+    Attributes:
+        count: samples in it, over ranks and micro-steps.
+        loss: mean loss over ``count``; NaN where there were none.
+        sum_factor: times ``.grad`` it is the gradient sum, in the loss scaler's domain.
+        scale: the loss scale that ``.grad`` carries; 1.0 without a scaler.
+    """
+
+    count: float
+    loss: float
+    sum_factor: float
+    scale: float
+
+
+class WindowAccumulator:
+    """Back-propagates sums and counts samples until the gradients are synchronised.
+
+    Args:
+        accelerator: the job's accelerator.
+        model: the prepared model.
+        control: the job's control group.
+        loss_reduction: whether the loss given to :meth:`backward` is a mean or a sum.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        control: ControlGroup,
+        loss_reduction: LossReduction,
+    ) -> None:
+        self._accelerator = accelerator
+        self._model = model
+        self._control = control
+        self._loss_reduction = loss_reduction
+        self._divisor: float | None = None
+        self._count = 0.0
+        self._loss_sum: Tensor | None = None
+        self._synchronised_by_ddp = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a window has begun and is not closed yet."""
+        return self._loss_sum is not None
+
+    def backward(self, loss: Tensor, num_samples: float | Tensor) -> None:
+        """Back-propagate one micro-batch in place of ``accelerator.backward(loss)``.
+
+        Args:
+            loss: scalar; the mean over ``num_samples`` (``loss_reduction="mean"``) or their sum.
+            num_samples: this rank's samples (or tokens, or sum of weights) in the micro-batch;
+                0 for an empty one, whose loss must then be finite.
+
+        Raises:
+            ValueError: if the loss is no scalar or the count is negative or not finite.
+        """
+        if loss.numel() != 1:
+            raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
+        count = float(num_samples)
+        if not math.isfinite(count) or count < 0:
+            raise ValueError(f"num_samples must be finite and not negative, got {count}")
+        loss_sum = loss * count if self._loss_reduction == "mean" else loss
+        self._synchronised_by_ddp = bool(getattr(self._model, "require_backward_grad_sync", False))
+        self._accelerator.backward(loss_sum / self._constant(count))
+        self._count += count
+        detached = loss_sum.detach().double()
+        self._loss_sum = detached if self._loss_sum is None else self._loss_sum + detached
+
+    def close(self) -> Window:
+        """End the window at the synchronised micro-step and count it over ranks. A collective.
+
+        Raises:
+            RuntimeError: if :meth:`backward` was never called in this window.
+        """
+        if self._loss_sum is None:
+            raise RuntimeError(
+                "no backward() of the bridge in this accumulation window; call it in place of "
+                "accelerator.backward()"
+            )
+        count, loss_sum = self._control.sum([self._count, float(self._loss_sum)])
+        scaler = self._accelerator.scaler
+        scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        factor = (
+            self._accelerator.num_processes
+            * self._accelerator.gradient_accumulation_steps
+            * (self._divisor or 1.0)
+        )
+        self._count, self._loss_sum = 0.0, None
+        return Window(count, loss_sum / count if count else math.nan, float(factor), scale)
+
+    def reduce_unmanaged_(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Average over ranks the gradients that DDP left local, as DDP would have. A collective.
+
+        DDP leaves out parameters on its ignore list, every parameter if the last backward ran
+        under ``no_sync``, and a model that is not wrapped at all.
+        """
+        world_size = self._accelerator.num_processes
+        if world_size == 1:
+            return
+        ignored = set(getattr(self._model, "parameters_to_ignore", ()))
+        for name, parameter in parameters:
+            managed = self._synchronised_by_ddp and name not in ignored
+            if parameter.requires_grad and not managed and parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad.div_(world_size)
+
+    def _constant(self, count: float) -> float:
+        """A power of two near the first micro-batch's size where a loss scaler is at work."""
+        if self._divisor is None:
+            if self._accelerator.scaler is None:
+                self._divisor = 1.0
+            else:
+                exponent = round(math.log2(max(count, 1.0)))
+                self._divisor = self._control.on_main(lambda: 2.0**exponent)
+        return self._divisor
+
+
+def scale_grads_(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply the gradients that exist by ``factor``, in place."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if grads:
+        torch._foreach_mul_(grads, factor)

@@ -1,0 +1,55 @@
+"""The settings of a bridge, the same class for donor and receiver."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal, get_args
+
+from toolkit.bridge.rescaling import LossReduction, RescaleRule, check_rule
+
+Scope = Literal["all", "head"]
+Role = Literal["donor", "receiver"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+PEER: dict[Role, Role] = {"donor": "receiver", "receiver": "donor"}
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class BridgeConfig:
+    """How two jobs are joined. Every field has a default that trains as one job would.
+
+    Raises:
+        ValueError: for a value out of range or a contradiction, naming both.
+    """
+
+    runs_dir: str | Path = "runs"  # the directory that the jobs share
+    run: str | None = None  # attach to this run of it; None: the newest that waits for this job
+    resume_from_checkpoint: str | Path | None = None  # reattach to the run of this checkpoint
+    scope: Scope = "all"  # gradients that cross: backbone and head, or the head's only
+    max_staleness: int = 0  # receiver steps that a gradient's weights may be old; 0: lockstep
+    rescale: RescaleRule = "match"  # how the donor's sum meets the receiver's batch
+    donor_weight: float = 1.0  # lambda, the weight of the donor's loss
+    loss_reduction: LossReduction = "mean"  # what the loss is, and what the step uses
+    unit: str = "samples"  # what num_samples counts
+    peer_wait: float = 60.0  # seconds without a sign of life from the other job; then go on alone
+    require_peer: bool = False  # end with an error instead of going on alone
+    payload_budget_files: int = 100_000  # unacknowledged payloads that a donor keeps, at most
+    payload_budget_gib: float = 50.0  # and their size, GiB
+    checkpoint_interval: int | None = None  # receiver: steps between checkpoints
+    checkpoints_kept: int | None = None  # receiver: checkpoints kept; None: all
+
+    def __post_init__(self) -> None:
+        check_rule(self.rescale, self.loss_reduction)
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope {self.scope!r} is unknown; choose one of {list(SCOPES)}")
+        if self.max_staleness < 0:
+            raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
+        if not self.donor_weight >= 0:
+            raise ValueError(f"donor_weight must not be negative, got {self.donor_weight}")
+        if not self.peer_wait > 0:
+            raise ValueError(f"peer_wait must be positive seconds, got {self.peer_wait}")
+        if self.run is not None and self.resume_from_checkpoint is not None:
+            raise ValueError(
+                f"run {self.run!r} and resume_from_checkpoint {str(self.resume_from_checkpoint)!r} "
+                "exclude each other: a checkpoint knows its run; give one of them"
+            )

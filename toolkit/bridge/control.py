@@ -1,0 +1,62 @@
+"""How the ranks of one job agree: the main process decides, the others follow.
+
+A group of its own over gloo, beside DDP's, so that votes and waits never mix with gradient
+collectives and need no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+T = TypeVar("T")
+
+
+class ControlGroup:
+    """Decisions and small sums over the ranks of one job.
+
+    Every method is a collective: all ranks call it, in the same order.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.num_processes = accelerator.num_processes
+        self.is_main_process = accelerator.is_main_process
+        self._group = dist.new_group(backend="gloo") if self.num_processes > 1 else None
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns on the main process, on every rank; it runs nowhere else.
+
+        What it raises there is raised on every rank, so that no rank waits for another that left.
+        """
+        if self._group is None:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.is_main_process:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                dist.broadcast_object_list([None, error], src=0, group=self._group)
+                raise
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def agree(self, ok: bool) -> bool:
+        """Whether ``ok`` holds on every rank."""
+        return self._reduce([float(ok)], dist.ReduceOp.MIN)[0] > 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums of ``values`` over ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+        if self._group is None:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, op=operation, group=self._group)
+        return tensor.tolist()

@@ -1,0 +1,367 @@
+"""The donor's side: the receiver's weights in, gradients of the donor's loss out.
+
+While a donor follows, it computes gradients at the receiver's weights and never steps its own
+optimizer. Where no receiver comes, or it fell silent, the donor trains alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+from accelerate import skip_first_batches
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from toolkit.bridge.accumulation import Window, scale_grads_
+from toolkit.bridge.config import Role
+from toolkit.bridge.errors import BridgeError, PayloadError
+from toolkit.bridge.job import BridgeJob
+from toolkit.bridge.payload import Header, Kind, Record, all_finite, parse_header, payload_dtype
+from toolkit.parameters import squared_norm
+
+logger = logging.getLogger(__name__)
+
+REPUBLISHED = 1  # times that a rejected payload is replaced before its version counts as skipped
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Decision:
+    """What the donor's next accumulation window is for."""
+
+    action: Literal["follow", "again", "alone", "stop"]
+    sequence: int = -1  # of the weights to load
+    digest: str = ""
+
+
+class GradientDonor(BridgeJob):
+    """Gives a receiver the gradients of this job's loss, at the receiver's own weights.
+
+    Args:
+        accelerator: the job's accelerator.
+        model: the prepared model: the receiver's backbone and the donor's head.
+        optimizer: its optimizer, used only while the donor trains alone.
+        config: the settings; by default lockstep in ``runs``.
+        backbone: name of the backbone's submodule.
+        head: name of the submodule of the donor's head.
+
+    Attributes:
+        following: whether the present window's gradient goes to a receiver.
+        completed_windows: accumulation windows done, in this and earlier starts.
+        receiver_step: the receiver step that this window's gradient is meant for (while alone: how
+            many steps the weights are old, counted on).
+        metrics: numbers of the newest window, plain floats, for ``accelerator.log``.
+        output_dir: where this job's results belong.
+
+    Raises:
+        ValueError: for an unknown module, or shared parameters that the optimizer lacks.
+        BridgeError: for a run that cannot be joined.
+    """
+
+    role: ClassVar[Role] = "donor"
+
+    def _attach(self) -> None:
+        super()._attach()
+        self.following = False
+        self.receiver_step = 0
+        self.stop_reason = ""
+        self._published_windows = 0
+        self._wait_seconds = 0.0
+        self._weights: Header | None = None  # of the weights that are loaded
+        self._seen = -1  # the newest record of the receiver that has been dealt with
+        self._fetched: Record | None = None
+        self._is_alone = False
+        self._republished = 0
+        # The weights (receiver step and digest) that a retained payload answers, and its number.
+        self._answered: dict[tuple[int, str], int] = {}
+        self._scaler_tracker = 0
+        self.completed_windows = self.control.on_main(self._recall)
+
+    def _recall(self) -> int:
+        """On the main process: what this job's retained payloads say was done before."""
+        windows = 0
+        for sequence in self.transport.sequences(self.role):
+            header = self._read_own_header(sequence)
+            if header is not None:
+                windows = header.donor_step
+                if header.kind != "end":
+                    self._answered[_identity(header)] = sequence
+        return windows
+
+    def _read_own_header(self, sequence: int) -> Header | None:
+        try:
+            data = self.transport.read(self.role, sequence, max_bytes=self._max_record_bytes())
+            return parse_header(data)
+        except (FileNotFoundError, PayloadError):
+            return None
+
+    # -- the loop's calls ---------------------------------------------------------------------
+
+    def follow(self, dataloader: DataLoader[Any]) -> Iterator[Any]:
+        """Batches of ``dataloader``, over and over, until the receiver has ended.
+
+        At the start of every accumulation window the receiver's weights are loaded into the
+        model. Which batches come is a function of ``completed_windows`` alone, so that a
+        restarted donor goes on where it stopped. Takes the place of the loops over epochs and
+        batches; leave it with ``break`` at a limit of your own.
+
+        Args:
+            dataloader: the prepared training dataloader.
+
+        Yields:
+            Its batches.
+
+        Raises:
+            PeerError: if the receiver does not come and ``require_peer`` is set.
+        """
+        if not len(dataloader):
+            raise ValueError("the dataloader to follow is empty")
+        accumulation = self.accelerator.gradient_accumulation_steps
+        windows_per_epoch = math.ceil(len(dataloader) / accumulation)
+        while True:
+            epoch, offset = divmod(self.completed_windows, windows_per_epoch)
+            if hasattr(dataloader, "set_epoch"):
+                dataloader.set_epoch(epoch)
+            rest = skip_first_batches(dataloader, offset * accumulation) if offset else dataloader
+            for batch in rest:
+                if not self.accumulator.is_open and not self._begin_window():
+                    return
+                yield batch
+                if self.accelerator.sync_gradients and self.accumulator.is_open:
+                    raise RuntimeError("publish() was not called at a synchronised micro-step")
+
+    def backward(self, loss: Tensor, num_samples: float | Tensor) -> None:
+        """Back-propagate one micro-batch, in place of ``accelerator.backward(loss)``.
+
+        Args:
+            loss: scalar, reduced over ``num_samples`` as ``config.loss_reduction`` says.
+            num_samples: this rank's samples in the micro-batch.
+        """
+        self.accumulator.backward(loss, num_samples)
+
+    def publish(self) -> bool:
+        """At the synchronised micro-step: hand the gradient sum over. A collective.
+
+        Returns:
+            Whether this window is the receiver's: if True, do not clip, do not step the optimizer
+            or the schedule. If False the donor trains alone, and ``.grad`` holds the exact mean
+            (or sum) for an ordinary step.
+        """
+        if not self.accelerator.sync_gradients:
+            return self.following
+        window = self.accumulator.close()
+        self.accumulator.reduce_unmanaged_(self.model.named_parameters())
+        self.completed_windows += 1
+        self.metrics = {
+            "loss/donor (per sample)": window.loss,
+            "bridge/wait (s)": self._wait_seconds,
+        }
+        if not self.following:
+            mean = self.config.loss_reduction == "mean"
+            divisor = window.count if mean and window.count else 1.0
+            scale_grads_(self.model.parameters(), window.sum_factor / divisor)
+            return False
+        self._publish_window(window)
+        return True
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _begin_window(self) -> bool:
+        """Decide what the window is for and load the weights for it; False to stop."""
+        while True:
+            decision, self._wait_seconds = self._decide(
+                "the receiver's next weights", self._poll, self._give_up
+            )
+            if decision.action == "alone":
+                self._go_alone()
+                return True
+            if decision.action == "again":
+                return True
+            if decision.sequence >= 0:
+                record = self._read_everywhere(decision.sequence, decision.digest, self._fetched)
+                if record is None:
+                    continue  # replaced by newer ones meanwhile: decide again
+                self._load(record)
+            if decision.action == "stop":
+                self.stop_reason = "the receiver has ended"
+                return False
+            return True
+
+    def _poll(self) -> _Decision | None:
+        """On the main process: one look at the receiver's stream."""
+        sequences = self.transport.sequences(self.peer_role)
+        new = [sequence for sequence in sequences if sequence > self._seen]
+        if new and (decision := self._judge(new)) is not None:
+            return decision
+        if self._is_alone:
+            return _Decision("alone")
+        if self.following and self._republished < REPUBLISHED:
+            reason = self.transport.rejection(self.role, self._next_sequence - 1)
+            if reason is not None:
+                logger.warning("the receiver rejected the last payload (%s); once more", reason)
+                self._republished += 1
+                return _Decision("again")
+        return None
+
+    def _judge(self, new: list[int]) -> _Decision | None:
+        newest = self._fetch(new[-1])
+        if newest is None:
+            return None
+        self.peer.sign_of_life()
+        if newest.header.kind == "end":
+            last = self._fetch(new[-2]) if len(new) > 1 else None
+            if last is None or last.header.kind != "weights":
+                return _Decision("stop")
+            self._fetched = last
+            return _Decision("stop", last.header.sequence, last.header.tensors_digest)
+        self._seen = newest.header.sequence
+        if _identity(newest.header) in self._answered:
+            return None
+        self._fetched = newest
+        return _Decision("follow", newest.header.sequence, newest.header.tensors_digest)
+
+    def _fetch(self, sequence: int) -> Record | None:
+        """A record of the receiver, or None where it cannot be used."""
+        try:
+            record = self._read(sequence)
+            if record.header.kind not in ("weights", "end"):
+                raise PayloadError("alien", f"a receiver publishes no {record.header.kind!r}")
+            return record
+        except FileNotFoundError:
+            return None  # pruned since the listing: newer ones are there
+        except PayloadError as error:
+            logger.warning("weights record %d rejected: %s", sequence, error)
+            self.transport.reject(self.peer_role, sequence, error.reason, error.detail)
+            return None
+
+    def _give_up(self, reason: str) -> _Decision:
+        logger.warning(
+            "TRAINING ALONE: %s. The donor trains its own backbone and head from here on, until a "
+            "receiver publishes weights",
+            reason,
+        )
+        return _Decision("alone")
+
+    def _go_alone(self) -> None:
+        if not self._is_alone:
+            # Moments of an earlier time alone belong to weights that are long gone.
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            inner.state = defaultdict(dict)
+        self._is_alone, self.following = True, False
+        self.receiver_step += 1
+
+    @torch.no_grad()
+    def _load(self, record: Record) -> None:
+        """Take over the receiver's weights and buffers, in place."""
+        for name, tensor in self.shared.weights.items():
+            tensor.copy_(record.tensors[name])
+        self._weights = record.header
+        self._seen = record.header.sequence
+        self.receiver_step = record.header.receiver_step + 1
+        self._is_alone, self.following, self._republished = False, True, 0
+
+    @torch.no_grad()
+    def _publish_window(self, window: Window) -> None:
+        sums: dict[str, Tensor] = {}
+        for name, parameter in self.gradient_parameters.items():
+            dtype = payload_dtype(parameter.dtype)
+            if parameter.grad is None:
+                sums[name] = torch.zeros(parameter.shape, dtype=dtype)
+            else:
+                grad = parameter.grad.to(dtype=dtype)
+                sums[name] = (grad * (window.sum_factor / window.scale)).cpu().contiguous()
+        local = all_finite(sums.values()) and window.count > 0 and math.isfinite(window.loss)
+        finite = self.control.agree(local)
+        self._move_loss_scale(finite, window.scale)
+        self._published_windows += 1
+        if self.accelerator.is_main_process:
+            if not finite:
+                logger.warning("no finite gradient at receiver step %d: skip", self.receiver_step)
+            kind: Kind = "gradient" if finite else "skip"
+            size = self._publish_payload(kind, sums if finite else {}, window)
+            self.metrics["bridge/payload (MiB)"] = size / 2**20
+            self.metrics["gradient/donor sum norm"] = math.sqrt(squared_norm(sums.values()))
+
+    def _publish_payload(self, kind: Kind, sums: dict[str, Tensor], window: Window) -> int:
+        weights = self._weights
+        assert weights is not None
+        self._prune()
+        header = Header(
+            kind=kind,
+            run_id=self.run_id,
+            job=self.role,
+            sequence=self._next_sequence,
+            attempt=weights.attempt,
+            receiver_step=weights.receiver_step,
+            weights_digest=weights.weights_digest,
+            donor_step=self.completed_windows,
+            count=window.count,
+            unit=self.config.unit,
+            loss=window.loss if math.isfinite(window.loss) else None,
+        )
+        self._answered[_identity(header)] = header.sequence
+        return self._publish(header, sums)
+
+    def _prune(self) -> None:
+        """Delete what will never be asked for again; refuse to grow beyond the budget."""
+        acknowledged = self.transport.acknowledged(self.role)
+        self.transport.prune(self.role, acknowledged)
+        self._answered = {key: n for key, n in self._answered.items() if n >= acknowledged}
+        kept = self._next_sequence - acknowledged
+        gib = kept * self._max_record_bytes() / 2**30
+        config = self.config
+        if kept > config.payload_budget_files or gib > config.payload_budget_gib:
+            raise BridgeError(
+                f"{kept} payloads ({gib:.2f} GiB) are unacknowledged, the budget is "
+                f"{config.payload_budget_files} (--payload_budget_files) and "
+                f"{config.payload_budget_gib:g} GiB (--payload_budget_gib). The receiver needs "
+                f"them for its oldest checkpoint: keep fewer (--checkpoints_total_limit)"
+            )
+
+    def _move_loss_scale(self, finite: bool, scale: float) -> None:
+        """Move a loss scaler as its optimizer's steps would, by the bridge's finite vote."""
+        scaler = self.accelerator.scaler
+        if scaler is None or not scaler.is_enabled():
+            return
+        self._scaler_tracker = self._scaler_tracker + 1 if finite else 0
+        if not finite:
+            scaler.update(scale * scaler.get_backoff_factor())
+        elif self._scaler_tracker == scaler.get_growth_interval():
+            scaler.update(scale * scaler.get_growth_factor())
+            self._scaler_tracker = 0
+
+    # -- checkpoints and results --------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        return {"completed_windows": self.completed_windows}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        # What was published after the checkpoint is published: go on after it.
+        self.completed_windows = max(self.completed_windows, state["completed_windows"])
+
+    def _end_header(self) -> Header:
+        return Header(
+            kind="end",
+            run_id=self.run_id,
+            job=self.role,
+            sequence=self._next_sequence,
+            attempt=self._weights.attempt if self._weights else 0,
+            receiver_step=self._weights.receiver_step if self._weights else 0,
+            weights_digest="",
+            donor_step=self.completed_windows,
+        )
+
+    @property
+    def published_windows(self) -> int:
+        """Windows of this start whose gradient (or skip) went to a receiver."""
+        return self._published_windows
+
+
+def _identity(header: Header) -> tuple[int, str]:
+    """Which weights a record speaks of, whatever the attempt of the receiver."""
+    return header.receiver_step, header.weights_digest

@@ -1,0 +1,34 @@
+"""What the bridge raises, so that a caller can tell a wrong setting from a wrong file."""
+
+from __future__ import annotations
+
+
+class BridgeError(RuntimeError):
+    """The bridge cannot go on: a wrong setting, a taken run, a partner that never came."""
+
+
+class SchemaMismatchError(BridgeError):
+    """The two jobs do not share the same parameters; the message lists the tensors that differ."""
+
+
+class PeerError(BridgeError):
+    """The other job did not come, or went silent, and ``require_peer`` is set."""
+
+
+class PayloadError(Exception):
+    """A file that must not reach a gradient.
+
+    Args:
+        reason: a short code, one of ``truncated``, ``malformed``, ``digest``, ``alien``,
+            ``schema``, ``nonfinite``, ``count``, ``unit``, ``too_large``, ``not_a_file``,
+            ``missing``, ``unreadable``.
+        detail: a sentence with the offending value.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{detail} [{reason}]")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type[PayloadError], tuple[str, str]]:
+        return type(self), (self.reason, self.detail)

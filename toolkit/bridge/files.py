@@ -1,0 +1,65 @@
+"""Durable, atomic files: the only place that creates, replaces and syncs them.
+
+``create`` makes a name that never existed appear with its whole content, or not at all, and
+survive a power cut once it returns: temporary file in the same directory, write, fsync, hard link
+to the final name, fsync of the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's content, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(root: Path) -> None:
+    """Flush every file and directory below ``root``, and ``root``'s own entry in its parent."""
+    for directory, _, names in os.walk(root):
+        for name in names:
+            fsync_path(Path(directory, name))
+        fsync_path(Path(directory))
+    fsync_path(root.parent)
+
+
+def create(path: Path, write: Callable[[Path], object]) -> None:
+    """Create ``path`` with what ``write(temporary_path)`` writes; never replace.
+
+    Raises:
+        FileExistsError: if the name exists already; its content is left alone.
+    """
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
+    try:
+        write(temporary)
+        fsync_path(temporary)
+        os.link(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+    fsync_path(path.parent)
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Give ``path`` a new content; a reader sees the old one or the new one, never a mixture.
+
+    Not synced to the disk: for a state that is worth nothing after a power cut.
+    """
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()

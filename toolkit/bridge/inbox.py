@@ -1,0 +1,226 @@
+"""The receiver's view of the donor's stream: what may be applied to this step, and what not.
+
+Lives on the main process. Nothing that it finds out counts until the optimizer step happened
+(:meth:`Inbox.settle`): after a skipped step the next look begins at the same cursor again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from toolkit.bridge.errors import PayloadError
+from toolkit.bridge.ledger import Entry, Fate
+from toolkit.bridge.liveness import PeerWatch
+from toolkit.bridge.payload import Record, check_gradient
+from toolkit.bridge.transport import DirectoryTransport
+
+logger = logging.getLogger(__name__)
+
+REJECTIONS_PER_STEP = 2  # a payload refused this often at one step counts as a skip
+MISSING_LOOKS = 3  # a number that was passed over is lost if it is not there at this many looks ...
+MISSING_SECONDS = 1.0  # ... this far apart (a network disk may show files late)
+
+Outcome = Fate | Literal["ended"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one receiver step does with the donor's stream.
+
+    Attributes:
+        next_cursor: where the next step begins to look.
+        answered: the newest receiver step that the donor has answered with a payload or a skip.
+        entries: the fates of the payloads that this step settles.
+        sequence: the payload to apply, if ``digest`` is set.
+        digest: digest of its tensors; None for a step on the receiver's own gradient only.
+        staleness: receiver steps since the weights that it was taken at.
+    """
+
+    next_cursor: int
+    answered: int
+    entries: tuple[Entry, ...]
+    sequence: int = -1
+    digest: str | None = None
+    staleness: int = 0
+
+
+class Inbox:
+    """Reads the donor's stream in order, and judges each payload.
+
+    Args:
+        transport: the run's transport.
+        read: reads and verifies record ``sequence`` of the donor.
+        expected: the parameters that a gradient must fit, by name.
+        unit: the unit that its count must have.
+        max_staleness: receiver steps that its weights may be old.
+
+    Attributes:
+        cursor: the number of the first payload without a fate.
+        donor_is_away: whether there is no point in waiting: the donor ended, or waiting for it was
+            given up. A new payload mends it.
+        fetched: the record behind the newest verdict with a digest.
+    """
+
+    def __init__(
+        self,
+        *,
+        transport: DirectoryTransport,
+        read: Callable[[int], Record],
+        expected: Mapping[str, Tensor],
+        unit: str,
+        max_staleness: int,
+    ) -> None:
+        self._transport, self._read = transport, read
+        self._expected, self._unit, self._max_staleness = expected, unit, max_staleness
+        self._digests: dict[int, str] = {}  # of the weights, by receiver step; the newest few
+        self._answered = -1
+        self._first_unseen = 0  # numbers below it have told all they can about the donor's life
+        self._judged: dict[int, tuple[Outcome, str, Record | None]] = {}  # since the cursor moved
+        self._missing_looks, self._next_missing_look = 0, 0.0
+        self.cursor = 0
+        self.donor_is_away = False
+        self.fetched: Record | None = None
+
+    def remember(self, receiver_step: int, digest: str) -> None:
+        """Note the digest of the weights after ``receiver_step`` steps; forget the too old ones."""
+        self._digests[receiver_step] = digest
+        oldest = receiver_step - self._max_staleness
+        self._digests = {step: d for step, d in self._digests.items() if step >= oldest}
+
+    def look(self, receiver_step: int, peer: PeerWatch) -> Verdict | None:
+        """Read on from the cursor, up to the first payload to apply.
+
+        Args:
+            receiver_step: the receiver's completed steps.
+            peer: told when a new record proves that the donor lives.
+
+        Returns:
+            A verdict, or None if the donor's answer must be waited for.
+        """
+        verdict, rejections = Verdict(self.cursor, self._answered, ()), 0
+        while (judged := self._judge(verdict.next_cursor, receiver_step)) is not None:
+            outcome, reason, record = judged
+            sequence, answered, entries = verdict.next_cursor, verdict.answered, verdict.entries
+            self._note_life(sequence, outcome, receiver_step, peer)
+            if outcome != "ended":
+                entries = (*entries, Entry(sequence, outcome, receiver_step, reason))
+            rejections += outcome == "rejected"
+            if rejections == REJECTIONS_PER_STEP:
+                answered = receiver_step
+            if record is not None and outcome in ("applied", "skipped"):
+                at = record.header.receiver_step
+                answered = max(answered, at)
+                if outcome == "applied":
+                    self.fetched = record
+                    digest, staleness = record.header.tensors_digest, receiver_step - at
+                    return Verdict(sequence + 1, answered, entries, sequence, digest, staleness)
+            verdict = Verdict(sequence + 1, answered, entries)
+        in_time = peer.seen and verdict.answered >= receiver_step - self._max_staleness
+        return verdict if in_time or self.donor_is_away else None
+
+    def give_up(self, receiver_step: int, peer: PeerWatch) -> Verdict:
+        """Wait no longer, for this step and until the donor publishes again."""
+        self.donor_is_away = True
+        verdict = self.look(receiver_step, peer)
+        assert verdict is not None
+        return verdict
+
+    def settle(self, verdict: Verdict) -> tuple[Entry, ...]:
+        """The step happened: move the cursor; the fates that are final now."""
+        self.cursor, self._answered = verdict.next_cursor, verdict.answered
+        self._judged.clear()
+        return verdict.entries
+
+    def reject(self, sequence: int, error: PayloadError) -> None:
+        """Refuse a record for good: keep it aside, tell the donor, go on without it."""
+        logger.warning("payload %d of the donor rejected: %s", sequence, error)
+        self._transport.reject("donor", sequence, error.reason, error.detail)
+        self._judged[sequence] = ("rejected", error.reason, None)
+
+    def pending(self) -> int:
+        """Payloads published that have no fate yet."""
+        count = 0
+        for sequence in self._transport.sequences("donor"):
+            if sequence >= self.cursor:
+                try:
+                    count += self._read(sequence).header.kind != "end"
+                except (FileNotFoundError, PayloadError):
+                    count += 1
+        return count
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold; fit for JSON."""
+        return {
+            "cursor": self.cursor,
+            "answered": self._answered,
+            "digests": self._digests,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state`."""
+        self.cursor, self._answered = state["cursor"], state["answered"]
+        self._digests = {int(step): digest for step, digest in state["digests"].items()}
+        self._first_unseen = self.cursor
+        self._judged.clear()
+
+    def _judge(self, sequence: int, step: int) -> tuple[Outcome, str, Record | None] | None:
+        """What to do with one record at receiver step ``step``; None if it is not there yet."""
+        if sequence not in self._judged:
+            if (reason := self._transport.rejection("donor", sequence)) is not None:
+                self._judged[sequence] = ("rejected", reason, None)
+            else:
+                try:
+                    self._judged[sequence] = self._judge_record(self._read(sequence), step)
+                except FileNotFoundError:
+                    if not self._is_lost(sequence):
+                        return None
+                    self.reject(sequence, PayloadError("missing", "a later payload is there"))
+                except PayloadError as error:
+                    self.reject(sequence, error)
+        return self._judged[sequence]
+
+    def _judge_record(self, record: Record, step: int) -> tuple[Outcome, str, Record | None]:
+        header = record.header
+        if header.kind == "end":
+            return "ended", "", None
+        if header.kind == "gradient":
+            check_gradient(record, self._expected, self._unit)
+        elif header.kind != "skip":
+            raise PayloadError("alien", f"a donor publishes no record of kind {header.kind!r}")
+        if header.receiver_step < step - self._max_staleness:
+            return "dropped", "stale", None
+        # The step and the digest together: a step may leave the weights as they are (a learning
+        # rate of 0), and a resumed receiver may come to a step with other weights.
+        if self._digests.get(header.receiver_step) != header.weights_digest:
+            return "dropped", "superseded", None
+        return ("applied" if header.kind == "gradient" else "skipped"), "", record
+
+    def _note_life(self, sequence: int, outcome: Outcome, step: int, peer: PeerWatch) -> None:
+        if sequence < self._first_unseen:
+            return
+        self._first_unseen = sequence + 1
+        peer.sign_of_life()
+        if outcome == "ended":
+            logger.warning(
+                "TRAINING ALONE: the donor has ended. From receiver step %d on its head and its "
+                "part of the backbone's gradient are missing", step,
+            )  # fmt: skip
+        elif self.donor_is_away:
+            logger.info("the donor is back at receiver step %d", step)
+        self.donor_is_away = outcome == "ended"
+
+    def _is_lost(self, sequence: int) -> bool:
+        """Whether a number was passed over: later ones are there, and it stays away."""
+        now = time.monotonic()
+        if now < self._next_missing_look:
+            return False
+        self._next_missing_look = now + MISSING_SECONDS
+        newest = max(self._transport.sequences("donor"), default=-1)
+        self._missing_looks = self._missing_looks + 1 if newest > sequence else 0
+        return self._missing_looks >= MISSING_LOOKS

@@ -1,0 +1,251 @@
+"""What donor and receiver have in common: the run, the shared parameters, waiting, reading."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from toolkit.bridge.accumulation import WindowAccumulator
+from toolkit.bridge.config import PEER, BridgeConfig, Role
+from toolkit.bridge.control import ControlGroup
+from toolkit.bridge.errors import BridgeError, PayloadError
+from toolkit.bridge.liveness import Heartbeat, PeerWatch, Wait
+from toolkit.bridge.payload import Header, Record, check_identity, parse_record, write_record
+from toolkit.bridge.runs import CHECKPOINT_FILE, attach, read_checkpoint
+from toolkit.bridge.transport import DirectoryTransport
+from toolkit.parameters import check_in_optimizer, shared_parameters
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SLICE_SECONDS = 5.0  # the other ranks stand in a broadcast at most this long at a time
+_HEADER_ALLOWANCE_BYTES = 2**20
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+class BridgeJob:
+    """One side of the bridge. Use :class:`GradientDonor` or :class:`GradientReceiver`."""
+
+    role: ClassVar[Role]
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: BridgeConfig | None = None,
+        *,
+        backbone: str = "backbone",
+        head: str = "heads.h2",
+    ) -> None:
+        self.config = config = config or BridgeConfig()
+        if accelerator.distributed_type not in _SUPPORTED:
+            raise BridgeError(
+                f"distributed type {accelerator.distributed_type} is not supported; the bridge "
+                "runs on one process or under DistributedDataParallel"
+            )
+        self.accelerator = accelerator
+        self.optimizer = optimizer
+        self.model = accelerator.unwrap_model(model, keep_torch_compile=False)
+        self.shared = shared_parameters(self.model, backbone, head)
+        self.gradient_parameters = (
+            self.shared.parameters if config.scope == "all" else self.shared.head
+        )
+        check_in_optimizer(self.shared.parameters, optimizer)
+        self.control = ControlGroup(accelerator)
+        self.accumulator = WindowAccumulator(
+            accelerator, model, self.control, config.loss_reduction
+        )
+        self.metrics: dict[str, float] = {}
+        self._attach()
+        accelerator.register_save_state_pre_hook(self._on_save_state)
+        accelerator.register_load_state_pre_hook(self._on_load_state)
+
+    def _attach(self) -> None:
+        config = self.config
+        terms = {"schema": self.shared.schema(), "scope": config.scope, "unit": config.unit}
+        claim = {
+            "payload_budget_files": config.payload_budget_files,
+            "payload_budget_gib": config.payload_budget_gib,
+            "checkpoint_interval": config.checkpoint_interval,
+            "checkpoints_kept": config.checkpoints_kept,
+        }
+        attachment = self.control.on_main(lambda: attach(self.role, config, terms, claim))
+        self.run_dir, self.run_id = attachment.run_dir, attachment.run_id
+        self.attempt = attachment.attempt
+        self.peer_role = PEER[self.role]
+        self.transport = DirectoryTransport(self.run_dir / "bridge")
+        self.output_dir = self.run_dir / self.role
+        self._heartbeat: Heartbeat | None = None
+        self._closed = False
+        self.control.on_main(self._open_on_main)
+        if self.accelerator.is_main_process:
+            self._heartbeat = Heartbeat(self.transport, self.role)
+            logger.info("%s of run %s", self.role, self.run_dir)
+
+    def _open_on_main(self) -> None:
+        self.transport.open_stream(self.role)
+        self.output_dir.mkdir(exist_ok=True)
+        own = self.transport.sequences(self.role)
+        self._next_sequence = own[-1] + 1 if own else 0
+        self.peer = PeerWatch(self.transport, self.peer_role)
+
+    # -- publishing and reading -------------------------------------------------------------
+
+    def _publish(self, header: Header, tensors: dict[str, torch.Tensor]) -> int:
+        """Publish the next record of this job's stream (main process); its size in bytes."""
+        sequence = self._next_sequence
+        size = self.transport.publish(
+            self.role, sequence, lambda path: write_record(path, header, tensors)
+        )
+        self._next_sequence += 1
+        return size
+
+    def _max_record_bytes(self) -> int:
+        # A gradient may be wider than its parameter, at most 8 bytes an element.
+        elements = sum(tensor.numel() for tensor in self.shared.weights.values())
+        return 8 * elements + 1024 * len(self.shared.weights) + _HEADER_ALLOWANCE_BYTES
+
+    def _read(self, sequence: int) -> Record:
+        """Read and verify one record of the other job, on this rank."""
+        data = self.transport.read(self.peer_role, sequence, max_bytes=self._max_record_bytes())
+        record = parse_record(data)
+        check_identity(record.header, run_id=self.run_id, job=self.peer_role, sequence=sequence)
+        return record
+
+    def _read_everywhere(self, sequence: int, digest: str, mine: Record | None) -> Record | None:
+        """The same record on every rank, or None on every rank if one of them lacks it.
+
+        Args:
+            sequence: the record's number.
+            digest: the tensors' digest that the main process read; every rank must find it.
+            mine: the record, where this rank has read it already.
+        """
+        record = mine
+        deadline = time.monotonic() + SLICE_SECONDS
+        while record is None:
+            try:
+                record = self._read(sequence)
+            except (FileNotFoundError, PayloadError) as error:
+                # A network file system may show a new file to one host before another.
+                if time.monotonic() > deadline:
+                    logger.warning("rank cannot read record %d: %s", sequence, error)
+                    break
+                time.sleep(0.05)
+        ok = record is not None and record.header.tensors_digest == digest
+        return record if self.control.agree(ok) else None
+
+    # -- waiting ----------------------------------------------------------------------------
+
+    def _decide(
+        self, what: str, poll: Callable[[], T | None], give_up: Callable[[str], T]
+    ) -> tuple[T, float]:
+        """Wait until the main process has a decision; the same one on every rank.
+
+        Args:
+            what: what is waited for, for the status line.
+            poll: on the main process, the decision or None for not yet.
+            give_up: on the main process, the decision to take for a reason to give up.
+
+        Returns:
+            The decision and the seconds waited.
+        """
+        hint = (
+            f"Start it now, with the same runs directory ({self.run_dir.parent}), for instance: "
+            f"accelerate launch recipes/{self.peer_role}.py"
+        )
+        config = self.config
+        wait = Wait(self.peer, what, config.peer_wait, config.require_peer, hint) if (
+            self.accelerator.is_main_process
+        ) else None  # fmt: skip
+
+        def one_slice() -> tuple[T, float] | None:
+            assert wait is not None
+            end = time.monotonic() + SLICE_SECONDS
+            while time.monotonic() < end:
+                decision = poll()
+                if decision is None and (reason := wait.gave_up()) is not None:
+                    decision = give_up(reason)
+                if decision is not None:
+                    self.peer.longest_round = max(self.peer.longest_round, wait.seconds)
+                    return decision, wait.seconds
+                wait.pause()
+            return None
+
+        while True:
+            outcome = self.control.on_main(one_slice)
+            if outcome is not None:
+                return outcome
+
+    # -- checkpoints ------------------------------------------------------------------------
+
+    def _check_at_boundary(self) -> None:
+        if self.accumulator.is_open:
+            raise RuntimeError(
+                "save_state() in the middle of an accumulation window would lose its gradients; "
+                "save after the step"
+            )
+
+    def _state(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _on_save_state(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
+        self._check_at_boundary()
+        if self.accelerator.is_main_process:
+            content = {
+                "role": self.role,
+                "run": self.run_dir.name,
+                "run_id": self.run_id,
+                **self._state(),
+            }
+            Path(directory, CHECKPOINT_FILE).write_text(json.dumps(content, indent=1))
+
+    def _on_load_state(self, models: list[nn.Module], directory: str) -> None:
+        content = read_checkpoint(Path(directory))
+        if content["run_id"] != self.run_id:
+            raise BridgeError(
+                f"{directory} is a checkpoint of run {content['run']}, but this job has joined "
+                f"{self.run_dir.name}: give BridgeConfig(resume_from_checkpoint={directory!r})"
+            )
+        self._load_state(content)
+
+    # -- the end ----------------------------------------------------------------------------
+
+    def _end_header(self) -> Header:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Publish this job's end and stop its heartbeat. Safe to call twice; no collective."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._heartbeat is not None:
+            try:
+                self._publish(self._end_header(), {})
+            finally:
+                self._heartbeat.stop()
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,160 @@
+"""Whether the other job lives, judged without comparing clocks.
+
+A job moves a counter while it lives; the other job watches the counter change against its own
+monotonic clock. Clocks of two hosts are never compared, and a stepped clock changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from toolkit.bridge.errors import PeerError
+from toolkit.bridge.transport import DirectoryTransport
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 1.0
+STATUS_SECONDS = 5.0
+# A peer whose heart beats but that brings nothing (a long evaluation, a hung rank) gets this many
+# times the wait of a silent one, or this many of the longest round seen.
+STALL_FACTOR = 10
+
+
+class Heartbeat:
+    """Moves a job's counter from a thread of its own, so that a long step is no silence."""
+
+    def __init__(self, transport: DirectoryTransport, job: str) -> None:
+        self._transport, self._job = transport, job
+        self._stop = threading.Event()
+        before = transport.heartbeat(job)
+        self._counter = int(before) if before.isdecimal() else 0
+        self._thread = threading.Thread(target=self._run, name=f"{job}-heartbeat", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            self._counter += 1
+            # A disk that fails for a while is silence, which the peer's deadline covers.
+            with contextlib.suppress(OSError):
+                self._transport.beat(self._job, self._counter)
+            if self._stop.wait(BEAT_SECONDS):
+                return
+
+    def stop(self) -> None:
+        """End the thread; the counter stands still from here on."""
+        self._stop.set()
+        self._thread.join()
+
+
+class PeerWatch:
+    """Observes one other job.
+
+    Attributes:
+        seen: whether it was observed to live since this watch began.
+        longest_round: the longest time, in seconds, that it has taken to answer so far.
+    """
+
+    def __init__(
+        self,
+        transport: DirectoryTransport,
+        job: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._transport, self.job, self._clock = transport, job, clock
+        self._counter = transport.heartbeat(job)
+        self._last_sign = clock()
+        self.seen = False
+        self.longest_round = 0.0
+
+    def observe(self) -> None:
+        """Look at the counter once; a change is a sign of life, a value is not."""
+        counter = self._transport.heartbeat(self.job)
+        if counter != self._counter:
+            self._counter = counter
+            self.sign_of_life()
+
+    def sign_of_life(self) -> None:
+        """Note that the job did something that only a living job does."""
+        self._last_sign, self.seen = self._clock(), True
+
+    @property
+    def silent_seconds(self) -> float:
+        """Seconds since the last sign of life, or since the watch began."""
+        return self._clock() - self._last_sign
+
+    def is_alive(self, patience_seconds: float) -> bool:
+        """Whether it showed life within the last ``patience_seconds``."""
+        return self.seen and self.silent_seconds < patience_seconds
+
+    def await_life(self, timeout_seconds: float) -> bool:
+        """Watch until the counter moves; False if it does not within ``timeout_seconds``."""
+        deadline = self._clock() + timeout_seconds
+        while not self.seen and self._clock() < deadline:
+            time.sleep(0.05)
+            self.observe()
+        return self.seen
+
+
+class Wait:
+    """One bounded wait for the other job, with a status line while it lasts.
+
+    Args:
+        peer: the job waited for.
+        what: what is waited for, for the status line.
+        peer_wait: seconds of silence after which the wait is given up.
+        require_peer: raise instead of giving up.
+        hint: how to bring the peer about, while it was never seen.
+    """
+
+    def __init__(
+        self, peer: PeerWatch, what: str, peer_wait: float, require_peer: bool, hint: str
+    ) -> None:
+        self._peer, self._what, self._hint = peer, what, hint
+        self._peer_wait, self._require_peer = peer_wait, require_peer
+        self._start = time.monotonic()
+        self._next_status = STATUS_SECONDS if peer.seen else 0.0  # a missing peer: say so at once
+
+    @property
+    def seconds(self) -> float:
+        """How long the wait has lasted."""
+        return time.monotonic() - self._start
+
+    def pause(self) -> None:
+        """Sleep a little: 5 % of the time waited so far, 0.5 ms at least and 0.5 s at most."""
+        time.sleep(min(0.5, max(0.0005, 0.05 * self.seconds)))
+
+    def gave_up(self) -> str | None:
+        """Observe the peer, say how things stand, and the reason for giving up once there is one.
+
+        Raises:
+            PeerError: in place of the reason, if the peer is required.
+        """
+        self._peer.observe()
+        stall_limit = STALL_FACTOR * max(self._peer_wait, self._peer.longest_round)
+        silent = min(self._peer.silent_seconds, self.seconds)
+        reason = None
+        if silent >= self._peer_wait:
+            state = "fell silent" if self._peer.seen else "did not come"
+            reason = f"the {self._peer.job} {state} for {self._peer_wait:g} s"
+        elif self.seconds >= stall_limit:
+            reason = f"the {self._peer.job} lives but brought nothing for {stall_limit:.0f} s"
+        if reason and self._require_peer:
+            raise PeerError(f"{reason}, and --require_peer is set: waited for {self._what}")
+        if not reason and self.seconds >= self._next_status:
+            self._next_status = self.seconds + STATUS_SECONDS
+            self._say_status(silent)
+        return reason
+
+    def _say_status(self, silent: float) -> None:
+        if self._peer.seen:
+            state = f"its last sign of life was {silent:.0f} s ago"
+        else:
+            state = f"not here yet. {self._hint}"
+        logger.info(
+            "waiting for %s: %.0f s of at most %.0f s without a sign of life; %s",
+            self._what, self.seconds, self._peer_wait, state,
+        )  # fmt: skip

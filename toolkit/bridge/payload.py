@@ -1,0 +1,202 @@
+"""What crosses the disk: one record is one safetensors file with a signed-off header.
+
+A gradient record is a sufficient statistic: the SUM over samples of the per-sample gradient and
+the number of samples, with the version of the weights it was taken at. It is not a mean, and not
+scaled by a loss scaler, a world size or an accumulation count. Nothing here is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from toolkit.bridge.errors import PayloadError
+
+FORMAT_VERSION = 1
+Kind = Literal["gradient", "weights", "skip", "end"]
+_HEADER_KEY, _DIGEST_KEY = "gradient_bridge", "digest"
+MAX_HEADER_BYTES = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """The metadata of one record."""
+
+    kind: Kind
+    run_id: str  # of the run that the record belongs to
+    job: str  # the stream that published it: "donor" or "receiver"
+    sequence: int  # its number in that stream, from 0
+    attempt: int  # the weights version: which start of the receiver ...
+    receiver_step: int  # ... and after how many of its optimizer steps
+    weights_digest: str  # digest of the weights published, or that the gradient was taken at
+    donor_step: int = 0  # accumulation windows that the donor has completed, this one included
+    count: float = 0.0  # samples in the sum
+    unit: str = "samples"  # what `count` counts
+    loss: float | None = None  # mean loss over `count`, for display
+    tensors_digest: str = ""  # digest of the record's own tensors
+    format_version: int = FORMAT_VERSION
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """A header with its tensors (by plain parameter name, on the CPU) and its size on disk."""
+
+    header: Header
+    tensors: dict[str, Tensor]
+    num_bytes: int
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of each tensor, in the order of the names."""
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        state.update(_bytes_of(tensor))
+    return state.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _header_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_record(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> Header:
+    """Write a record to ``path`` (not atomically: the transport sees to that).
+
+    Args:
+        path: the file to write.
+        header: its metadata; ``tensors_digest`` is filled in here.
+        tensors: contiguous CPU tensors by name; may be empty.
+
+    Returns:
+        The header as written.
+    """
+    header = dataclasses.replace(header, tensors_digest=digest_tensors(tensors))
+    text = json.dumps(dataclasses.asdict(header), sort_keys=True)
+    save_file(dict(tensors), path, metadata={_HEADER_KEY: text, _DIGEST_KEY: _header_digest(text)})
+    return header
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The safetensors metadata at the start of ``data``, which may go on beyond it."""
+    if len(data) < 8:
+        raise PayloadError("truncated", f"{len(data)} bytes are too few for a safetensors file")
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > MAX_HEADER_BYTES:
+        raise PayloadError("malformed", f"header length {length} is above {MAX_HEADER_BYTES}")
+    if len(data) < 8 + length:
+        raise PayloadError("truncated", f"header of {length} bytes, file of {len(data)}")
+    try:
+        metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+        return {str(key): str(value) for key, value in metadata.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PayloadError("malformed", f"no metadata in the safetensors header: {error}") from None
+
+
+def parse_header(data: bytes) -> Header:
+    """The header of a record from its first bytes (all of the safetensors header, at least).
+
+    Raises:
+        PayloadError: if there is no header, or it is not the one that was written.
+    """
+    metadata = _metadata(data)
+    text = metadata.get(_HEADER_KEY)
+    if text is None:
+        raise PayloadError("alien", f"no {_HEADER_KEY!r} entry: not a file of this bridge")
+    if _header_digest(text) != metadata.get(_DIGEST_KEY):
+        raise PayloadError("digest", "the header's digest does not match its text")
+    fields: dict[str, Any] = json.loads(text)
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise PayloadError(
+            "alien",
+            f"format version {fields.get('format_version')!r}, this package reads {FORMAT_VERSION}",
+        )
+    try:
+        header = Header(**fields)
+    except TypeError as error:
+        raise PayloadError("malformed", f"header fields: {error}") from None
+    if header.kind not in get_args(Kind):
+        raise PayloadError("malformed", f"kind {header.kind!r} is unknown")
+    return header
+
+
+def parse_record(data: bytes) -> Record:
+    """A whole record, its digests verified.
+
+    Raises:
+        PayloadError: for anything but exactly the bytes that ``write_record`` wrote.
+    """
+    header = parse_header(data)
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise PayloadError("truncated", f"not a complete safetensors file: {error}") from None
+    if digest_tensors(tensors) != header.tensors_digest:
+        raise PayloadError("digest", "the tensors' digest does not match the header")
+    return Record(header=header, tensors=tensors, num_bytes=len(data))
+
+
+def check_identity(header: Header, *, run_id: str, job: str, sequence: int) -> None:
+    """Refuse a valid record that stands in the wrong place.
+
+    Raises:
+        PayloadError: if it is of another run, another job or another number.
+    """
+    expected = {"run_id": run_id, "job": job, "sequence": sequence}
+    for field, value in expected.items():
+        found = getattr(header, field)
+        if found != value:
+            raise PayloadError("alien", f"{field} is {found!r}, expected {value!r}")
+
+
+def check_gradient(record: Record, expected: Mapping[str, Tensor], unit: str) -> None:
+    """Refuse a gradient that cannot be added to the parameters ``expected``.
+
+    Raises:
+        PayloadError: for wrong names, shapes or dtypes, a count that is not finite and positive,
+            another unit, or a value that is not finite.
+    """
+    header, tensors = record.header, record.tensors
+    if missing := sorted(set(expected) - set(tensors)):
+        raise PayloadError("schema", f"tensor {missing[0]!r} is missing")
+    if extra := sorted(set(tensors) - set(expected)):
+        raise PayloadError("schema", f"tensor {extra[0]!r} is not shared")
+    for name, tensor in tensors.items():
+        like = expected[name]
+        if tensor.shape != like.shape or tensor.dtype != payload_dtype(like.dtype):
+            raise PayloadError(
+                "schema",
+                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                f"{payload_dtype(like.dtype)} {tuple(like.shape)}",
+            )
+    if not math.isfinite(header.count) or header.count <= 0:
+        raise PayloadError("count", f"count {header.count!r} is not finite and positive")
+    if header.unit != unit:
+        raise PayloadError("unit", f"the count is in {header.unit!r}, expected {unit!r}")
+    if not all_finite(tensors.values()):
+        raise PayloadError("nonfinite", "a gradient value is not finite")
+
+
+def payload_dtype(parameter_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a gradient crosses: the parameter's, but at least float32."""
+    return torch.promote_types(parameter_dtype, torch.float32)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every value of every tensor is finite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

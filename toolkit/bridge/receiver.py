@@ -1,0 +1,335 @@
+"""The receiver's side: weights out, the donor's gradient in.
+
+In a training loop, :meth:`GradientReceiver.backward` takes the place of ``accelerator.backward``,
+:meth:`~GradientReceiver.inject` stands before clipping, :meth:`~GradientReceiver.commit` after
+``optimizer.step()``. All three may be called at every micro-step: the last two do nothing until
+the gradients are synchronised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.bridge.accumulation import Window, scale_grads_
+from toolkit.bridge.config import Role
+from toolkit.bridge.errors import PayloadError
+from toolkit.bridge.inbox import Inbox, Verdict
+from toolkit.bridge.job import BridgeJob
+from toolkit.bridge.ledger import Ledger
+from toolkit.bridge.payload import Header, Record, digest_tensors
+from toolkit.bridge.rescaling import rescale_factors
+from toolkit.bridge.retention import CheckpointCursors
+from toolkit.parameters import squared_norm
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_KEPT = 2  # the newest weights, and the ones that a donor may be reading
+
+
+class GradientReceiver(BridgeJob):
+    """Joins a training loop to a donor's gradients.
+
+    Args:
+        accelerator: the job's accelerator.
+        model: the prepared model. The donor's head must not be managed by DDP: call
+            ``requires_grad_(False)`` on it before ``prepare``, and give all parameters to the
+            optimizer.
+        optimizer: its optimizer, with the shared parameters in its groups.
+        config: the settings; by default lockstep in ``runs``.
+        backbone: name of the backbone's submodule.
+        head: name of the submodule of the donor's head.
+
+    Attributes:
+        completed_steps: optimizer steps that happened.
+        metrics: numbers of the newest step, plain floats, for ``accelerator.log``.
+        output_dir: where this job's results belong.
+
+    Raises:
+        ValueError: for an unknown module, or shared parameters that the optimizer lacks.
+        BridgeError: for a run that cannot be joined.
+    """
+
+    role: ClassVar[Role] = "receiver"
+
+    def _attach(self) -> None:
+        self._check_head_unmanaged()
+        super()._attach()
+        self.completed_steps = 0
+        self._published_step: int | None = None
+        self._injected: _Injection | None = None
+        self._acknowledged = 0  # what the donor has been told that it may delete, exclusive
+        self.ledger = Ledger(
+            self.run_dir / "bridge" / "receiver" / f"ledger-{self.attempt:04d}.jsonl"
+            if self.accelerator.is_main_process
+            else None
+        )
+        self._inbox = Inbox(
+            transport=self.transport,
+            read=self._read,
+            expected=dict(self.gradient_parameters),
+            unit=self.config.unit,
+            max_staleness=self.config.max_staleness,
+        )
+        self._retention = CheckpointCursors(self.run_id)
+
+    def _check_head_unmanaged(self) -> None:
+        """Refuse a donor's head that DDP would wait for in every backward."""
+        managed = [name for name, p in self.shared.head.items() if p.requires_grad]
+        wrapped = self.accelerator.num_processes > 1
+        if managed and wrapped:
+            raise ValueError(
+                f"{managed[0]!r} requires a gradient, but this job's own loss does not use the "
+                "donor's head: under DistributedDataParallel the second step would fail. Call "
+                "requires_grad_(False) on the head before accelerator.prepare(); the bridge "
+                "writes its gradient, and the optimizer steps it all the same"
+            )
+
+    # -- the three calls --------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, num_samples: float | Tensor) -> None:
+        """Back-propagate one micro-batch, in place of ``accelerator.backward(loss)``.
+
+        Args:
+            loss: scalar, reduced over ``num_samples`` as ``config.loss_reduction`` says.
+            num_samples: this rank's samples in the micro-batch.
+        """
+        if self._injected is not None:
+            raise RuntimeError("backward() after inject(): call commit() after optimizer.step()")
+        if self._published_step is None:
+            self._publish_weights()
+        self.accumulator.backward(loss, num_samples)
+
+    def inject(self) -> None:
+        """At the synchronised micro-step: make ``.grad`` the gradient of the joint step.
+
+        Waits for the donor's gradient (lockstep), rescales both sums, and adds. Call it after
+        :meth:`backward` and before clipping. A collective.
+
+        Raises:
+            RuntimeError: if called twice in a window, or without a backward.
+            PeerError: if the donor does not come and ``require_peer`` is set.
+        """
+        if not self.accelerator.sync_gradients:
+            return
+        if self._injected is not None:
+            raise RuntimeError("inject() was called twice in this accumulation window")
+        window = self.accumulator.close()
+        self.accumulator.reduce_unmanaged_(self.model.named_parameters())
+        verdict, record, wait_seconds = self._receive()
+        num_donor = record.header.count if record is not None else 0.0
+        own_factor, donor_factor = rescale_factors(
+            self.config.rescale,
+            self.config.loss_reduction,
+            window.count,
+            num_donor,
+            self.config.donor_weight,
+        )
+        for parameter in self.shared.head.values():
+            if not parameter.requires_grad:
+                parameter.grad = None  # zeros would let the optimizer's moments move the head
+        scale_grads_(self.model.parameters(), window.sum_factor * own_factor)
+        self._injected = _Injection(window.scale, verdict)
+        self.metrics = {
+            "loss/own (per sample)": window.loss,
+            "bridge/wait (s)": wait_seconds,
+            "bridge/samples own (samples)": window.count,
+        }
+        if record is not None:
+            self._measure(window, record, donor_factor)
+            self._add_(record.tensors, donor_factor * window.scale)
+            self.metrics["bridge/staleness (receiver steps)"] = float(verdict.staleness)
+
+    def commit(self) -> bool:
+        """After ``optimizer.step()``: settle whether the step happened, publish the new weights.
+
+        Returns:
+            Whether an optimizer step happened. False between synchronised micro-steps, and after
+            a step that a loss scaler skipped: the payload then stays pending for the next try.
+
+        Raises:
+            RuntimeError: if the gradients were synchronised and :meth:`inject` was not called.
+        """
+        if not self.accelerator.sync_gradients:
+            return False
+        if self._injected is None:
+            raise RuntimeError(
+                "commit() without inject() at a synchronised step: call inject() after backward() "
+                "and before clipping"
+            )
+        injected, self._injected = self._injected, None
+        if self._step_was_skipped(injected.scale):
+            return False
+        if self.accelerator.is_main_process:
+            self.ledger.record(self._inbox.settle(injected.verdict))
+        self.completed_steps += 1
+        self._publish_weights()
+        return True
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _receive(self) -> tuple[Verdict, Record | None, float]:
+        """The donor's part of this step, the same on every rank."""
+        waited = 0.0
+        while True:
+            verdict, seconds = self._decide(
+                f"the donor's gradient at receiver step {self.completed_steps}",
+                self._poll,
+                self._give_up,
+            )
+            waited += seconds
+            if verdict.digest is None:
+                return verdict, None, waited
+            mine = self._inbox.fetched if self.accelerator.is_main_process else None
+            record = self._read_everywhere(verdict.sequence, verdict.digest, mine)
+            if record is not None:
+                return verdict, record, waited
+            if self.accelerator.is_main_process:
+                detail = "not every rank could read the same bytes"
+                self._inbox.reject(verdict.sequence, PayloadError("unreadable", detail))
+
+    def _poll(self) -> Verdict | None:
+        """On the main process: one look at the donor's stream."""
+        if self.transport.rejection("receiver", self._next_sequence - 1) is not None:
+            logger.warning("the donor could not read the weights; publishing them again")
+            self._publish_weights()
+        return self._inbox.look(self.completed_steps, self.peer)
+
+    def _give_up(self, reason: str) -> Verdict:
+        logger.warning(
+            "TRAINING ALONE: %s. From receiver step %d on the donor's head and its part of the "
+            "backbone's gradient are missing, until it comes back",
+            reason, self.completed_steps,
+        )  # fmt: skip
+        return self._inbox.give_up(self.completed_steps, self.peer)
+
+    def _add_(self, tensors: Mapping[str, Tensor], factor: float) -> None:
+        """Add ``factor`` times the donor's sum to ``.grad``; identical on every rank."""
+        for name, parameter in self.gradient_parameters.items():
+            part = tensors[name].to(device=parameter.device, dtype=parameter.dtype)
+            if parameter.grad is None:
+                parameter.grad = part.mul_(factor)
+            else:
+                parameter.grad.add_(part, alpha=factor)
+
+    def _measure(self, window: Window, record: Record, donor_factor: float) -> None:
+        """Norms of both parts of the step and their cosine on the backbone, before they are added."""
+        own: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                own[name] = parameter.grad.detach() / window.scale
+        donor = {name: tensor * donor_factor for name, tensor in record.tensors.items()}
+        both = [name for name in self.shared.backbone if name in own and name in donor]
+        dot = math.fsum(
+            float(torch.sum(own[name].double().cpu() * donor[name].double())) for name in both
+        )
+        norms = math.sqrt(
+            squared_norm(own[name] for name in both) * squared_norm(donor[name] for name in both)
+        )
+        header = record.header
+        self.metrics |= {
+            "gradient/own norm": math.sqrt(squared_norm(own.values())),
+            "gradient/donor norm": math.sqrt(squared_norm(donor.values())),
+            "rescale/n_r over n_d": window.count / header.count,
+            "rescale/donor multiplier": donor_factor,
+            "bridge/samples donor (samples)": header.count,
+            "bridge/payload (MiB)": record.num_bytes / 2**20,
+        }
+        if norms:
+            self.metrics["gradient/cosine own donor (backbone)"] = dot / norms
+        if header.loss is not None:
+            self.metrics["loss/donor (per sample)"] = header.loss
+
+    def _step_was_skipped(self, scale_before: float) -> bool:
+        """Whether the loss scaler skipped the step; a fused optimizer's own flag is unreliable."""
+        scaler = self.accelerator.scaler
+        fell = scaler is not None and float(scaler.get_scale()) < scale_before
+        return fell or bool(getattr(self.optimizer, "step_was_skipped", False))
+
+    def _publish_weights(self) -> None:
+        """Publish the present weights, unless nobody is there to read them (main process)."""
+        self._published_step = self.completed_steps
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.shared.weights.items()
+        }
+        digest = digest_tensors(tensors)
+        self._inbox.remember(self.completed_steps, digest)
+        self.peer.observe()
+        if not self._inbox.donor_is_away or self.peer.is_alive(self.config.peer_wait):
+            self._publish(self._header("weights", digest), tensors)
+            self.transport.prune("receiver", self._next_sequence - WEIGHTS_KEPT)
+        needed = self._retention.oldest_needed(self._inbox.cursor)
+        if needed > self._acknowledged:
+            self.transport.acknowledge("donor", needed)
+            self._acknowledged = needed
+
+    def _header(self, kind: Any, digest: str) -> Header:
+        return Header(
+            kind=kind,
+            run_id=self.run_id,
+            job=self.role,
+            sequence=self._next_sequence,
+            attempt=self.attempt,
+            receiver_step=self.completed_steps,
+            weights_digest=digest,
+        )
+
+    def _end_header(self) -> Header:
+        return self._header("end", "")
+
+    # -- checkpoints and results --------------------------------------------------------------
+
+    def _check_at_boundary(self) -> None:
+        if self._injected is not None:
+            raise RuntimeError("save_state() between inject() and commit(): save after commit()")
+        super()._check_at_boundary()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "completed_steps": self.completed_steps,
+            "ledger": self.ledger.counts,
+            "inbox": self._inbox.state(),
+        }
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.completed_steps = state["completed_steps"]
+        self.ledger.counts = dict(state["ledger"])
+        self._inbox.load_state(state["inbox"])
+
+    def _on_save_state(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
+        super()._on_save_state(models, weights, directory)
+        if self.accelerator.is_main_process:
+            self._retention.saved_below(Path(directory).absolute().parent)
+
+    def fates(self) -> dict[str, int]:
+        """How many payloads met which fate, for ``results.json``.
+
+        ``applied + dropped + rejected + skipped + pending = published``; ``alien`` counts files in
+        the donor's directory that are no payloads.
+        """
+        if not self.accelerator.is_main_process:
+            return dict(self.ledger.counts)
+        pending = self._inbox.pending()
+        return {
+            **self.ledger.counts,
+            "pending": pending,
+            "published": sum(self.ledger.counts.values()) + pending,
+            "alien": len(self.transport.alien_names("donor")),
+        }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Injection:
+    """An injected step that is not committed yet."""
+
+    scale: float
+    verdict: Verdict

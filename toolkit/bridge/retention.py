@@ -1,0 +1,60 @@
+"""Which payloads a resume may ask for again.
+
+Without checkpoints none: a payload is never needed again once its step is committed. With them,
+those from the oldest retained checkpoint on. Accelerate syncs nothing, so a checkpoint counts
+only once it is complete and synced here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from toolkit.bridge import files
+from toolkit.bridge.runs import CHECKPOINT_FILE
+
+
+class CheckpointCursors:
+    """The donor cursors of the checkpoints of one run.
+
+    Args:
+        run_id: checkpoints of other runs beside them are no concern.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._parents: set[Path] = set()
+        self._cursors: list[int] = []
+        self._is_stale = False
+
+    def saved_below(self, parent: Path) -> None:
+        """Note that a checkpoint is being saved in a subdirectory of ``parent``."""
+        self._parents.add(parent)
+        self._is_stale = True
+
+    def oldest_needed(self, cursor: int) -> int:
+        """The number below which no payload is needed again.
+
+        Call it only when no save is under way: checkpoints saved since the last call are taken
+        as complete, and synced to the disk.
+
+        Args:
+            cursor: the receiver's present cursor.
+        """
+        if self._is_stale:
+            self._cursors = [
+                cursor for parent in self._parents for cursor in self._synced_cursors(parent)
+            ]
+            self._is_stale = False
+        return min([cursor, *self._cursors])
+
+    def _synced_cursors(self, parent: Path) -> list[int]:
+        cursors = []
+        for path in parent.glob(f"*/{CHECKPOINT_FILE}"):
+            with contextlib.suppress(FileNotFoundError):  # deleted while we look: not retained
+                content = json.loads(path.read_bytes())
+                if content["run_id"] == self._run_id and content["role"] == "receiver":
+                    files.fsync_tree(path.parent)
+                    cursors.append(int(content["inbox"]["cursor"]))
+        return cursors

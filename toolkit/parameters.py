@@ -1,0 +1,127 @@
+"""Named parameters of a model: which ones two jobs share, and how they differ if they do not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SharedParameters:
+    """The tensors of a model that both jobs hold, by plain name (``heads.h2.weight``).
+
+    Attributes:
+        backbone: parameters of the backbone.
+        head: parameters of the donor's head.
+        buffers: persistent buffers of both modules.
+    """
+
+    backbone: dict[str, nn.Parameter]
+    head: dict[str, nn.Parameter]
+    buffers: dict[str, Tensor]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All shared parameters."""
+        return self.backbone | self.head
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """What the receiver publishes: shared parameters and buffers."""
+        return {**self.parameters, **self.buffers}
+
+    def schema(self) -> dict[str, list[Any]]:
+        """``{name: [dtype, shape]}`` of every shared tensor, fit for JSON."""
+        return {
+            name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            for name, tensor in self.weights.items()
+        }
+
+
+def shared_parameters(model: nn.Module, backbone: str, head: str) -> SharedParameters:
+    """Select what two jobs share from an unwrapped model.
+
+    Args:
+        model: the module itself, not its DistributedDataParallel wrapper.
+        backbone: name of the backbone's submodule, as in ``model.named_modules()``.
+        head: name of the submodule of the donor's head, such as ``heads.h2``.
+
+    Raises:
+        ValueError: if there is no such submodule, it has no parameters, or the two overlap.
+    """
+    parts = [_parameters_below(model, name) for name in (backbone, head)]
+    if overlap := sorted(set(parts[0]) & set(parts[1])):
+        raise ValueError(
+            f"{backbone!r} and {head!r} overlap in {overlap[0]!r}; both must be disjoint"
+        )
+    persistent = model.state_dict(keep_vars=True)
+    buffers = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name in persistent and name.startswith((f"{backbone}.", f"{head}."))
+    }
+    return SharedParameters(parts[0], parts[1], buffers)
+
+
+def _parameters_below(model: nn.Module, module_name: str) -> dict[str, nn.Parameter]:
+    modules = dict(model.named_modules())
+    if not module_name or module_name not in modules:
+        known = sorted(name for name in modules if name and name.count(".") < 2)
+        raise ValueError(f"the model has no module {module_name!r}; it has {', '.join(known)}")
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(f"{module_name}.")
+    }
+    if not found:
+        raise ValueError(f"module {module_name!r} has no parameters of its own to share")
+    return found
+
+
+def schema_differences(
+    mine: Mapping[str, Sequence[Any]],
+    theirs: Mapping[str, Sequence[Any]],
+    my_job: str,
+    their_job: str,
+) -> list[str]:
+    """One line per tensor that is not the same in both schemas; empty if all are."""
+
+    def describe(schema: Mapping[str, Sequence[Any]], name: str) -> str:
+        if name not in schema:
+            return "absent"
+        dtype, shape = schema[name]
+        return f"{dtype} {tuple(shape)}"
+
+    return [
+        f"{name}: {my_job} {describe(mine, name)}, {their_job} {describe(theirs, name)}"
+        for name in sorted({*mine, *theirs})
+        if list(mine.get(name, ())) != list(theirs.get(name, ()))
+    ]
+
+
+def check_in_optimizer(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Refuse shared parameters that the optimizer would never step.
+
+    A filter on ``requires_grad`` where the optimizer is made drops a head that DDP must not
+    manage, and the gradient written to it would train nothing, without any error.
+
+    Raises:
+        ValueError: naming the parameters that are in no group.
+    """
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if absent := [name for name, parameter in parameters.items() if id(parameter) not in known]:
+        raise ValueError(
+            f"shared parameters in no optimizer group: {', '.join(absent)}. Give the optimizer "
+            "model.parameters() without a filter on requires_grad"
+        )
+
+
+def squared_norm(tensors: Iterable[Tensor]) -> float:
+    """Sum of squares over all tensors, accumulated in float64."""
+    return float(sum(float(tensor.detach().double().square().sum()) for tensor in tensors))

@@ -1,0 +1,150 @@
+"""Two launched jobs equal joint training in one process; wrong factors do not.
+
+One launch of a donor and a receiver trains every case of a list, because starting the processes
+takes longer than training them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.launching import Launcher
+from tests.oracle import Case, build_network, largest_difference, train_jointly
+
+JOB = "tests/jobs/bridge_job.py"
+TIMEOUT = 240.0  # seconds, for a hang only
+
+EVERY_WORLD = [
+    Case(optimizer="sgd"),
+    Case(optimizer="momentum"),
+    Case(),
+    Case(rescale="append"),
+    Case(rescale="pool"),
+    Case(loss_reduction="sum"),
+    Case(rescale="append", loss_reduction="sum"),
+    Case(scope="head"),
+    Case(accumulation=3),
+    Case(donor_accumulation=3),
+    Case(accumulation=3, donor_accumulation=3, rescale="pool", optimizer="momentum"),
+    Case(accumulation=3, donor_accumulation=3, loss_reduction="sum", scope="head"),
+    Case(max_grad_norm=0.05, optimizer="sgd", rescale="append"),
+    Case(dtype="float32"),
+    Case(dtype="float32", optimizer="sgd", accumulation=3),
+]
+# Every one of these, in a world of two ranks and three micro-steps on both sides, is wrong.
+MUTATIONS = [
+    Case(mutation=mutation, accumulation=3, donor_accumulation=3, optimizer="sgd", num_steps=10)
+    for mutation in (
+        "half",
+        "times_world_size",
+        "twice",
+        "on_one_rank",
+        "drop_tensor",
+        "stale_by_one",
+        "forget_accumulation",
+        "forget_world_size",
+        "mean_for_sum",
+        "mean_of_means",
+    )
+]
+
+
+class World(NamedTuple):
+    """Ranks of the receiver and of the donor."""
+
+    receiver: int
+    donor: int
+
+
+class Trained(NamedTuple):
+    """Where a world's cases left their weights."""
+
+    world: World
+    directory: Path
+
+    def weights(self, case: Case, rank: int = 0) -> dict[str, Tensor]:
+        """The receiver's final weights."""
+        return load_file(self.directory / case.name / f"receiver-{rank}.safetensors")
+
+
+def train(directory: Path, world: World, cases: list[Case]) -> Trained:
+    """Train all cases with one launch of each job."""
+    directory.mkdir(parents=True, exist_ok=True)
+    listing = directory / "cases.json"
+    listing.write_text(json.dumps([dataclasses.asdict(case) for case in cases]))
+    with Launcher(directory) as launch:
+        jobs = [
+            launch(JOB, role, listing, directory, "--expect_processes", ranks, num_processes=ranks)
+            for role, ranks in (("donor", world.donor), ("receiver", world.receiver))
+        ]
+        for job in reversed(jobs):
+            job.wait(TIMEOUT)
+    return Trained(world, directory)
+
+
+def check_trained_jointly(trained: Trained, case: Case) -> None:
+    """The oracle check: every parameter and every rank of the receiver."""
+    world, weights = trained.world, trained.weights(case)
+    joint = train_jointly(case, world.receiver, world.donor)
+    if case.dtype == "float64":
+        bound = 1e-12
+    else:
+        split = train_jointly(case, world.receiver, world.donor, splits=2)
+        bound = 10 * largest_difference(split, joint)
+    assert largest_difference(weights, joint) <= bound
+    for rank in range(1, world.receiver):
+        assert largest_difference(weights, trained.weights(case, rank)) == 0.0
+
+
+@pytest.fixture(scope="module", params=[World(1, 1), World(2, 2)], ids="{0[0]}x{0[1]}".format)
+def trained(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Trained]:
+    """Every case in this world."""
+    yield train(tmp_path_factory.mktemp("oracle"), request.param, EVERY_WORLD)
+
+
+@pytest.mark.parametrize("case", EVERY_WORLD, ids=lambda case: case.name)
+def test_bridge_equals_joint_training(trained: Trained, case: Case) -> None:
+    weights = trained.weights(case)
+    start = build_network(case).state_dict()
+    moved = {
+        name
+        for name in weights
+        if largest_difference({name: weights[name]}, {name: start[name]}) > 1e-3
+    }
+    assert moved == set(weights), "a parameter did not train: equality would say nothing"
+    check_trained_jointly(trained, case)
+
+
+@pytest.mark.parametrize("world", [World(2, 1), World(1, 2)], ids="{0[0]}x{0[1]}".format)
+def test_unlike_worlds(tmp_path: Path, world: World) -> None:
+    cases = [Case(accumulation=3), Case(donor_accumulation=3, rescale="pool", optimizer="sgd")]
+    trained = train(tmp_path, world, cases)
+    for case in cases:
+        check_trained_jointly(trained, case)
+
+
+@pytest.fixture(scope="module")
+def mutated(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Every deliberate fault, and the same case without one."""
+    sound = dataclasses.replace(MUTATIONS[0], mutation="")
+    return train(tmp_path_factory.mktemp("mutations"), World(2, 2), [sound, *MUTATIONS])
+
+
+def test_the_case_that_is_mutated_is_sound(mutated: Trained) -> None:
+    check_trained_jointly(mutated, dataclasses.replace(MUTATIONS[0], mutation=""))
+
+
+@pytest.mark.parametrize("case", MUTATIONS, ids=lambda case: case.mutation)
+def test_wrong_factors_are_rejected(mutated: Trained, case: Case) -> None:
+    with pytest.raises(AssertionError):
+        check_trained_jointly(mutated, case)

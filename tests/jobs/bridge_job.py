@@ -1,0 +1,207 @@
+"""One job of a bridge, donor or receiver, over a list of cases (see ``tests/oracle.py``).
+
+Launched with ``accelerate launch``; one launch trains every case, each in a runs directory of its
+own, and writes every rank's final weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from tests.oracle import NUM_SAMPLES, Case, UnevenBatches, build_dataset, build_network
+from tests.oracle import build_optimizer as build_optimizer_of
+from toolkit import BridgeConfig, GradientDonor, GradientReceiver
+from toolkit.bridge import accumulation
+from toolkit.bridge.payload import Record
+
+
+def prepare(
+    accelerator: Accelerator, case: Case, head: str
+) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Any]]:
+    """The case's model, optimizer and uneven batches for the job that trains ``head``."""
+    model: nn.Module = build_network(case, ("h1", "h2") if head == "h1" else ("h2",))
+    if head == "h1":
+        model.heads["h2"].requires_grad_(False)
+    optimizer = build_optimizer_of(case, model)
+    batches = UnevenBatches(NUM_SAMPLES[head], case.seed + (7 if head == "h1" else 8))
+    dataloader = DataLoader(build_dataset(case, head), batch_sampler=batches)  # type: ignore[arg-type]
+    model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
+    return model, optimizer, dataloader
+
+
+def receive(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Module:
+    """Train the receiver of a case."""
+    accelerator.gradient_accumulation_steps = case.accumulation
+    model, optimizer, dataloader = prepare(accelerator, case, "h1")
+    with GradientReceiver(accelerator, model, optimizer, config) as receiver:
+        epoch = 0
+        while receiver.completed_steps < case.num_steps:
+            dataloader.set_epoch(epoch)  # type: ignore[attr-defined]
+            for features, labels in dataloader:
+                with accelerator.accumulate(model):
+                    loss = F.cross_entropy(
+                        model(features, "h1"), labels, reduction=case.loss_reduction
+                    )
+                    receiver.backward(loss, num_samples=len(labels))
+                    receiver.inject()
+                    if accelerator.sync_gradients and case.max_grad_norm is not None:
+                        accelerator.clip_grad_norm_(model.parameters(), case.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    receiver.commit()
+                if receiver.completed_steps == case.num_steps:
+                    break
+            epoch += 1
+        if accelerator.is_main_process:
+            fates = receiver.fates()
+            assert fates["applied"] == case.num_steps, fates
+            settled = sum(fates[k] for k in ("applied", "dropped", "rejected", "skipped"))
+            assert settled + fates["pending"] == fates["published"], fates
+    return model
+
+
+def donate(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Module:
+    """Follow the receiver of a case until it has ended."""
+    accelerator.gradient_accumulation_steps = case.donor_accumulation
+    model, optimizer, dataloader = prepare(accelerator, case, "h2")
+    with GradientDonor(accelerator, model, optimizer, config) as donor:
+        for features, labels in donor.follow(dataloader):
+            with accelerator.accumulate(model):
+                loss = F.cross_entropy(model(features, "h2"), labels, reduction=case.loss_reduction)
+                donor.backward(loss, num_samples=len(labels))
+                if not donor.publish():
+                    raise AssertionError("the donor went alone")
+                optimizer.zero_grad()
+    return model
+
+
+# -- deliberate faults: each makes the bridge wrong in one way --------------------------------
+
+_add = GradientReceiver._add_
+_load = GradientDonor._load
+_close = accumulation.WindowAccumulator.close
+_backward = accumulation.WindowAccumulator.backward
+_publish_window = GradientDonor._publish_window
+
+
+def _scaled(factor: Callable[[GradientReceiver], float]) -> Callable[..., None]:
+    def add(self: GradientReceiver, tensors: Any, donor_factor: float) -> None:
+        _add(self, tensors, donor_factor * factor(self))
+
+    return add
+
+
+def _twice(self: GradientReceiver, tensors: Any, factor: float) -> None:
+    _add(self, tensors, factor)
+    _add(self, tensors, factor)
+
+
+def _on_one_rank(self: GradientReceiver, tensors: Any, factor: float) -> None:
+    if self.accelerator.is_main_process:
+        _add(self, tensors, factor)
+
+
+def _drop_tensor(self: GradientReceiver, tensors: dict[str, Tensor], factor: float) -> None:
+    name = next(iter(self.shared.head))
+    _add(self, {**tensors, name: torch.zeros_like(tensors[name])}, factor)
+
+
+def _stale_by_one(self: GradientDonor, record: Record) -> None:
+    previous = getattr(self, "_previous", record)
+    self._previous = record  # type: ignore[attr-defined]
+    _load(self, Record(header=record.header, tensors=previous.tensors, num_bytes=0))
+
+
+def _forget(attribute: str) -> Callable[..., Any]:
+    """Leave the world size or the accumulation steps out of the sum's factor."""
+
+    def close(self: accumulation.WindowAccumulator) -> accumulation.Window:
+        window = _close(self)
+        factor = window.sum_factor / getattr(self._accelerator, attribute)
+        return accumulation.Window(window.count, window.loss, factor, window.scale)
+
+    return close
+
+
+def _mean_for_sum(self: GradientDonor, window: accumulation.Window) -> None:
+    factor = window.sum_factor / window.count
+    _publish_window(self, accumulation.Window(window.count, window.loss, factor, window.scale))
+
+
+def _mean_of_means(self: accumulation.WindowAccumulator, loss: Tensor, num_samples: float) -> None:
+    """What plain Accelerate does with unequal batches, made into a 'sum' afterwards."""
+    fake = getattr(self, "_typical", num_samples)
+    self._typical = fake  # type: ignore[attr-defined]
+    _backward(self, loss * (fake / num_samples), num_samples)
+
+
+MUTATIONS: dict[str, tuple[Any, str, Any]] = {
+    "half": (GradientReceiver, "_add_", _scaled(lambda job: 0.5)),
+    "times_world_size": (
+        GradientReceiver, "_add_", _scaled(lambda job: job.accelerator.num_processes),
+    ),
+    "twice": (GradientReceiver, "_add_", _twice),
+    "on_one_rank": (GradientReceiver, "_add_", _on_one_rank),
+    "drop_tensor": (GradientReceiver, "_add_", _drop_tensor),
+    "stale_by_one": (GradientDonor, "_load", _stale_by_one),
+    "forget_accumulation": (
+        accumulation.WindowAccumulator, "close", _forget("gradient_accumulation_steps"),
+    ),
+    "forget_world_size": (accumulation.WindowAccumulator, "close", _forget("num_processes")),
+    "mean_for_sum": (GradientDonor, "_publish_window", _mean_for_sum),
+    "mean_of_means": (accumulation.WindowAccumulator, "backward", _mean_of_means),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Train every case of the list in one role."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("role", choices=["donor", "receiver"])
+    parser.add_argument("cases", type=Path, help="JSON list of cases")
+    parser.add_argument("output", type=Path, help="directory for runs and final weights")
+    parser.add_argument("--expect_processes", type=int, required=True)
+    args = parser.parse_args()
+
+    accelerator = Accelerator(
+        cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=False)
+    )
+    assert accelerator.num_processes == args.expect_processes
+    train = receive if args.role == "receiver" else donate
+    for fields in json.loads(args.cases.read_text()):
+        case = Case(**fields)
+        config = BridgeConfig(
+            runs_dir=args.output / case.name / "runs",
+            scope=case.scope,  # type: ignore[arg-type]
+            rescale=case.rescale,
+            donor_weight=case.donor_weight,
+            loss_reduction=case.loss_reduction,
+            require_peer=True,
+        )
+        patches = [mock.patch.object(*MUTATIONS[case.mutation])] if case.mutation else []
+        for patch in patches:
+            patch.start()
+        model = train(accelerator, case, config)
+        for patch in patches:
+            patch.stop()
+        state = {k: v.contiguous() for k, v in accelerator.unwrap_model(model).state_dict().items()}
+        rank = accelerator.process_index
+        save_file(state, args.output / case.name / f"{args.role}-{rank}.safetensors")
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The oracle: joint training in one process, and the case that both jobs of a bridge train.
+
+A case says everything: the jobs in ``tests/jobs/bridge_job.py`` and the joint run here build the
+same model, the same data and the same uneven batches from it. Even batches would hide wrong
+factors, so no two batches of a case need have the same size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import TensorDataset
+
+from toolkit.bridge.rescaling import LossReduction, RescaleRule
+
+NUM_FEATURES, NUM_CLASSES = 6, {"h1": 3, "h2": 4}
+NUM_SAMPLES = {"h1": 83, "h2": 61}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One setting of both jobs."""
+
+    optimizer: str = "adamw"
+    dtype: str = "float64"
+    rescale: RescaleRule = "match"
+    loss_reduction: LossReduction = "mean"
+    scope: str = "all"
+    donor_weight: float = 0.7
+    accumulation: int = 1  # the receiver's
+    donor_accumulation: int = 1
+    max_grad_norm: float | None = None
+    num_steps: int = 50
+    mutation: str = ""  # applied in one of the jobs, see tests/jobs/bridge_job.py
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The fields that are not the default, for a directory and a test id."""
+        changed = [
+            f"{field.name}={value}"
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        ]
+        return ",".join(changed) or "default"
+
+
+class Network(nn.Module):
+    """A small smooth network: backbone and heads."""
+
+    def __init__(self, heads: tuple[str, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Linear(NUM_FEATURES, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh()
+        )
+        self.heads = nn.ModuleDict({head: nn.Linear(5, NUM_CLASSES[head]) for head in heads})
+        self.to(dtype)
+
+    def forward(self, features: Tensor, head: str) -> Tensor:
+        """Logits of one head."""
+        logits: Tensor = self.heads[head](self.backbone(features))
+        return logits
+
+
+def build_network(case: Case, heads: tuple[str, ...] = ("h1", "h2")) -> Network:
+    """The network of a case; the receiver and the joint run begin with the same weights."""
+    torch.manual_seed(case.seed)
+    return Network(heads, getattr(torch, case.dtype))
+
+
+def build_dataset(case: Case, head: str) -> TensorDataset:
+    """The silo that has labels for ``head``."""
+    generator = torch.Generator().manual_seed(case.seed + (1 if head == "h1" else 2))
+    features = torch.randn(NUM_SAMPLES[head], NUM_FEATURES, generator=generator).double()
+    labels = torch.randint(NUM_CLASSES[head], (NUM_SAMPLES[head],), generator=generator)
+    return TensorDataset(features.to(getattr(torch, case.dtype)), labels)
+
+
+def build_optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
+    """The receiver's optimizer, over all parameters whether they require a gradient or not."""
+    lr = 0.02 if case.loss_reduction == "sum" else 0.2
+    if case.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=lr)
+    if case.optimizer == "momentum":
+        return torch.optim.SGD(model.parameters(), lr=lr / 4, momentum=0.9)
+    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.05)
+
+
+class UnevenBatches:
+    """Batches of 1 to 9 samples in a new order every epoch; an even number of them.
+
+    The last batch takes what is left. With two ranks every rank gets as many batches as the other
+    but not as many samples.
+    """
+
+    batch_size = None
+    drop_last = False
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        self.num_samples, self.seed, self.epoch = num_samples, seed, 0
+        generator = torch.Generator().manual_seed(seed)
+        sizes: list[int] = []
+        while num_samples - sum(sizes) > 9:
+            sizes.append(int(torch.randint(1, 10, (), generator=generator)))
+        rest = num_samples - sum(sizes)
+        sizes += [rest] if len(sizes) % 2 else [1, rest - 1] if rest > 1 else [rest]
+        if len(sizes) % 2:
+            first = sizes.pop(next(i for i, size in enumerate(sizes) if size > 1))
+            sizes += [first - 1, 1]
+        self.sizes = sizes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        order = torch.randperm(self.num_samples, generator=generator).tolist()
+        start = 0
+        for size in self.sizes:
+            yield order[start : start + size]
+            start += size
+        self.epoch += 1
+
+
+def windows(case: Case, head: str, num_processes: int) -> Iterator[list[int]]:
+    """The samples of every optimizer step of one job, over its ranks and micro-steps."""
+    accumulation = case.accumulation if head == "h1" else case.donor_accumulation
+    batches = UnevenBatches(NUM_SAMPLES[head], case.seed + (7 if head == "h1" else 8))
+    per_window = accumulation * num_processes
+    epoch = 0
+    while True:
+        batches.set_epoch(epoch)
+        all_batches = list(batches)
+        for start in range(0, len(all_batches), per_window):
+            yield sum(all_batches[start : start + per_window], [])
+        epoch += 1
+
+
+def summed_loss(model: nn.Module, dataset: TensorDataset, indices: list[int], head: str) -> Tensor:
+    """Sum over ``indices`` of one head's loss."""
+    features, labels = dataset[indices]
+    return F.cross_entropy(model(features, head), labels, reduction="sum")
+
+
+def train_jointly(
+    case: Case, num_receiver: int = 1, num_donor: int = 1, splits: int = 1
+) -> dict[str, Tensor]:
+    """Train in one process on both data sets and return the final weights.
+
+    The gradients' weights are written out here by hand, apart from the bridge's own arithmetic.
+
+    Args:
+        case: the setting.
+        num_receiver: ranks of the receiver whose batches are to be repeated.
+        num_donor: ranks of the donor, likewise.
+        splits: parts that every batch is split into and accumulated, for the noise floor.
+    """
+    model = build_network(case)
+    optimizer = build_optimizer(case, model)
+    data = {head: build_dataset(case, head) for head in ("h1", "h2")}
+    streams = zip(windows(case, "h1", num_receiver), windows(case, "h2", num_donor), strict=False)
+    for _, (own, donor) in zip(range(case.num_steps), streams, strict=False):
+        n_r, n_d, lam = len(own), len(donor), case.donor_weight
+        weights = {
+            ("match", "mean"): (1 / n_r, lam / n_d),
+            ("match", "sum"): (1.0, lam * n_r / n_d),
+            ("append", "mean"): (1 / n_r, lam / n_r),
+            ("append", "sum"): (1.0, lam),
+            ("pool", "mean"): (1 / (n_r + n_d), lam / (n_r + n_d)),
+        }[case.rescale, case.loss_reduction]
+        optimizer.zero_grad()
+        for head, indices, weight in (("h1", own, weights[0]), ("h2", donor, weights[1])):
+            for part in range(splits):
+                if indices[part::splits]:
+                    loss = summed_loss(model, data[head], indices[part::splits], head) * weight
+                    if head == "h2" and case.scope == "head":
+                        parameters = list(model.heads["h2"].parameters())
+                        loss.backward(inputs=parameters)
+                    else:
+                        loss.backward()
+        if case.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), case.max_grad_norm)
+        optimizer.step()
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """max |a - b| over all tensors; infinite for NaN or unequal names."""
+    if set(a) != set(b):
+        return math.inf
+    worst = max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+    return worst if math.isfinite(worst) else math.inf

@@ -8,6 +8,7 @@ factors, so no two batches of a case need have the same size.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from toolkit.bridge.config import Scope
 from toolkit.bridge.rescaling import LossReduction, RescaleRule
 
 NUM_FEATURES, NUM_CLASSES = 6, {"h1": 3, "h2": 4}
@@ -31,7 +33,7 @@ class Case:
     dtype: str = "float64"
     rescale: RescaleRule = "match"
     loss_reduction: LossReduction = "mean"
-    scope: str = "all"
+    scope: Scope = "all"
     donor_weight: float = 0.7
     accumulation: int = 1  # the receiver's
     donor_accumulation: int = 1
@@ -142,7 +144,7 @@ def windows(case: Case, head: str, num_processes: int) -> Iterator[list[int]]:
         batches.set_epoch(epoch)
         all_batches = list(batches)
         for start in range(0, len(all_batches), per_window):
-            yield sum(all_batches[start : start + per_window], [])
+            yield list(itertools.chain(*all_batches[start : start + per_window]))
         epoch += 1
 
 
@@ -153,7 +155,11 @@ def summed_loss(model: nn.Module, dataset: TensorDataset, indices: list[int], he
 
 
 def train_jointly(
-    case: Case, num_receiver: int = 1, num_donor: int = 1, splits: int = 1
+    case: Case,
+    num_receiver: int = 1,
+    num_donor: int = 1,
+    splits: int = 1,
+    lost_windows: frozenset[int] = frozenset(),
 ) -> dict[str, Tensor]:
     """Train in one process on both data sets and return the final weights.
 
@@ -164,11 +170,17 @@ def train_jointly(
         num_receiver: ranks of the receiver whose batches are to be repeated.
         num_donor: ranks of the donor, likewise.
         splits: parts that every batch is split into and accumulated, for the noise floor.
+        lost_windows: numbers of the donor's windows that never arrive.
     """
     model = build_network(case)
     optimizer = build_optimizer(case, model)
     data = {head: build_dataset(case, head) for head in ("h1", "h2")}
-    streams = zip(windows(case, "h1", num_receiver), windows(case, "h2", num_donor), strict=False)
+    arriving = (
+        window
+        for number, window in enumerate(windows(case, "h2", num_donor))
+        if number not in lost_windows
+    )
+    streams = zip(windows(case, "h1", num_receiver), arriving, strict=False)
     for _, (own, donor) in zip(range(case.num_steps), streams, strict=False):
         n_r, n_d, lam = len(own), len(donor), case.donor_weight
         weights = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,10 +89,12 @@ def train(directory: Path, world: World, cases: list[Case]) -> Trained:
     return Trained(world, directory)
 
 
-def check_trained_jointly(trained: Trained, case: Case) -> None:
+def check_trained_jointly(
+    trained: Trained, case: Case, lost_windows: frozenset[int] = frozenset()
+) -> None:
     """The oracle check: every parameter and every rank of the receiver."""
     world, weights = trained.world, trained.weights(case)
-    joint = train_jointly(case, world.receiver, world.donor)
+    joint = train_jointly(case, world.receiver, world.donor, lost_windows=lost_windows)
     if case.dtype == "float64":
         bound = 1e-12
     else:
@@ -105,11 +106,9 @@ def check_trained_jointly(trained: Trained, case: Case) -> None:
 
 
 @pytest.fixture(scope="module", params=[World(1, 1), World(2, 2)], ids="{0[0]}x{0[1]}".format)
-def trained(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Trained]:
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Every case in this world."""
-    yield train(tmp_path_factory.mktemp("oracle"), request.param, EVERY_WORLD)
+    return train(tmp_path_factory.mktemp("oracle"), request.param, EVERY_WORLD)
 
 
 @pytest.mark.parametrize("case", EVERY_WORLD, ids=lambda case: case.name)
@@ -131,6 +130,22 @@ def test_unlike_worlds(tmp_path: Path, world: World) -> None:
     trained = train(tmp_path, world, cases)
     for case in cases:
         check_trained_jointly(trained, case)
+
+
+def test_bad_files_are_rejected_and_training_goes_on(tmp_path: Path) -> None:
+    case = Case(mutation="bad_files", num_steps=20)
+    trained = train(tmp_path, World(2, 2), [case])
+    check_trained_jointly(trained, case, lost_windows=frozenset({5}))
+    run = tmp_path / case.name / "runs" / "0001"
+    fates = json.loads((run / "fates.json").read_bytes())
+    assert fates == {
+        "applied": 20, "dropped": 0, "rejected": 2, "skipped": 0, "pending": 0,
+        "published": 22, "alien": 1,
+    }  # fmt: skip
+    notes = sorted((run / "bridge" / "donor" / "rejected").glob("*.json"))
+    assert [int(note.stem) for note in notes] == [5, 9]
+    reasons = [json.loads(note.read_bytes())["reason"] for note in notes]
+    assert reasons == ["truncated", "malformed"]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,20 @@ from tests.oracle import build_optimizer as build_optimizer_of
 from toolkit import BridgeConfig, GradientDonor, GradientReceiver
 from toolkit.bridge import accumulation
 from toolkit.bridge.payload import Record
+from toolkit.bridge.transport import DirectoryTransport
 
 
 def prepare(
     accelerator: Accelerator, case: Case, head: str
 ) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Any]]:
     """The case's model, optimizer and uneven batches for the job that trains ``head``."""
-    model: nn.Module = build_network(case, ("h1", "h2") if head == "h1" else ("h2",))
+    network = build_network(case, ("h1", "h2") if head == "h1" else ("h2",))
     if head == "h1":
-        model.heads["h2"].requires_grad_(False)
+        network.heads["h2"].requires_grad_(False)
+    model: nn.Module = network
     optimizer = build_optimizer_of(case, model)
     batches = UnevenBatches(NUM_SAMPLES[head], case.seed + (7 if head == "h1" else 8))
-    dataloader = DataLoader(build_dataset(case, head), batch_sampler=batches)  # type: ignore[arg-type]
+    dataloader = DataLoader(build_dataset(case, head), batch_sampler=batches)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     return model, optimizer, dataloader
 
@@ -66,6 +69,7 @@ def receive(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Mo
             epoch += 1
         if accelerator.is_main_process:
             fates = receiver.fates()
+            (receiver.run_dir / "fates.json").write_text(json.dumps(fates))
             assert fates["applied"] == case.num_steps, fates
             settled = sum(fates[k] for k in ("applied", "dropped", "rejected", "skipped"))
             assert settled + fates["pending"] == fates["published"], fates
@@ -94,6 +98,7 @@ _load = GradientDonor._load
 _close = accumulation.WindowAccumulator.close
 _backward = accumulation.WindowAccumulator.backward
 _publish_window = GradientDonor._publish_window
+_publish = DirectoryTransport.publish
 
 
 def _scaled(factor: Callable[[GradientReceiver], float]) -> Callable[..., None]:
@@ -147,6 +152,21 @@ def _mean_of_means(self: accumulation.WindowAccumulator, loss: Tensor, num_sampl
     _backward(self, loss * (fake / num_samples), num_samples)
 
 
+def _bad_files(
+    self: DirectoryTransport, job: str, sequence: int, write: Callable[[Path], object]
+) -> int:
+    """Not a wrong factor but a bad disk: one payload is cut in half, and strangers lie about."""
+    if job == "donor" and sequence == 0:
+        self.path(job, sequence).with_name("notes.txt").write_text("not a payload")
+        self.path(job, 9).write_bytes(b"nor is this")
+
+    def write_half(path: Path) -> None:
+        write(path)
+        os.truncate(path, path.stat().st_size // 2)
+
+    return _publish(self, job, sequence, write_half if (job, sequence) == ("donor", 5) else write)
+
+
 MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     "half": (GradientReceiver, "_add_", _scaled(lambda job: 0.5)),
     "times_world_size": (
@@ -161,6 +181,7 @@ MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     ),
     "forget_world_size": (accumulation.WindowAccumulator, "close", _forget("num_processes")),
     "mean_for_sum": (GradientDonor, "_publish_window", _mean_for_sum),
+    "bad_files": (DirectoryTransport, "publish", _bad_files),
     "mean_of_means": (accumulation.WindowAccumulator, "backward", _mean_of_means),
 }  # fmt: skip
 
@@ -183,7 +204,7 @@ def main() -> None:
         case = Case(**fields)
         config = BridgeConfig(
             runs_dir=args.output / case.name / "runs",
-            scope=case.scope,  # type: ignore[arg-type]
+            scope=case.scope,
             rescale=case.rescale,
             donor_weight=case.donor_weight,
             loss_reduction=case.loss_reduction,

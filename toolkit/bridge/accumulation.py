@@ -4,8 +4,8 @@ DDP averages the ranks' gradients and Accelerate divides each micro-step by the 
 of accumulation steps. With ranks or micro-batches of unequal size, or a short last window, the
 result is not the mean over the samples. Here what is back-propagated is the local SUM; after the
 synchronised micro-step ``.grad`` is ``S / (W A c)`` with ``S`` the sum over the samples of the
-whole window and all ranks, ``W`` the world size, ``A`` the configured accumulation steps and ``c`` a
-constant that keeps a scaled sum from overflowing. One factor makes it the exact sum or mean.
+whole window and all ranks, ``W`` the world size, ``A`` the configured accumulation steps and ``c``
+a constant that keeps a scaled sum from overflowing. One factor makes it the exact sum or mean.
 """
 
 from __future__ import annotations

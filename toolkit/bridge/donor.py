@@ -295,7 +295,6 @@ class GradientDonor(BridgeJob):
             kind=kind,
             run_id=self.run_id,
             job=self.role,
-            sequence=self._next_sequence,
             attempt=weights.attempt,
             receiver_step=weights.receiver_step,
             weights_digest=weights.weights_digest,
@@ -304,8 +303,9 @@ class GradientDonor(BridgeJob):
             unit=self.config.unit,
             loss=window.loss if math.isfinite(window.loss) else None,
         )
-        self._answered[_identity(header)] = header.sequence
-        return self._publish(header, sums)
+        size = self._publish(header, sums)
+        self._answered[_identity(header)] = self._next_sequence - 1
+        return size
 
     def _prune(self) -> None:
         """Delete what will never be asked for again; refuse to grow beyond the budget."""
@@ -349,7 +349,6 @@ class GradientDonor(BridgeJob):
             kind="end",
             run_id=self.run_id,
             job=self.role,
-            sequence=self._next_sequence,
             attempt=self._weights.attempt if self._weights else 0,
             receiver_step=self._weights.receiver_step if self._weights else 0,
             weights_digest="",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -20,7 +21,14 @@ from toolkit.bridge.config import PEER, BridgeConfig, Role
 from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.liveness import Heartbeat, PeerWatch, Wait
-from toolkit.bridge.payload import Header, Record, check_identity, parse_record, write_record
+from toolkit.bridge.payload import (
+    Header,
+    Record,
+    check_identity,
+    parse_header,
+    parse_record,
+    write_record,
+)
 from toolkit.bridge.runs import CHECKPOINT_FILE, attach, read_checkpoint
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.parameters import check_in_optimizer, shared_parameters
@@ -104,13 +112,41 @@ class BridgeJob:
     # -- publishing and reading -------------------------------------------------------------
 
     def _publish(self, header: Header, tensors: dict[str, torch.Tensor]) -> int:
-        """Publish the next record of this job's stream (main process); its size in bytes."""
-        sequence = self._next_sequence
-        size = self.transport.publish(
-            self.role, sequence, lambda path: write_record(path, header, tensors)
+        """Publish the next record of this job's stream (main process); its size in bytes.
+
+        A number that an alien file occupies, or that the reader has refused already, is passed
+        over.
+
+        Raises:
+            BridgeError: if another living process publishes as this job.
+        """
+        while True:
+            sequence = self._next_sequence
+            self._next_sequence += 1
+            if self.transport.rejection(self.role, sequence) is not None:
+                continue
+            numbered = dataclasses.replace(header, sequence=sequence)
+
+            def write(path: Path, header: Header = numbered) -> None:
+                write_record(path, header, tensors)
+
+            try:
+                return self.transport.publish(self.role, sequence, write)
+            except FileExistsError:
+                self._refuse_rival(sequence)
+
+    def _refuse_rival(self, sequence: int) -> None:
+        path = self.transport.path(self.role, sequence)
+        try:
+            data = self.transport.read(self.role, sequence, max_bytes=self._max_record_bytes())
+            check_identity(parse_header(data), run_id=self.run_id, job=self.role, sequence=sequence)
+        except (FileNotFoundError, PayloadError):
+            logger.warning("%s is taken by an alien file; publishing under the next number", path)
+            return
+        raise BridgeError(
+            f"{path} exists already: another process publishes as the {self.role} of this run. End "
+            "one of the two, or start a new run"
         )
-        self._next_sequence += 1
-        return size
 
     def _max_record_bytes(self) -> int:
         # A gradient may be wider than its parameter, at most 8 bytes an element.

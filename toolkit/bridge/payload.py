@@ -36,7 +36,7 @@ class Header:
     kind: Kind
     run_id: str  # of the run that the record belongs to
     job: str  # the stream that published it: "donor" or "receiver"
-    sequence: int  # its number in that stream, from 0
+    sequence: int = -1  # its number in that stream, from 0; filled in where it is published
     attempt: int  # the weights version: which start of the receiver ...
     receiver_step: int  # ... and after how many of its optimizer steps
     weights_digest: str  # digest of the weights published, or that the gradient was taken at
@@ -68,7 +68,8 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
 def _header_digest(text: str) -> str:

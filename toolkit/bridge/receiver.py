@@ -220,7 +220,7 @@ class GradientReceiver(BridgeJob):
                 parameter.grad.add_(part, alpha=factor)
 
     def _measure(self, window: Window, record: Record, donor_factor: float) -> None:
-        """Norms of both parts of the step and their cosine on the backbone, before they are added."""
+        """Norms of both parts of the step, before they are added, and their cosine."""
         own: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
@@ -277,7 +277,6 @@ class GradientReceiver(BridgeJob):
             kind=kind,
             run_id=self.run_id,
             job=self.role,
-            sequence=self._next_sequence,
             attempt=self.attempt,
             receiver_step=self.completed_steps,
             weights_digest=digest,

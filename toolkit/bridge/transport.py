@@ -67,16 +67,10 @@ class DirectoryTransport:
             The size of the record in bytes.
 
         Raises:
-            BridgeError: if that number exists: another living job publishes as ``job``.
+            FileExistsError: if that number is taken; what is there is left alone.
         """
         path = self.path(job, sequence)
-        try:
-            files.create(path, write)
-        except FileExistsError:
-            raise BridgeError(
-                f"{path} exists already: another process publishes as {job!r} in this run. End one "
-                "of the two, or start a new run"
-            ) from None
+        files.create(path, write)
         return path.stat().st_size
 
     def exists(self, job: str, sequence: int) -> bool:

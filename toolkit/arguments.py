@@ -1,0 +1,267 @@
+"""Command-line flags that recipes share, as parents for ``argparse.ArgumentParser``.
+
+The names are those of the Hugging Face example scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from toolkit.data import TASKS
+
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def non_negative_int(text: str) -> int:
+    """A whole number of at least 0."""
+    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def non_negative_float(text: str) -> float:
+    """A finite number of at least 0."""
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
+def checkpointing_steps(text: str) -> int | str:
+    """A whole number of steps, or the word ``epoch``."""
+    if text == "epoch":
+        return text
+    return _number(text, int, lambda value: value >= 1, "a number of steps, or 'epoch'")
+
+
+def _number(
+    text: str, convert: Callable[[str], float], accept: Callable[[float], bool], wanted: str
+) -> int:
+    # argparse shows the message of this error class only.
+    error = argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+    try:
+        value = convert(text)
+    except ValueError:
+        raise error from None
+    if not accept(value):
+        raise error
+    return value  # type: ignore[return-value]
+
+
+def data_arguments() -> argparse.ArgumentParser:
+    """What to learn from: a bundled task, or data of one's own."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--task",
+        choices=TASKS,
+        default="digits",
+        help="bundled data; 'digits': h1 tells the digit and has few labels, h2 tells a pair of "
+        "digits; 'overlap': two overlaid digits, one for each head",
+    )
+    group.add_argument(
+        "--dataset_name",
+        help="this job's own images and labels in place of a bundled task: a hub id, a parquet, "
+        "arrow, csv or json file, or a directory (save_to_disk, image folder); needs --num_classes",
+    )
+    group.add_argument("--dataset_config_name", help="configuration of the data set, if it has any")
+    group.add_argument("--dataset_split", default="train", help="rows to train on")
+    group.add_argument(
+        "--eval_split", help="rows of --dataset_name to evaluate on; without, no evaluation"
+    )
+    group.add_argument("--image_column", default="image", help="its images")
+    group.add_argument("--label_column", default="label", help="its class numbers")
+    group.add_argument(
+        "--image_shape",
+        type=positive_int,
+        nargs=3,
+        metavar=("C", "H", "W"),
+        help="channels (1 or 3), height and width in pixels that images are converted to; must be "
+        "the same in both jobs; by default those of the first image",
+    )
+    group.add_argument(
+        "--num_classes",
+        type=positive_int,
+        nargs=2,
+        metavar=("H1", "H2"),
+        help="classes of h1 and of h2 in data of your own; must be the same in both jobs",
+    )
+    return parser
+
+
+def training_arguments() -> argparse.ArgumentParser:
+    """How to train, what to record and where to write."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("training")
+    _add_sizes(group)
+    _add_optimization(group)
+    _add_output(parser.add_argument_group("output"))
+    return parser
+
+
+def _add_sizes(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--seed",
+        type=non_negative_int,
+        default=0,
+        help="of the initial weights, the split of a bundled task and the order of the samples; "
+        "must be the same in both jobs",
+    )
+    add(
+        "--per_device_train_batch_size",
+        type=positive_int,
+        default=32,
+        help="samples per rank and micro-step",
+    )
+    add(
+        "--per_device_eval_batch_size",
+        type=positive_int,
+        default=256,
+        help="samples per rank in evaluation",
+    )
+    add(
+        "--gradient_accumulation_steps",
+        type=positive_int,
+        default=1,
+        help="micro-steps per optimizer step",
+    )
+    add(
+        "--max_train_steps",
+        type=positive_int,
+        help="optimizer steps; overrides --num_train_epochs; 400 if neither is given",
+    )
+    add("--num_train_epochs", type=positive_int, help="passes over this job's training data")
+
+
+def _add_optimization(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="update rule")
+    add(
+        "--learning_rate",
+        type=positive_float,
+        default=5e-3,
+        help="after warm-up",
+    )
+    add(
+        "--weight_decay",
+        type=non_negative_float,
+        default=0.01,
+        help="of all parameters",
+    )
+    add("--momentum", type=non_negative_float, default=0.0, help="of sgd")
+    add(
+        "--lr_scheduler_type",
+        choices=SCHEDULES,
+        default="constant",
+        help="learning rate over optimizer steps",
+    )
+    add(
+        "--num_warmup_steps",
+        type=non_negative_int,
+        default=0,
+        help="optimizer steps of linear warm-up; not for 'constant'",
+    )
+    add(
+        "--max_grad_norm",
+        type=positive_float,
+        help="clip the gradient to this norm; no clipping by default",
+    )
+    add(
+        "--loss_reduction",
+        choices=("mean", "sum"),
+        default="mean",
+        help="whether a step follows the mean or the sum of the samples' losses "
+        "(default: %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "float64"),
+        default="float32",
+        help="of weights and images; float64 shows exactness",
+    )
+    add(
+        "--mixed_precision",
+        choices=("no", "bf16", "fp16"),
+        help="by default what `accelerate launch` says",
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--output_dir",
+        type=Path,
+        help="for results.json, model.safetensors, checkpoints and TensorBoard files; "
+        "by default a new directory, printed at the end",
+    )
+    add(
+        "--checkpointing_steps",
+        type=checkpointing_steps,
+        metavar="N|epoch",
+        help="save a checkpoint every N optimizer steps or at the end of every epoch; "
+        "by default never",
+    )
+    add(
+        "--checkpoints_total_limit",
+        type=positive_int,
+        help="checkpoints to keep, the newest ones; all by default",
+    )
+    add(
+        "--resume_from_checkpoint",
+        metavar="PATH|latest",
+        help="go on from this checkpoint; 'latest': the newest one in --output_dir",
+    )
+    add(
+        "--with_tracking",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="record metrics with --report_to",
+    )
+    add(
+        "--report_to",
+        choices=("tensorboard", "none"),
+        default="tensorboard",
+        help="where metrics go",
+    )
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with the parser's error for flags that contradict each other; fill in the last defaults.
+
+    Args:
+        parser: had ``data_arguments()`` and ``training_arguments()`` as parents.
+        args: what it parsed. ``report_to`` becomes ``none`` without tracking, and
+            ``max_train_steps`` gets its default where no epochs are given either.
+    """
+    if args.dataset_name is not None and args.num_classes is None:
+        parser.error("--dataset_name needs --num_classes H1 H2, the same in both jobs")
+    if args.dataset_name is None:
+        own_data = ("dataset_config_name", "eval_split", "image_shape", "num_classes")
+        for name in own_data:
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} is about data of your own: give --dataset_name too")
+    if args.image_shape is not None and args.image_shape[0] not in (1, 3):
+        parser.error(f"--image_shape starts with 1 or 3 channels, got {args.image_shape[0]}")
+    if args.momentum and args.optimizer != "sgd":
+        parser.error("--momentum is of --optimizer sgd; adamw has its own")
+    if args.num_warmup_steps and args.lr_scheduler_type == "constant":
+        parser.error(
+            "--num_warmup_steps needs a schedule: --lr_scheduler_type constant_with_warmup"
+        )
+    if args.dtype == "float64" and args.mixed_precision not in (None, "no"):
+        parser.error(f"--dtype float64 excludes --mixed_precision {args.mixed_precision}")
+    if args.checkpoints_total_limit is not None and args.checkpointing_steps is None:
+        parser.error("--checkpoints_total_limit needs --checkpointing_steps")
+    if not args.with_tracking:
+        args.report_to = "none"
+    if args.max_train_steps is None and args.num_train_epochs is None:
+        args.max_train_steps = 400

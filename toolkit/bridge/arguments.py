@@ -1,0 +1,115 @@
+"""The bridge's command-line flags, as argparse parents, and the settings that they make."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from toolkit.bridge.config import SCOPES, BridgeConfig
+from toolkit.bridge.rescaling import RESCALE_RULES
+
+_DEFAULTS = BridgeConfig()
+
+
+def bridge_arguments() -> argparse.ArgumentParser:
+    """Flags that donor and receiver have in common."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("bridge")
+    group.add_argument(
+        "--runs_dir",
+        default=str(_DEFAULTS.runs_dir),
+        help="directory that both jobs share; every run is a numbered directory in it",
+    )
+    group.add_argument(
+        "--run",
+        default=None,
+        metavar="NAME",
+        help="join or begin this run; by default the newest that waits for this job, else a new one",
+    )
+    group.add_argument(
+        "--scope",
+        choices=SCOPES,
+        default=_DEFAULTS.scope,
+        help="gradients that cross: of backbone and head (exact), or of the head only; the same on "
+        "both sides",
+    )
+    group.add_argument(
+        "--peer_wait",
+        type=float,
+        default=_DEFAULTS.peer_wait,
+        metavar="SECONDS",
+        help="how long the other job may show no sign of life before this one goes on alone",
+    )
+    group.add_argument(
+        "--require_peer",
+        action="store_true",
+        help="end with an error instead of going on alone",
+    )
+    return parser
+
+
+def donor_arguments() -> argparse.ArgumentParser:
+    """Flags of the donor only."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("bridge (donor)")
+    group.add_argument(
+        "--payload_budget_files",
+        type=int,
+        default=_DEFAULTS.payload_budget_files,
+        metavar="N",
+        help="payloads kept for the receiver's checkpoints, at most",
+    )
+    group.add_argument(
+        "--payload_budget_gib",
+        type=float,
+        default=_DEFAULTS.payload_budget_gib,
+        metavar="GIB",
+        help="their size on disk, at most",
+    )
+    return parser
+
+
+def rescaling_arguments() -> argparse.ArgumentParser:
+    """Flags that say how two gradients make one step; of the receiver and of joint training."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("rescaling")
+    group.add_argument(
+        "--rescale",
+        choices=RESCALE_RULES,
+        default=_DEFAULTS.rescale,
+        help="match: mean own loss + weight * mean donor loss; append: the donor's samples are "
+        "added to the batch; pool: the mean over the union of both batches",
+    )
+    group.add_argument(
+        "--donor_weight",
+        type=float,
+        default=_DEFAULTS.donor_weight,
+        metavar="LAMBDA",
+        help="weight of the donor's loss in the joint loss",
+    )
+    return parser
+
+
+def receiver_arguments() -> argparse.ArgumentParser:
+    """Flags of the receiver only."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("bridge (receiver)")
+    group.add_argument(
+        "--max_staleness",
+        type=int,
+        default=_DEFAULTS.max_staleness,
+        metavar="STEPS",
+        help="receiver steps that the weights of a donor's gradient may be old; 0: lockstep, exact",
+    )
+    return parser
+
+
+def bridge_config(args: argparse.Namespace, **settings: Any) -> BridgeConfig:
+    """The settings that the flags in ``args`` make, where ``settings`` does not say otherwise.
+
+    Raises:
+        ValueError: for a value out of range or a contradiction.
+    """
+    names = [field.name for field in dataclasses.fields(BridgeConfig) if hasattr(args, field.name)]
+    return BridgeConfig(**{name: getattr(args, name) for name in names} | settings)

@@ -1,0 +1,59 @@
+"""The ``gradient-bridge`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import toolkit
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's parser; every subcommand's function is its ``run`` default."""
+    parser = argparse.ArgumentParser(
+        prog="gradient-bridge",
+        description="Train across jobs that share nothing but a directory.",
+    )
+    parser.add_argument("--version", action="version", version=toolkit.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser(
+        "demo",
+        help="train a receiver alone, with a donor, and jointly, and compare",
+        description=(
+            "Launch four real jobs on scikit-learn's digits: a donor and a receiver side by side, "
+            "the receiver alone, and joint training in one job as the oracle. Ends with one table."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--task", choices=["digits", "overlap"], default="digits")
+    demo.add_argument("--num_seeds", type=int, default=1, help="repeat with seeds 0, 1, ...")
+    demo.add_argument("--max_train_steps", type=int, default=None, help="optimizer steps")
+    demo.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    demo.add_argument(
+        "--num_processes", type=int, default=1, help="ranks of the donor and of the receiver"
+    )
+    demo.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where results go")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from toolkit.demo import run_demo
+
+    return run_demo(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console command; the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

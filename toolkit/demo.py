@@ -1,0 +1,227 @@
+"""``gradient-bridge demo``: real jobs side by side, and one table that compares them.
+
+Per seed: a donor and a receiver at the same time; then the receiver alone and joint training at
+the same time. Every job is started with ``accelerate launch``, on the CPU, as a user would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+ALONE_PEER_WAIT_SECONDS = 1
+_TQDM = re.compile(r"(\d+)/(\d+) \[")
+_LOG_TAIL_LINES = 40
+
+
+class JobFailedError(RuntimeError):
+    """A launched job ended with an error; the message holds the end of its output."""
+
+
+@dataclasses.dataclass(slots=True)
+class LaunchedJob:
+    """One ``accelerate launch`` process with its log file and results directory."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    output_dir: Path
+
+    def progress(self) -> tuple[int, int] | None:
+        """Steps done and steps planned, from the job's own progress bar."""
+        found = _TQDM.findall(self.log.read_text(errors="replace")[-2000:])
+        return (int(found[-1][0]), int(found[-1][1])) if found else None
+
+    def check(self) -> bool:
+        """Whether the job has ended; raises :class:`JobFailedError` if it failed."""
+        status = self.process.poll()
+        if status:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
+            raise JobFailedError(f"{self.name} ended with status {status}; {self.log}:\n{tail}")
+        return status == 0
+
+    def results(self) -> dict[str, object]:
+        """The job's ``results.json``."""
+        content: dict[str, object] = json.loads((self.output_dir / "results.json").read_bytes())
+        return content
+
+    def stop(self) -> None:
+        """Ask the job to end if it still runs, and see that it does."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+
+def bundled(name: str) -> Path:
+    """Where ``recipes`` or ``accelerate_configs`` lie: in the package, or in the checkout."""
+    package = Path(__file__).resolve().parent
+    for directory in (package / name, package.parent / name):
+        if directory.is_dir():
+            return directory
+    raise FileNotFoundError(f"{name!r} is neither in {package} nor in {package.parent}")
+
+
+def launch(
+    recipe: str, name: str, output_dir: Path, flags: Sequence[object], num_processes: int = 1
+) -> LaunchedJob:
+    """Start one recipe; its output goes to ``<output_dir>/../<name>.log``."""
+    if num_processes == 1:
+        options = ["--cpu", "--num_processes=1", "--num_machines=1", "--dynamo_backend=no"]
+        options += ["--mixed_precision=no"]
+    else:
+        config = bundled("accelerate_configs") / "cpu_2proc.yaml"
+        options = [f"--config_file={config}", f"--num_processes={num_processes}"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options]
+    command += [str(bundled("recipes") / f"{recipe}.py"), *map(str, flags)]
+    log = output_dir.parent / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+    return LaunchedJob(name, process, log, output_dir)
+
+
+def follow(jobs: Sequence[LaunchedJob], progress: Progress) -> None:
+    """Show the jobs' progress until all have ended; stop the others if one fails."""
+    tasks = {job.name: progress.add_task(job.name, total=None) for job in jobs}
+    running = list(jobs)
+    try:
+        while running:
+            time.sleep(0.1)
+            for job in list(running):
+                ended = job.check()
+                if (steps := job.progress()) is not None:
+                    progress.update(tasks[job.name], completed=steps[0], total=steps[1])
+                if ended:
+                    running.remove(job)
+                    progress.stop_task(tasks[job.name])
+    finally:
+        for job in running:
+            job.stop()
+
+
+def train_one_seed(
+    args: argparse.Namespace, root: Path, seed: int, progress: Progress
+) -> dict[str, LaunchedJob]:
+    """The four jobs of one seed, by row of the table."""
+    common: list[object] = ["--task", args.task, "--seed", seed, "--dtype", args.dtype]
+    if args.max_train_steps is not None:
+        common += ["--max_train_steps", args.max_train_steps]
+    run, alone = f"seed-{seed}", f"seed-{seed}-alone"
+    bridge_flags = ["--runs_dir", root, "--run", run, "--require_peer"]
+    ranks = args.num_processes
+    donor_flags = common[:6] + bridge_flags
+    pair = [
+        launch("donor", f"donor (seed {seed})", root / run / "donor", donor_flags, ranks),
+        launch(
+            "receiver",
+            f"receiver (seed {seed})",
+            root / run / "receiver",
+            common + bridge_flags,
+            ranks,
+        ),
+    ]
+    follow(pair, progress)
+    alone_flags = ["--runs_dir", root, "--run", alone, "--peer_wait", ALONE_PEER_WAIT_SECONDS]
+    joint_flags = ["--output_dir", root / run / "joint"]
+    joint_flags += ["--receiver_processes", ranks, "--donor_processes", ranks]
+    others = [
+        launch("receiver", f"alone (seed {seed})", root / alone / "receiver", common + alone_flags),
+        launch("joint", f"joint (seed {seed})", root / run / "joint", common + joint_flags),
+    ]
+    follow(others, progress)
+    return {"receiver alone": others[0], "bridge": pair[1], "joint": others[1]}
+
+
+def largest_weight_difference(a: Path, b: Path) -> float:
+    """max |a - b| over all tensors of two ``model.safetensors`` files."""
+    from safetensors.torch import load_file
+
+    first, second = load_file(a), load_file(b)
+    if set(first) != set(second):
+        raise ValueError(f"{a} and {b} hold different tensors: {set(first) ^ set(second)}")
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def _table(rows: dict[str, list[dict[str, object]]], num_seeds: int) -> Table:
+    seeds = "1 seed" if num_seeds == 1 else f"mean ± standard deviation of {num_seeds} seeds"
+    table = Table(title=f"Accuracy (%), {seeds}")
+    for column in ("", "h1", "h2"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row, results in rows.items():
+        accuracies = [result["accuracies (%)"] for result in results]
+        cells = [_cell([a[head] for a in accuracies]) for head in ("h1", "h2")]  # type: ignore[index]
+        table.add_row(row, *cells)
+    return table
+
+
+def _new_root(runs_dir: Path) -> Path:
+    for number in range(1, 10_000):
+        root = runs_dir / f"demo-{number:04d}"
+        try:
+            root.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return root
+    raise FileExistsError(f"{runs_dir} holds 9,999 demos already; delete some")
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Run the demo and print its table; the exit status."""
+    console = Console()
+    root = _new_root(args.runs_dir.absolute())
+    rows: dict[str, list[dict[str, object]]] = {}
+    differences = []
+    start = time.monotonic()
+    console.print(f"Four jobs per seed, launched with accelerate; logs and results in {root}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        try:
+            for seed in range(args.num_seeds):
+                jobs = train_one_seed(args, root, seed, progress)
+                for row, job in jobs.items():
+                    rows.setdefault(row, []).append(job.results())
+                files = [jobs[row].output_dir / "model.safetensors" for row in ("bridge", "joint")]
+                differences.append(largest_weight_difference(files[0], files[1]))
+        except JobFailedError as error:
+            progress.stop()
+            console.print(f"[bold red]failed:[/] {error}", highlight=False)
+            return 1
+    console.print(_table(rows, args.num_seeds))
+    console.print(
+        f"largest difference of final weights, bridge to joint: {max(differences):.2e} "
+        f"({args.dtype})", highlight=False,
+    )  # fmt: skip
+    console.print(f"took {time.monotonic() - start:.0f} s; results: {root}", highlight=False)
+    console.print(f"look at the curves: tensorboard --logdir {root}", highlight=False)
+    return 0

@@ -1,0 +1,257 @@
+"""What recipes need around their training loops: optimizer, evaluation, checkpoints, results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from toolkit.data import NO_LABEL
+
+_SAVING = ".saving-"  # prefix of a checkpoint that is not complete yet
+
+
+def build_optimizer(
+    args: argparse.Namespace, params: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """The optimizer that ``training_arguments()`` describe, over ``params``."""
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(
+            params, lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
+        )
+    return torch.optim.AdamW(params, lr=args.learning_rate, weight_decay=args.weight_decay)
+
+
+def build_scheduler(
+    args: argparse.Namespace, optimizer: torch.optim.Optimizer, num_training_steps: int
+) -> LambdaLR:
+    """The learning rate schedule; step it once per optimizer step.
+
+    Do not prepare it: a prepared scheduler advances once per rank. Register it for checkpointing
+    instead.
+
+    Args:
+        args: with ``lr_scheduler_type`` and ``num_warmup_steps``.
+        optimizer: bare, before ``prepare``.
+        num_training_steps: optimizer steps, at whose end ``linear`` and ``cosine`` reach zero.
+    """
+    warmup = args.num_warmup_steps
+
+    def factor(step: int) -> float:
+        if args.lr_scheduler_type == "constant":
+            return 1.0
+        if step < warmup:
+            return step / warmup
+        if args.lr_scheduler_type == "constant_with_warmup":
+            return 1.0
+        progress = min(1.0, (step - warmup) / max(1, num_training_steps - warmup))
+        if args.lr_scheduler_type == "linear":
+            return 1.0 - progress
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
+
+
+def evaluate(
+    accelerator: Accelerator,
+    model: nn.Module,
+    dataset: Dataset,
+    heads: Sequence[str],
+    batch_size: int,
+) -> dict[str, float]:
+    """Accuracy of every head, in percent of the images that have a label for it. A collective.
+
+    Every image counts once, however many ranks there are, and every rank calls the model equally
+    often, as wrappers with collectives of their own need.
+
+    Args:
+        accelerator: its ranks share the work.
+        model: prepared or not; its training mode is restored.
+        dataset: columns ``image`` and one per head, with ``NO_LABEL`` where there is none.
+        heads: to evaluate.
+        batch_size: images per rank and call.
+
+    Returns:
+        By head; heads without any label in ``dataset`` are absent.
+    """
+    parameter = next(model.parameters())
+    counts = torch.zeros(len(heads), 2, dtype=torch.int64, device=accelerator.device)
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(dataset), batch_size * accelerator.num_processes):
+        stop = min(start + batch_size * accelerator.num_processes, len(dataset))
+        mine = list(range(start + accelerator.process_index, stop, accelerator.num_processes))
+        # A rank without images in the last round reads one that it does not count.
+        batch = dataset[mine or [start]]
+        images = batch["image"].to(parameter.device, parameter.dtype)
+        with torch.no_grad():
+            logits = model(images, heads)
+        for number, head in enumerate(heads):
+            labels = batch[head][: len(mine)].to(parameter.device)
+            predictions = logits[head][: len(mine)].argmax(dim=1)
+            counts[number, 0] += (predictions == labels).sum()
+            counts[number, 1] += (labels != NO_LABEL).sum()
+    model.train(was_training)
+    totals: list[list[int]] = accelerator.reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
+    return {
+        head: 100.0 * correct / total
+        for head, (correct, total) in zip(heads, totals, strict=True)
+        if total
+    }
+
+
+def banner(title: str, facts: Mapping[str, object]) -> str:
+    """The lines that a recipe logs before its loop: ``***** title *****`` and one per fact."""
+    return "\n".join([f"***** {title} *****", *(f"  {key} = {facts[key]}" for key in facts)])
+
+
+def tracker_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as ``init_trackers`` takes them: TensorBoard raises on lists, paths and None."""
+    return {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in vars(args).items()
+        if value is not None
+    }
+
+
+def new_output_dir(runs_dir: Path, recipe: str) -> Path:
+    """Make ``<runs_dir>/<recipe>-NNNN`` of the next free number, the same on every rank.
+
+    A collective, which needs a ``PartialState`` or an ``Accelerator`` that exists already.
+    """
+    found: list[Any] = [None]
+    if PartialState().is_main_process:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while found[0] is None:
+            path = runs_dir / f"{recipe}-{number:04d}"
+            number += 1
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            found[0] = path
+    broadcast_object_list(found)
+    result: Path = found[0]
+    return result
+
+
+class CompletedSteps:
+    """A counter that travels with checkpoints (``accelerator.register_for_checkpointing``)."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint holds."""
+        return {"completed_steps": self.value}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a checkpoint."""
+        self.value = state["completed_steps"]
+
+
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None
+) -> None:
+    """Save ``<output_dir>/step_<step>``, then delete the oldest ones beyond a limit. A collective.
+
+    The name appears when the checkpoint is complete: a job killed meanwhile leaves none of it.
+
+    Args:
+        accelerator: saves everything prepared and registered.
+        output_dir: of the job.
+        step: completed optimizer steps.
+        total_limit: checkpoints to keep, this one included; None for all.
+    """
+    target = output_dir / f"step_{step}"
+    temporary = output_dir / f"{_SAVING}{target.name}"
+    if accelerator.is_main_process:
+        for leftover in output_dir.glob(f"{_SAVING}*"):
+            shutil.rmtree(leftover)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if target.exists():  # saved before the job was resumed from an older one
+            shutil.rmtree(target)
+        temporary.rename(target)
+        if total_limit is not None:
+            for old in _checkpoints(output_dir)[:-total_limit]:
+                shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def find_checkpoint(resume_from_checkpoint: str, output_dir: Path) -> Path:
+    """The checkpoint that ``--resume_from_checkpoint`` names.
+
+    Args:
+        resume_from_checkpoint: a path, or ``latest`` for the highest step in ``output_dir``.
+        output_dir: of the job.
+
+    Raises:
+        ValueError: if there is none, naming those that there are.
+    """
+    there = _checkpoints(output_dir)
+    if resume_from_checkpoint == "latest":
+        if not there:
+            raise ValueError(
+                f"no checkpoint in {output_dir} to resume from: give --output_dir of a job that "
+                "had --checkpointing_steps, or the checkpoint's path"
+            )
+        return there[-1]
+    path = Path(resume_from_checkpoint)
+    if not path.is_dir():
+        names = [checkpoint.name for checkpoint in there]
+        raise ValueError(f"{path} is no checkpoint; {output_dir} has {names or 'none'}")
+    return path
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, by step."""
+    paths = [path for path in output_dir.glob("step_*") if path.name[5:].isdecimal()]
+    return sorted(paths, key=lambda path: int(path.name[5:]))
+
+
+def write_results(
+    output_dir: Path, results: Mapping[str, Any], model_state: Mapping[str, Tensor]
+) -> None:
+    """Write ``model.safetensors`` and then ``results.json``, each whole or not at all.
+
+    Only the main process writes.
+
+    Args:
+        output_dir: is made if there is none.
+        results: fit for JSON.
+        model_state: by plain parameter name, as ``accelerator.get_state_dict(model)`` gives it.
+    """
+    if not PartialState().is_main_process:
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model_state.items()}
+    text = json.dumps(dict(results), indent=2) + "\n"
+    temporary = output_dir / f".tmp-{os.getpid()}"
+    save_file(tensors, temporary)
+    temporary.chmod(0o666 & ~_umask())  # safetensors lets only the owner read its files
+    temporary.replace(output_dir / "model.safetensors")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(output_dir / "results.json")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -140,6 +140,13 @@ def _add_sizes(group: argparse._ArgumentGroup) -> None:
         help="optimizer steps; overrides --num_train_epochs; 400 if neither is given",
     )
     add("--num_train_epochs", type=positive_int, help="passes over this job's training data")
+    add(
+        "--eval_steps",
+        type=positive_int,
+        default=50,
+        help="optimizer steps between evaluations; the last step is always evaluated "
+        "(default: %(default)s)",
+    )
 
 
 def _add_optimization(group: argparse._ArgumentGroup) -> None:
@@ -179,8 +186,7 @@ def _add_optimization(group: argparse._ArgumentGroup) -> None:
         "--loss_reduction",
         choices=("mean", "sum"),
         default="mean",
-        help="whether a step follows the mean or the sum of the samples' losses "
-        "(default: %(default)s)",
+        help="whether a step follows the mean or the sum of the samples' losses",
     )
     add(
         "--dtype",

@@ -8,6 +8,7 @@ that nothing is downloaded. For data of one's own see ``toolkit.silos``.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -167,6 +168,14 @@ def check_labels(labels: Iterable[object], num_classes: int, head: str) -> None:
                 f"{num_classes} classes: labels must be whole numbers from 0 to "
                 f"{num_classes - 1}. Renumber the labels, or give the right --num_classes"
             )
+
+
+def windows_per_epoch(
+    num_samples: int, batch_size: int, gradient_accumulation_steps: int, num_processes: int
+) -> int:
+    """Optimizer steps per epoch of the job that ``window_indices`` describes."""
+    num_batches = math.ceil(math.ceil(num_samples / batch_size) / num_processes)
+    return math.ceil(num_batches / gradient_accumulation_steps)
 
 
 def window_indices(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -67,9 +68,9 @@ def build_model(
     _, height, width = image_shape
     if min(height, width) < _GRID:
         raise ValueError(f"image_shape is {image_shape}; height and width must be at least {_GRID}")
-    backbone = _seeded(seed, "backbone", lambda: _build_backbone(image_shape))
+    backbone = _seeded(seed, "backbone", partial(_build_backbone, image_shape))
     heads = {
-        name: _seeded(seed, f"heads.{name}", lambda size=size: nn.Linear(NUM_FEATURES, size))
+        name: _seeded(seed, f"heads.{name}", partial(nn.Linear, NUM_FEATURES, size))
         for name, size in num_classes.items()
     }
     return MultiHeadModel(backbone, heads)

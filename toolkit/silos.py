@@ -154,7 +154,7 @@ def load_silo(
             images.append(to_pixels(value, image_shape))
         except (ValueError, OSError) as error:
             raise ValueError(f"image in row {row} of {source.dataset_name}: {error}") from error
-        image_shape = image_shape or images[0].shape  # type: ignore[assignment]
+        image_shape = image_shape or images[0].shape
     return make_dataset(np.stack(images), {head: np.array(labels, dtype=np.int64)})
 
 
@@ -187,8 +187,8 @@ def to_pixels(value: Any, shape: tuple[int, int, int] | None = None) -> FloatArr
 
     Args:
         value: a PIL image, its encoded form (``{"bytes": ...}``), the path of an image file, or an
-            array or nested list (H, W), (C, H, W) or (H, W, C): whole numbers are divided by 255
-            (``uint16`` by 65535), other numbers must lie in [0, 1].
+            array or nested list (H, W), (C, H, W) or, where the first is impossible, (H, W, C):
+            whole numbers are divided by 255 (``uint16`` by 65535), others must lie in [0, 1].
         shape: (C, H, W) to convert it to: to grey or to RGB, and resized (bilinear).
 
     Raises:
@@ -201,6 +201,8 @@ def to_pixels(value: Any, shape: tuple[int, int, int] | None = None) -> FloatArr
     if isinstance(value, Image.Image) and not value.mode.startswith("I;16"):
         value = value.convert("L" if value.mode in ("1", "L", "LA") else "RGB")
     array = np.asarray(value)
+    if isinstance(value, Image.Image) and array.ndim == 3:
+        array = array.transpose(2, 0, 1)
     if array.dtype.kind not in "buif":
         raise ValueError(f"expected numbers, got {type(value).__name__} of dtype {array.dtype}")
     top = {"b": 1, "f": 1}.get(array.dtype.kind, 65535 if array.dtype == np.uint16 else 255)

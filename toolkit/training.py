@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from toolkit.bridge.errors import BridgeError
 from toolkit.data import NO_LABEL
 
 _SAVING = ".saving-"  # prefix of a checkpoint that is not complete yet
@@ -105,7 +109,7 @@ def evaluate(
             counts[number, 0] += (predictions == labels).sum()
             counts[number, 1] += (labels != NO_LABEL).sum()
     model.train(was_training)
-    totals: list[list[int]] = accelerator.reduce(counts, reduction="sum").tolist()  # type: ignore[union-attr]
+    totals: list[list[int]] = accelerator.reduce(counts, reduction="sum").tolist()
     return {
         head: 100.0 * correct / total
         for head, (correct, total) in zip(heads, totals, strict=True)
@@ -113,18 +117,27 @@ def evaluate(
     }
 
 
+def configure_logging(accelerator: Accelerator) -> None:
+    """Log to the terminal: everything from the main process, only warnings from the others."""
+    logging.basicConfig(
+        level=logging.INFO if accelerator.is_main_process else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+
+
+@contextlib.contextmanager
+def clean_errors() -> Iterator[None]:
+    """End the process with the message alone where a user, and not the code, can mend an error."""
+    try:
+        yield
+    except BridgeError as error:
+        sys.exit(f"error: {error}")
+
+
 def banner(title: str, facts: Mapping[str, object]) -> str:
     """The lines that a recipe logs before its loop: ``***** title *****`` and one per fact."""
     return "\n".join([f"***** {title} *****", *(f"  {key} = {facts[key]}" for key in facts)])
-
-
-def tracker_config(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags as ``init_trackers`` takes them: TensorBoard raises on lists, paths and None."""
-    return {
-        name: value if isinstance(value, (bool, int, float, str)) else str(value)
-        for name, value in vars(args).items()
-        if value is not None
-    }
 
 
 def new_output_dir(runs_dir: Path, recipe: str) -> Path:

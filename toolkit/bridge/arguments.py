@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
-from toolkit.bridge.config import SCOPES, BridgeConfig
+from toolkit.bridge.config import SCOPES, BridgeConfig, Role
+from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.rescaling import RESCALE_RULES
+from toolkit.bridge.runs import newest_run
+from toolkit.training import find_checkpoint
 
 _DEFAULTS = BridgeConfig()
 
@@ -25,7 +29,7 @@ def bridge_arguments() -> argparse.ArgumentParser:
         "--run",
         default=None,
         metavar="NAME",
-        help="join or begin this run; by default the newest that waits for this job, else a new one",
+        help="join or begin this run; by default the newest that waits for this job, or a new one",
     )
     group.add_argument(
         "--scope",
@@ -103,6 +107,27 @@ def receiver_arguments() -> argparse.ArgumentParser:
         help="receiver steps that the weights of a donor's gradient may be old; 0: lockstep, exact",
     )
     return parser
+
+
+def checkpoint_to_resume(args: argparse.Namespace, role: Role) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint`` names; None without that flag.
+
+    ``latest`` is looked for in ``--output_dir``, else in ``--run``, else in the newest run.
+
+    Raises:
+        BridgeError: if there is none.
+    """
+    if args.resume_from_checkpoint is None:
+        return None
+    runs_dir = Path(args.runs_dir)
+    output_dir = args.output_dir
+    if output_dir is None:
+        run = args.run or newest_run(runs_dir)
+        output_dir = runs_dir / (run or "") / role
+    try:
+        return find_checkpoint(args.resume_from_checkpoint, output_dir)
+    except ValueError as error:
+        raise BridgeError(str(error)) from None
 
 
 def bridge_config(args: argparse.Namespace, **settings: Any) -> BridgeConfig:

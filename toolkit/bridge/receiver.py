@@ -49,6 +49,7 @@ class GradientReceiver(BridgeJob):
 
     Attributes:
         completed_steps: optimizer steps that happened.
+        completed_windows: accumulation windows, those included whose step a loss scaler skipped.
         metrics: numbers of the newest step, plain floats, for ``accelerator.log``.
         output_dir: where this job's results belong.
 
@@ -63,6 +64,7 @@ class GradientReceiver(BridgeJob):
         self._check_head_unmanaged()
         super()._attach()
         self.completed_steps = 0
+        self.completed_windows = 0
         self._published_step: int | None = None
         self._injected: _Injection | None = None
         self._acknowledged = 0  # what the donor has been told that it may delete, exclusive
@@ -165,6 +167,7 @@ class GradientReceiver(BridgeJob):
                 "and before clipping"
             )
         injected, self._injected = self._injected, None
+        self.completed_windows += 1
         if self._step_was_skipped(injected.scale):
             return False
         if self.accelerator.is_main_process:
@@ -295,12 +298,14 @@ class GradientReceiver(BridgeJob):
     def _state(self) -> dict[str, Any]:
         return {
             "completed_steps": self.completed_steps,
+            "completed_windows": self.completed_windows,
             "ledger": self.ledger.counts,
             "inbox": self._inbox.state(),
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
         self.completed_steps = state["completed_steps"]
+        self.completed_windows = state["completed_windows"]
         self.ledger.counts = dict(state["ledger"])
         self._inbox.load_state(state["inbox"])
 

@@ -159,12 +159,18 @@ def _refuse_living(run_dir: Path, role: Role) -> None:
         )
 
 
+def newest_run(runs_dir: Path) -> str | None:
+    """The name of the numbered run with the highest number, or None."""
+    names = (path.name for path in runs_dir.glob("*") if _NUMBER.fullmatch(path.name))
+    return max(names, key=int, default=None)
+
+
 def _newest_open_run(runs_dir: Path, role: Role) -> Path | None:
     """The newest numbered run, if it waits for this role."""
-    numbers = [path.name for path in runs_dir.iterdir() if _NUMBER.fullmatch(path.name)]
-    if not numbers:
+    name = newest_run(runs_dir)
+    if name is None:
         return None
-    run_dir = runs_dir / max(numbers, key=int)
+    run_dir = runs_dir / name
     if _attempts(run_dir, role) or has_ended(run_dir, "receiver") or has_ended(run_dir, "donor"):
         return None
     peer = PEER[role]
@@ -177,8 +183,7 @@ def _newest_open_run(runs_dir: Path, role: Role) -> Path | None:
 def _found_run(runs_dir: Path) -> Path:
     """Make the directory of the next number; whoever else tries the same number fails."""
     while True:
-        numbers = [int(path.name) for path in runs_dir.iterdir() if _NUMBER.fullmatch(path.name)]
-        run_dir = runs_dir / f"{max(numbers, default=0) + 1:04d}"
+        run_dir = runs_dir / f"{int(newest_run(runs_dir) or 0) + 1:04d}"
         try:
             run_dir.mkdir()
         except FileExistsError:

@@ -1,0 +1,204 @@
+"""Give a receiver the gradients of h2 and the backbone, from this job's labels.
+
+    accelerate launch recipes/donor.py
+    accelerate launch --config_file accelerate_configs/cpu_2proc.yaml recipes/donor.py
+
+and, in another terminal, in either order, the same with ``recipes/receiver.py``. Both find each
+other in ``--runs_dir``; results lie in ``runs/<run>/donor``. The donor goes on until the receiver
+has ended; ``--max_train_steps`` and ``--num_train_epochs`` are upper bounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from toolkit import GradientDonor
+from toolkit.arguments import check_arguments, data_arguments, training_arguments
+from toolkit.bridge.arguments import (
+    bridge_arguments,
+    bridge_config,
+    checkpoint_to_resume,
+    donor_arguments,
+)
+from toolkit.data import in_memory
+from toolkit.metrics import start_tracking
+from toolkit.models import build_model
+from toolkit.silos import load_data
+from toolkit.training import (
+    banner,
+    build_optimizer,
+    build_scheduler,
+    clean_errors,
+    configure_logging,
+    evaluate,
+    save_checkpoint,
+    write_results,
+)
+
+logger = get_logger(__name__)
+
+HEAD = "h2"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, checked; ``max_follow_steps`` is the bound while a receiver is followed."""
+    parser = argparse.ArgumentParser(
+        description="Give gradients to a receiver job that shares only a directory.",
+        parents=[
+            data_arguments(),
+            training_arguments(),
+            bridge_arguments(),
+            donor_arguments(),
+        ],
+    )
+    args = parser.parse_args()
+    has_bound = args.max_train_steps is not None or args.num_train_epochs is not None
+    check_arguments(parser, args)
+    args.bound_while_following = has_bound
+    return args
+
+
+def main() -> None:
+    """Train the donor's part."""
+    args = parse_arguments()
+    start_time = time.monotonic()
+
+    # -- accelerator ----------------------------------------------------------------------------
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.runs_dir,
+    )
+    configure_logging(accelerator)
+    set_seed(args.seed)
+
+    # -- data, model ----------------------------------------------------------------------------
+    with accelerator.main_process_first():
+        task = load_data(args, HEAD)
+    dtype = getattr(torch, args.dtype)
+    num_classes = {HEAD: task.num_classes[HEAD]}
+    model = build_model(task.image_shape, num_classes, seed=args.seed).to(dtype)
+    optimizer = build_optimizer(args, model.parameters())
+    dataloader = DataLoader(
+        in_memory(task.train[HEAD], HEAD),
+        batch_size=args.per_device_train_batch_size,
+        shuffle=True,
+    )
+
+    # -- prepare --------------------------------------------------------------------------------
+    bare_optimizer = optimizer
+    model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
+    steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    scheduler = build_scheduler(args, bare_optimizer, max_train_steps)
+    accelerator.register_for_checkpointing(scheduler)
+    checkpointing_steps = args.checkpointing_steps
+    if checkpointing_steps == "epoch":
+        checkpointing_steps = steps_per_epoch
+
+    # -- bridge ---------------------------------------------------------------------------------
+    checkpoint = checkpoint_to_resume(args, "donor")
+    donor = GradientDonor(
+        accelerator,
+        model,
+        optimizer,
+        bridge_config(
+            args,
+            run=None if checkpoint else args.run,
+            resume_from_checkpoint=checkpoint,
+        ),
+        head=f"heads.{HEAD}",
+    )
+    output_dir = args.output_dir or donor.output_dir
+    start_tracking(accelerator, output_dir, vars(args), [f"accuracy/{HEAD} (%)"])
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        logger.info(f"resumed from {checkpoint} at window {donor.completed_windows}")
+
+    # -- train ----------------------------------------------------------------------------------
+    facts = {
+        "Run": donor.run_dir,
+        "Num examples": len(task.train[HEAD]),
+        "Per-device batch size": args.per_device_train_batch_size,
+        "Num processes": accelerator.num_processes,
+        "Gradient accumulation steps": args.gradient_accumulation_steps,
+        "Total optimization steps": f"{max_train_steps} if alone, else the receiver's",
+    }
+    logger.info(banner("Running training", facts))
+    progress = tqdm(
+        total=max_train_steps if args.bound_while_following else None,
+        initial=donor.completed_windows,
+        desc="donor",
+        disable=not accelerator.is_main_process,
+    )
+
+    def measure() -> dict[str, float]:
+        return evaluate(
+            accelerator, model, task.evaluation, [HEAD], args.per_device_eval_batch_size
+        )
+
+    with donor:
+        for images, labels in donor.follow(dataloader):
+            with accelerator.accumulate(model):
+                logits = model(images.to(dtype), [HEAD])[HEAD]
+                loss = F.cross_entropy(logits, labels, reduction=args.loss_reduction)
+                donor.backward(loss, num_samples=len(labels))
+                if not donor.publish():  # no receiver: an ordinary step
+                    if accelerator.sync_gradients and args.max_grad_norm is not None:
+                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                        scheduler.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            step = donor.completed_windows
+            metrics = dict(donor.metrics)
+            if step % args.eval_steps == 0:
+                metrics |= {f"accuracy/{head} (%)": a for head, a in measure().items()}
+            accelerator.log(metrics, step=donor.receiver_step)
+            progress.update()
+            if checkpointing_steps and step % checkpointing_steps == 0:
+                save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
+            if step >= max_train_steps and (args.bound_while_following or not donor.following):
+                break
+
+    # -- results --------------------------------------------------------------------------------
+    progress.close()
+    accuracies = measure()
+    accelerator.log(
+        {f"accuracy/{head} (%)": a for head, a in accuracies.items()}, step=donor.receiver_step
+    )
+    results = {
+        "recipe": "donor",
+        "accuracies (%)": accuracies,
+        "completed_steps": donor.completed_windows,
+        "num_processes": accelerator.num_processes,
+        "seconds": time.monotonic() - start_time,
+        "published": donor.published_windows,
+    }
+    write_results(output_dir, results, accelerator.get_state_dict(model))
+    report = ", ".join(f"{head} {accuracy:.2f} %" for head, accuracy in accuracies.items())
+    logger.info(f"accuracy: {report}; windows published: {donor.published_windows}")
+    logger.info(f"results: {output_dir}; curves: tensorboard --logdir {donor.run_dir.parent}")
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()

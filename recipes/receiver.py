@@ -1,0 +1,213 @@
+"""Train backbone and h1 on this job's labels, and h2 and the backbone on a donor's gradients.
+
+    accelerate launch recipes/receiver.py
+    accelerate launch --config_file accelerate_configs/cpu_2proc.yaml recipes/receiver.py
+
+and, in another terminal, in either order, the same with ``recipes/donor.py``. Both find each other
+in ``--runs_dir``; results lie in ``runs/<run>/receiver``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from toolkit import GradientReceiver
+from toolkit.arguments import check_arguments, data_arguments, training_arguments
+from toolkit.bridge.arguments import (
+    bridge_arguments,
+    bridge_config,
+    checkpoint_to_resume,
+    receiver_arguments,
+    rescaling_arguments,
+)
+from toolkit.data import in_memory
+from toolkit.metrics import start_tracking
+from toolkit.models import build_model
+from toolkit.silos import load_data
+from toolkit.training import (
+    banner,
+    build_optimizer,
+    build_scheduler,
+    clean_errors,
+    configure_logging,
+    evaluate,
+    save_checkpoint,
+    write_results,
+)
+
+logger = get_logger(__name__)
+
+OWN_HEAD, DONOR_HEAD = "h1", "h2"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        description="Train a model with the help of a donor job that shares only a directory.",
+        parents=[
+            data_arguments(),
+            training_arguments(),
+            bridge_arguments(),
+            rescaling_arguments(),
+            receiver_arguments(),
+        ],
+    )
+    args = parser.parse_args()
+    check_arguments(parser, args)
+    return args
+
+
+def main() -> None:
+    """Train the receiver."""
+    args = parse_arguments()
+    start_time = time.monotonic()
+
+    # -- accelerator ----------------------------------------------------------------------------
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.runs_dir,
+    )
+    configure_logging(accelerator)
+    set_seed(args.seed)
+
+    # -- data, model ----------------------------------------------------------------------------
+    with accelerator.main_process_first():
+        task = load_data(args, OWN_HEAD)
+    dtype = getattr(torch, args.dtype)
+    model = build_model(task.image_shape, task.num_classes, seed=args.seed).to(dtype)
+    # This job's loss does not use the donor's head: DDP must not wait for its gradient.
+    model.heads[DONOR_HEAD].requires_grad_(False)
+    optimizer = build_optimizer(args, model.parameters())
+    dataloader = DataLoader(
+        in_memory(task.train[OWN_HEAD], OWN_HEAD),
+        batch_size=args.per_device_train_batch_size,
+        shuffle=True,
+    )
+
+    # -- prepare --------------------------------------------------------------------------------
+    bare_optimizer = optimizer
+    model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
+    steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+    max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    scheduler = build_scheduler(args, bare_optimizer, max_train_steps)
+    accelerator.register_for_checkpointing(scheduler)
+    checkpointing_steps = args.checkpointing_steps
+    if checkpointing_steps == "epoch":
+        checkpointing_steps = steps_per_epoch
+
+    # -- bridge ---------------------------------------------------------------------------------
+    checkpoint = checkpoint_to_resume(args, "receiver")
+    receiver = GradientReceiver(
+        accelerator,
+        model,
+        optimizer,
+        bridge_config(
+            args,
+            run=None if checkpoint else args.run,
+            resume_from_checkpoint=checkpoint,
+            checkpoint_interval=checkpointing_steps,
+            checkpoints_kept=args.checkpoints_total_limit,
+        ),
+        head=f"heads.{DONOR_HEAD}",
+    )
+    output_dir = args.output_dir or receiver.output_dir
+    start_tracking(accelerator, output_dir, vars(args), ["accuracy/h1 (%)", "accuracy/h2 (%)"])
+    if checkpoint is not None:
+        accelerator.load_state(str(checkpoint))
+        logger.info(f"resumed from {checkpoint} at receiver step {receiver.completed_steps}")
+
+    # -- train ----------------------------------------------------------------------------------
+    facts = {
+        "Run": receiver.run_dir,
+        "Num examples": len(task.train[OWN_HEAD]),
+        "Per-device batch size": args.per_device_train_batch_size,
+        "Num processes": accelerator.num_processes,
+        "Gradient accumulation steps": args.gradient_accumulation_steps,
+        "Total optimization steps": max_train_steps,
+    }
+    logger.info(banner("Running training", facts))
+    progress = tqdm(
+        total=max_train_steps,
+        initial=receiver.completed_steps,
+        desc="receiver",
+        disable=not accelerator.is_main_process,
+    )
+
+    def measure() -> dict[str, float]:
+        return evaluate(
+            accelerator,
+            model,
+            task.evaluation,
+            [OWN_HEAD, DONOR_HEAD],
+            args.per_device_eval_batch_size,
+        )
+
+    with receiver:
+        while receiver.completed_steps < max_train_steps:
+            epoch, window = divmod(receiver.completed_windows, steps_per_epoch)
+            dataloader.set_epoch(epoch)
+            skipped = window * args.gradient_accumulation_steps
+            batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
+            for images, labels in batches:
+                with accelerator.accumulate(model):
+                    logits = model(images.to(dtype), [OWN_HEAD])[OWN_HEAD]
+                    loss = F.cross_entropy(logits, labels, reduction=args.loss_reduction)
+                    receiver.backward(loss, num_samples=len(labels))
+                    receiver.inject()
+                    if accelerator.sync_gradients and args.max_grad_norm is not None:
+                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    stepped = receiver.commit()
+                if not stepped:
+                    continue
+                step = receiver.completed_steps
+                metrics = {**receiver.metrics, "learning rate": scheduler.get_last_lr()[0]}
+                scheduler.step()
+                if step % args.eval_steps == 0 or step == max_train_steps:
+                    accuracies = measure()
+                    metrics |= {f"accuracy/{head} (%)": a for head, a in accuracies.items()}
+                accelerator.log(metrics, step=step)
+                progress.update()
+                if checkpointing_steps and step % checkpointing_steps == 0:
+                    save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
+                if step == max_train_steps:
+                    break
+
+    # -- results --------------------------------------------------------------------------------
+    progress.close()
+    accuracies = measure()
+    results = {
+        "recipe": "receiver",
+        "accuracies (%)": accuracies,
+        "completed_steps": receiver.completed_steps,
+        "num_processes": accelerator.num_processes,
+        "seconds": time.monotonic() - start_time,
+        "fates": receiver.fates(),
+    }
+    write_results(output_dir, results, accelerator.get_state_dict(model))
+    report = ", ".join(f"{head} {accuracy:.2f} %" for head, accuracy in accuracies.items())
+    logger.info(f"accuracy: {report}; fates of the donor's payloads: {results['fates']}")
+    logger.info(f"results: {output_dir}; curves: tensorboard --logdir {receiver.run_dir.parent}")
+    accelerator.free_memory()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    with clean_errors():
+        main()

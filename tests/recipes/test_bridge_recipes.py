@@ -1,0 +1,129 @@
+"""The recipes as a user starts them: in any order, alone, killed and resumed, on two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.launching import Launcher
+from tests.oracle import largest_difference
+from tests.recipes.running import DONOR, JOINT, RECEIVER, TIMEOUT, Recipes, wait_until
+
+
+def test_either_order_again_and_equal_to_joint(recipes: Recipes) -> None:
+    steps = ["--max_train_steps", 40]
+    first = recipes(RECEIVER, *steps)
+    wait_until(recipes.path("0001", "bridge", "receiver", "heartbeat").exists, "receiver first")
+    recipes(DONOR).wait(TIMEOUT)
+    first.wait(TIMEOUT)
+    assert "waiting for the donor" in first.output()
+    assert "accelerate launch recipes/donor.py" in first.output()
+
+    donor = recipes(DONOR)  # the same commands again: a new run beside the old
+    wait_until(recipes.path("0002", "bridge", "donor", "heartbeat").exists, "donor first")
+    recipes(RECEIVER, *steps).wait(TIMEOUT)
+    donor.wait(TIMEOUT)
+
+    recipes(JOINT, *steps, "--output_dir", recipes.path("joint")).wait(TIMEOUT)
+    joint = recipes.weights("joint")
+    for run in ("0001", "0002"):
+        weights = recipes.weights(run, "receiver")
+        assert largest_difference(weights, joint) <= 1e-12
+        shared = {name: weights[name] for name in weights if not name.startswith("heads.h1")}
+        assert largest_difference(recipes.weights(run, "donor"), shared) == 0.0
+        results = recipes.results(run, "receiver")
+        assert results["recipe"] == "receiver"
+        assert results["completed_steps"] == 40
+        assert results["num_processes"] == 1
+        assert results["accuracies (%)"].keys() == {"h1", "h2"}
+        fates = results["fates"]
+        assert fates["applied"] == 40
+        settled = sum(fates[fate] for fate in ("applied", "dropped", "rejected", "skipped"))
+        assert settled + fates["pending"] == fates["published"]
+    assert torch.equal(
+        recipes.weights("0001", "receiver")["heads.h2.weight"],
+        recipes.weights("0002", "receiver")["heads.h2.weight"],
+    )
+
+
+def test_two_ranks_each_equal_joint_on_one(recipes: Recipes) -> None:
+    own = ["--max_train_steps", 12, "--per_device_train_batch_size", 6]
+    donor = ["--per_device_train_batch_size", 7, "--gradient_accumulation_steps", 3]
+    jobs = [
+        recipes(DONOR, *donor, num_processes=2),
+        recipes(RECEIVER, *own, "--gradient_accumulation_steps", 2, num_processes=2),
+    ]
+    for job in jobs:
+        job.wait(TIMEOUT)
+    assert recipes.results("0001", "receiver")["num_processes"] == 2
+    assert recipes.results("0001", "donor")["num_processes"] == 2
+    joint = ["--gradient_accumulation_steps", 2, "--receiver_processes", 2]
+    joint += ["--donor_batch_size", 7, "--donor_accumulation_steps", 3, "--donor_processes", 2]
+    recipes(JOINT, *own, *joint, "--output_dir", recipes.path("joint")).wait(TIMEOUT)
+    difference = largest_difference(recipes.weights("0001", "receiver"), recipes.weights("joint"))
+    assert difference <= 1e-12
+
+
+@pytest.mark.parametrize("recipe", [DONOR, RECEIVER])
+def test_one_alone_trains_alone_with_a_loud_warning(recipes: Recipes, recipe: str) -> None:
+    job = recipes(recipe, "--peer_wait", 1, "--max_train_steps", 5)
+    job.wait(TIMEOUT)
+    assert "TRAINING ALONE" in job.output()
+    role = Path(recipe).stem
+    assert recipes.results("0001", role)["completed_steps"] == 5
+
+
+@pytest.mark.parametrize("recipe", [DONOR, RECEIVER])
+def test_one_alone_ends_with_an_error_where_the_peer_is_required(
+    recipes: Recipes, recipe: str
+) -> None:
+    job = recipes(recipe, "--peer_wait", 1, "--require_peer", num_processes=2)
+    assert job.wait(TIMEOUT, check=False) != 0
+    assert "did not come for 1 s" in job.output()
+    assert "--require_peer" in job.output()
+
+
+CHECKPOINTS = ["--checkpointing_steps", 40, "--checkpoints_total_limit", 2]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The weights of a run that nobody disturbs."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    with Launcher(directory) as launcher:
+        recipes = Recipes(launcher, directory)
+        jobs = [recipes(DONOR), recipes(RECEIVER, "--max_train_steps", 300)]
+        for job in jobs:
+            job.wait(TIMEOUT)
+    return recipes.weights("0001", "receiver")
+
+
+@pytest.mark.parametrize("killed", ["both", "receiver", "donor"])
+def test_a_resume_gives_the_uninterrupted_weights_bitwise(
+    recipes: Recipes, uninterrupted: dict[str, Tensor], killed: str
+) -> None:
+    receiver_flags = ["--max_train_steps", 300, *CHECKPOINTS]
+    donor = recipes(DONOR, *CHECKPOINTS)
+    receiver = recipes(RECEIVER, *receiver_flags)
+    for role in ("receiver", "donor"):
+        wait_until(recipes.path("0001", role, "step_80").exists, f"{role}'s second checkpoint")
+    if killed in ("both", "donor"):
+        donor.kill()
+    if killed in ("both", "receiver"):
+        receiver.kill()
+    assert not recipes.path("0001", "receiver", "results.json").exists(), "killed too late"
+    resume = ["--resume_from_checkpoint", "latest"]
+    if killed in ("both", "donor"):
+        donor = recipes(DONOR, *CHECKPOINTS, *resume)
+    if killed in ("both", "receiver"):
+        receiver = recipes(RECEIVER, *receiver_flags, *resume)
+    receiver.wait(TIMEOUT)
+    donor.wait(TIMEOUT)
+    assert largest_difference(recipes.weights("0001", "receiver"), uninterrupted) == 0.0
+    fates = recipes.results("0001", "receiver")["fates"]
+    assert fates["applied"] == 300
+    assert (fates["dropped"], fates["rejected"], fates["skipped"]) == (0, 0, 0)
+    assert [path.name for path in recipes.path().iterdir()] == ["0001"]

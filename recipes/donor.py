@@ -51,7 +51,7 @@ HEAD = "h2"
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, checked; ``max_follow_steps`` is the bound while a receiver is followed."""
+    """The command line, checked; ``has_bound`` says whether it bounds the number of steps."""
     parser = argparse.ArgumentParser(
         description="Give gradients to a receiver job that shares only a directory.",
         parents=[
@@ -62,9 +62,8 @@ def parse_arguments() -> argparse.Namespace:
         ],
     )
     args = parser.parse_args()
-    has_bound = args.max_train_steps is not None or args.num_train_epochs is not None
+    args.has_bound = args.max_train_steps is not None or args.num_train_epochs is not None
     check_arguments(parser, args)
-    args.bound_while_following = has_bound
     return args
 
 
@@ -103,6 +102,7 @@ def main() -> None:
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
+    max_windows = max_train_steps if args.has_bound else None
     scheduler = build_scheduler(args, bare_optimizer, max_train_steps)
     accelerator.register_for_checkpointing(scheduler)
     checkpointing_steps = args.checkpointing_steps
@@ -135,11 +135,11 @@ def main() -> None:
         "Per-device batch size": args.per_device_train_batch_size,
         "Num processes": accelerator.num_processes,
         "Gradient accumulation steps": args.gradient_accumulation_steps,
-        "Total optimization steps": f"{max_train_steps} if alone, else the receiver's",
+        "Total optimization steps": max_windows or f"the receiver's; {max_train_steps} if alone",
     }
     logger.info(banner("Running training", facts))
     progress = tqdm(
-        total=max_train_steps if args.bound_while_following else None,
+        total=max_windows,
         initial=donor.completed_windows,
         desc="donor",
         disable=not accelerator.is_main_process,
@@ -151,7 +151,7 @@ def main() -> None:
         )
 
     with donor:
-        for images, labels in donor.follow(dataloader):
+        for images, labels in donor.follow(dataloader, max_windows):
             with accelerator.accumulate(model):
                 logits = model(images.to(dtype), [HEAD])[HEAD]
                 loss = F.cross_entropy(logits, labels, reduction=args.loss_reduction)
@@ -173,7 +173,7 @@ def main() -> None:
             progress.update()
             if checkpointing_steps and step % checkpointing_steps == 0:
                 save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
-            if step >= max_train_steps and (args.bound_while_following or not donor.following):
+            if not donor.following and step >= max_train_steps:
                 break
 
     # -- results --------------------------------------------------------------------------------

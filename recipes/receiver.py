@@ -176,7 +176,7 @@ def main() -> None:
                 if not stepped:
                     continue
                 step = receiver.completed_steps
-                metrics = {**receiver.metrics, "learning rate": scheduler.get_last_lr()[0]}
+                metrics = {**receiver.metrics, "train/learning rate": scheduler.get_last_lr()[0]}
                 scheduler.step()
                 if step % args.eval_steps == 0 or step == max_train_steps:
                     accuracies = measure()

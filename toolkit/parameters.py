@@ -54,10 +54,10 @@ def shared_parameters(model: nn.Module, backbone: str, head: str) -> SharedParam
         ValueError: if there is no such submodule, it has no parameters, or the two overlap.
     """
     parts = [_parameters_below(model, name) for name in (backbone, head)]
-    if overlap := sorted(set(parts[0]) & set(parts[1])):
-        raise ValueError(
-            f"{backbone!r} and {head!r} overlap in {overlap[0]!r}; both must be disjoint"
-        )
+    in_backbone = {id(parameter) for parameter in parts[0].values()}
+    for name, parameter in parts[1].items():
+        if id(parameter) in in_backbone:
+            raise ValueError(f"{backbone!r} and {head!r} overlap in {name!r}; name disjoint ones")
     persistent = model.state_dict(keep_vars=True)
     buffers = {
         name: buffer
@@ -72,14 +72,15 @@ def _parameters_below(model: nn.Module, module_name: str) -> dict[str, nn.Parame
     if not module_name or module_name not in modules:
         known = sorted(name for name in modules if name and name.count(".") < 2)
         raise ValueError(f"the model has no module {module_name!r}; it has {', '.join(known)}")
-    found = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.startswith(f"{module_name}.")
-    }
+    # A tied tensor has several names, some of which may lie outside this module: take the first
+    # one inside.
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.startswith(f"{module_name}."):
+            found.setdefault(id(parameter), (name, parameter))
     if not found:
         raise ValueError(f"module {module_name!r} has no parameters of its own to share")
-    return found
+    return dict(found.values())
 
 
 def schema_differences(

@@ -87,11 +87,12 @@ class WindowAccumulator:
         count = float(num_samples)
         if not math.isfinite(count) or count < 0:
             raise ValueError(f"num_samples must be finite and not negative, got {count}")
-        loss_sum = loss * count if self._loss_reduction == "mean" else loss
+        # Divide before multiplying: a half precision sum could overflow.
+        weight = count if self._loss_reduction == "mean" else 1.0
         self._synchronised_by_ddp = bool(getattr(self._model, "require_backward_grad_sync", False))
-        self._accelerator.backward(loss_sum / self._constant(count))
+        self._accelerator.backward(loss * (weight / self._constant(count)))
         self._count += count
-        detached = loss_sum.detach().double()
+        detached = loss.detach().double() * weight
         self._loss_sum = detached if self._loss_sum is None else self._loss_sum + detached
 
     def close(self) -> Window:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -44,10 +45,16 @@ class BridgeConfig:
             raise ValueError(f"scope {self.scope!r} is unknown; choose one of {list(SCOPES)}")
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
-        if not self.donor_weight >= 0:
-            raise ValueError(f"donor_weight must not be negative, got {self.donor_weight}")
-        if not self.peer_wait > 0:
-            raise ValueError(f"peer_wait must be positive seconds, got {self.peer_wait}")
+        if not 0 <= self.donor_weight < math.inf:
+            raise ValueError(f"donor_weight must be finite, not negative: got {self.donor_weight}")
+        for name in ("peer_wait", "payload_budget_files", "payload_budget_gib"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("checkpoint_interval", "checkpoints_kept"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None, got {value}")
         if self.run is not None and self.resume_from_checkpoint is not None:
             raise ValueError(
                 f"run {self.run!r} and resume_from_checkpoint {str(self.resume_from_checkpoint)!r} "

@@ -7,6 +7,7 @@ optimizer. Where no receiver comes, or it fell silent, the donor trains alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections import defaultdict
@@ -22,19 +23,20 @@ from toolkit.bridge.accumulation import Window, scale_grads_
 from toolkit.bridge.config import Role
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.job import BridgeJob
-from toolkit.bridge.payload import Header, Kind, Record, all_finite, parse_header, payload_dtype
+from toolkit.bridge.payload import Header, Kind, Record, all_finite, payload_dtype, read_header
+from toolkit.bridge.runs import has_ended
 from toolkit.parameters import squared_norm
 
 logger = logging.getLogger(__name__)
 
-REPUBLISHED = 1  # times that a rejected payload is replaced before its version counts as skipped
+MAX_REPLACEMENTS = 1  # of a rejected payload by another; after that a skip record takes its place
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Decision:
     """What the donor's next accumulation window is for."""
 
-    action: Literal["follow", "again", "alone", "stop"]
+    action: Literal["follow", "again", "skip", "alone", "stop"]
     sequence: int = -1  # of the weights to load
     digest: str = ""
 
@@ -76,10 +78,11 @@ class GradientDonor(BridgeJob):
         self._seen = -1  # the newest record of the receiver that has been dealt with
         self._fetched: Record | None = None
         self._is_alone = False
-        self._republished = 0
+        self._replacements = 0  # at the present weights
         # The weights (receiver step and digest) that a retained payload answers, and its number.
         self._answered: dict[tuple[int, str], int] = {}
         self._scaler_tracker = 0
+        self._payload_bytes = 0  # of the largest payload so far
         self.completed_windows = self.control.on_main(self._recall)
 
     def _recall(self) -> int:
@@ -91,27 +94,31 @@ class GradientDonor(BridgeJob):
                 windows = header.donor_step
                 if header.kind != "end":
                     self._answered[_identity(header)] = sequence
+        if has_ended(self.run_dir, self.peer_role):
+            # The end of an earlier start of the receiver, which is to be resumed like this job.
+            self._seen = self.transport.sequences(self.peer_role)[-1]
         return windows
 
     def _read_own_header(self, sequence: int) -> Header | None:
         try:
-            data = self.transport.read(self.role, sequence, max_bytes=self._max_record_bytes())
-            return parse_header(data)
+            return read_header(functools.partial(self.transport.read_head, self.role, sequence))
         except (FileNotFoundError, PayloadError):
             return None
 
     # -- the loop's calls ---------------------------------------------------------------------
 
-    def follow(self, dataloader: DataLoader[Any]) -> Iterator[Any]:
+    def follow(self, dataloader: DataLoader[Any], max_windows: int | None = None) -> Iterator[Any]:
         """Batches of ``dataloader``, over and over, until the receiver has ended.
 
         At the start of every accumulation window the receiver's weights are loaded into the
         model. Which batches come is a function of ``completed_windows`` alone, so that a
         restarted donor goes on where it stopped. Takes the place of the loops over epochs and
-        batches; leave it with ``break`` at a limit of your own.
+        batches.
 
         Args:
             dataloader: the prepared training dataloader.
+            max_windows: an upper bound of ``completed_windows``; without one, a donor that no
+                receiver joins goes on alone for ever.
 
         Yields:
             Its batches.
@@ -123,7 +130,7 @@ class GradientDonor(BridgeJob):
             raise ValueError("the dataloader to follow is empty")
         accumulation = self.accelerator.gradient_accumulation_steps
         windows_per_epoch = math.ceil(len(dataloader) / accumulation)
-        while True:
+        while max_windows is None or self.completed_windows < max_windows:
             epoch, offset = divmod(self.completed_windows, windows_per_epoch)
             if hasattr(dataloader, "set_epoch"):
                 dataloader.set_epoch(epoch)
@@ -134,6 +141,8 @@ class GradientDonor(BridgeJob):
                 yield batch
                 if self.accelerator.sync_gradients and self.accumulator.is_open:
                     raise RuntimeError("publish() was not called at a synchronised micro-step")
+                if self.completed_windows == max_windows:
+                    return
 
     def backward(self, loss: Tensor, num_samples: float | Tensor) -> None:
         """Back-propagate one micro-batch, in place of ``accelerator.backward(loss)``.
@@ -182,6 +191,10 @@ class GradientDonor(BridgeJob):
                 return True
             if decision.action == "again":
                 return True
+            if decision.action == "skip":
+                if self.accelerator.is_main_process:
+                    self._publish_payload("skip", {}, None)
+                continue
             if decision.sequence >= 0:
                 record = self._read_everywhere(decision.sequence, decision.digest, self._fetched)
                 if record is None:
@@ -200,12 +213,12 @@ class GradientDonor(BridgeJob):
             return decision
         if self._is_alone:
             return _Decision("alone")
-        if self.following and self._republished < REPUBLISHED:
+        if self.following:
             reason = self.transport.rejection(self.role, self._next_sequence - 1)
             if reason is not None:
-                logger.warning("the receiver rejected the last payload (%s); once more", reason)
-                self._republished += 1
-                return _Decision("again")
+                logger.warning("the receiver rejected the last payload (%s)", reason)
+                self._replacements += 1
+                return _Decision("again" if self._replacements <= MAX_REPLACEMENTS else "skip")
         return None
 
     def _judge(self, new: list[int]) -> _Decision | None:
@@ -263,7 +276,7 @@ class GradientDonor(BridgeJob):
         self._weights = record.header
         self._seen = record.header.sequence
         self.receiver_step = record.header.receiver_step + 1
-        self._is_alone, self.following, self._republished = False, True, 0
+        self._is_alone, self.following, self._replacements = False, True, 0
 
     @torch.no_grad()
     def _publish_window(self, window: Window) -> None:
@@ -287,7 +300,7 @@ class GradientDonor(BridgeJob):
             self.metrics["bridge/payload (MiB)"] = size / 2**20
             self.metrics["gradient/donor sum norm"] = math.sqrt(squared_norm(sums.values()))
 
-    def _publish_payload(self, kind: Kind, sums: dict[str, Tensor], window: Window) -> int:
+    def _publish_payload(self, kind: Kind, sums: dict[str, Tensor], window: Window | None) -> int:
         weights = self._weights
         assert weights is not None
         self._prune()
@@ -299,12 +312,13 @@ class GradientDonor(BridgeJob):
             receiver_step=weights.receiver_step,
             weights_digest=weights.weights_digest,
             donor_step=self.completed_windows,
-            count=window.count,
+            count=window.count if window else 0.0,
             unit=self.config.unit,
-            loss=window.loss if math.isfinite(window.loss) else None,
+            loss=window.loss if window and math.isfinite(window.loss) else None,
         )
         size = self._publish(header, sums)
         self._answered[_identity(header)] = self._next_sequence - 1
+        self._payload_bytes = max(self._payload_bytes, size)
         return size
 
     def _prune(self) -> None:
@@ -312,8 +326,8 @@ class GradientDonor(BridgeJob):
         acknowledged = self.transport.acknowledged(self.role)
         self.transport.prune(self.role, acknowledged)
         self._answered = {key: n for key, n in self._answered.items() if n >= acknowledged}
-        kept = self._next_sequence - acknowledged
-        gib = kept * self._max_record_bytes() / 2**30
+        kept = len(self.transport.sequences(self.role))
+        gib = kept * self._payload_bytes / 2**30
         config = self.config
         if kept > config.payload_budget_files or gib > config.payload_budget_gib:
             raise BridgeError(

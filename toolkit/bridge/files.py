@@ -26,10 +26,12 @@ def fsync_path(path: Path) -> None:
 
 
 def fsync_tree(root: Path) -> None:
-    """Flush every file and directory below ``root``, and ``root``'s own entry in its parent."""
+    """Flush every plain file and directory below ``root``, and ``root``'s entry in its parent."""
     for directory, _, names in os.walk(root):
         for name in names:
-            fsync_path(Path(directory, name))
+            path = Path(directory, name)
+            if path.is_file() and not path.is_symlink():
+                fsync_path(path)
         fsync_path(Path(directory))
     fsync_path(root.parent)
 
@@ -44,7 +46,12 @@ def create(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         fsync_path(temporary)
-        os.link(temporary, path)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            # A network file system that repeats a request may refuse its own success.
+            if not path.exists() or not path.samefile(temporary):
+                raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()

@@ -22,7 +22,6 @@ from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
 
-REJECTIONS_PER_STEP = 2  # a payload refused this often at one step counts as a skip
 MISSING_LOOKS = 3  # a number that was passed over is lost if it is not there at this many looks ...
 MISSING_SECONDS = 1.0  # ... this far apart (a network disk may show files late)
 
@@ -80,10 +79,15 @@ class Inbox:
         self._expected, self._unit, self._max_staleness = expected, unit, max_staleness
         self._digests: dict[int, str] = {}  # of the weights, by receiver step; the newest few
         self._answered = -1
-        self._first_unseen = 0  # numbers below it have told all they can about the donor's life
+        # Numbers below it were published before this start and say nothing about the donor's life.
+        self._first_unseen = max(transport.sequences("donor"), default=-1) + 1
         self._judged: dict[int, tuple[Outcome, str, Record | None]] = {}  # since the cursor moved
-        self._missing_looks, self._next_missing_look = 0, 0.0
-        self.cursor = 0
+        self._missing, self._missing_looks, self._next_missing_look = -1, 0, 0.0
+        # A receiver that starts without a checkpoint begins with what the donor still keeps.
+        self._pruned_below = transport.acknowledged("donor")
+        self.cursor = min(transport.sequences("donor"), default=self._pruned_below)
+        self._start = self.cursor
+        self._num_ends = 0  # numbers below the cursor that are ends, and no payloads
         self.donor_is_away = False
         self.fetched: Record | None = None
 
@@ -103,16 +107,13 @@ class Inbox:
         Returns:
             A verdict, or None if the donor's answer must be waited for.
         """
-        verdict, rejections = Verdict(self.cursor, self._answered, ()), 0
+        verdict = Verdict(self.cursor, self._answered, ())
         while (judged := self._judge(verdict.next_cursor, receiver_step)) is not None:
             outcome, reason, record = judged
             sequence, answered, entries = verdict.next_cursor, verdict.answered, verdict.entries
             self._note_life(sequence, outcome, receiver_step, peer)
             if outcome != "ended":
                 entries = (*entries, Entry(sequence, outcome, receiver_step, reason))
-            rejections += outcome == "rejected"
-            if rejections == REJECTIONS_PER_STEP:
-                answered = receiver_step
             if record is not None and outcome in ("applied", "skipped"):
                 at = record.header.receiver_step
                 answered = max(answered, at)
@@ -124,15 +125,18 @@ class Inbox:
         in_time = peer.seen and verdict.answered >= receiver_step - self._max_staleness
         return verdict if in_time or self.donor_is_away else None
 
-    def give_up(self, receiver_step: int, peer: PeerWatch) -> Verdict:
-        """Wait no longer, for this step and until the donor publishes again."""
+    def give_up(self, receiver_step: int, peer: PeerWatch) -> Verdict | None:
+        """Wait no longer, for this step and until the donor publishes again.
+
+        Returns:
+            A verdict, or None where the donor published at this very moment: wait on.
+        """
         self.donor_is_away = True
-        verdict = self.look(receiver_step, peer)
-        assert verdict is not None
-        return verdict
+        return self.look(receiver_step, peer)
 
     def settle(self, verdict: Verdict) -> tuple[Entry, ...]:
         """The step happened: move the cursor; the fates that are final now."""
+        self._num_ends += verdict.next_cursor - self.cursor - len(verdict.entries)
         self.cursor, self._answered = verdict.next_cursor, verdict.answered
         self._judged.clear()
         return verdict.entries
@@ -146,7 +150,8 @@ class Inbox:
     def pending(self) -> int:
         """Payloads published that have no fate yet."""
         count = 0
-        for sequence in self._transport.sequences("donor"):
+        there = {*self._transport.sequences("donor"), *self._transport.rejected("donor")}
+        for sequence in sorted(there):
             if sequence >= self.cursor:
                 try:
                     count += self._read(sequence).header.kind != "end"
@@ -154,19 +159,25 @@ class Inbox:
                     count += 1
         return count
 
+    def num_settled(self) -> int:
+        """Numbers of the donor's stream that this receiver has passed and that were payloads."""
+        return self.cursor - self._start - self._num_ends
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold; fit for JSON."""
         return {
             "cursor": self.cursor,
             "answered": self._answered,
             "digests": self._digests,
+            "start": self._start,
+            "num_ends": self._num_ends,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state`."""
         self.cursor, self._answered = state["cursor"], state["answered"]
         self._digests = {int(step): digest for step, digest in state["digests"].items()}
-        self._first_unseen = self.cursor
+        self._start, self._num_ends = state["start"], state["num_ends"]
         self._judged.clear()
 
     def _judge(self, sequence: int, step: int) -> tuple[Outcome, str, Record | None] | None:
@@ -178,6 +189,9 @@ class Inbox:
                 try:
                     self._judged[sequence] = self._judge_record(self._read(sequence), step)
                 except FileNotFoundError:
+                    if sequence < self._pruned_below:
+                        # A resume from an older checkpoint than those the payloads were kept for.
+                        return "dropped", "pruned", None
                     if not self._is_lost(sequence):
                         return None
                     self.reject(sequence, PayloadError("missing", "a later payload is there"))
@@ -218,7 +232,9 @@ class Inbox:
     def _is_lost(self, sequence: int) -> bool:
         """Whether a number was passed over: later ones are there, and it stays away."""
         now = time.monotonic()
-        if now < self._next_missing_look:
+        if sequence != self._missing:
+            self._missing, self._missing_looks = sequence, 0
+        elif now < self._next_missing_look:
             return False
         self._next_missing_look = now + MISSING_SECONDS
         newest = max(self._transport.sequences("donor"), default=-1)

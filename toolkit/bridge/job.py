@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
+from toolkit.bridge import files
 from toolkit.bridge.accumulation import WindowAccumulator
 from toolkit.bridge.config import PEER, BridgeConfig, Role
 from toolkit.bridge.control import ControlGroup
@@ -27,6 +28,7 @@ from toolkit.bridge.payload import (
     check_identity,
     parse_header,
     parse_record,
+    payload_dtype,
     write_record,
 )
 from toolkit.bridge.runs import CHECKPOINT_FILE, attach, read_checkpoint
@@ -86,6 +88,10 @@ class BridgeJob:
         claim = {
             "payload_budget_files": config.payload_budget_files,
             "payload_budget_gib": config.payload_budget_gib,
+            "payload_bytes": sum(
+                parameter.numel() * payload_dtype(parameter.dtype).itemsize
+                for parameter in self.gradient_parameters.values()
+            ),
             "checkpoint_interval": config.checkpoint_interval,
             "checkpoints_kept": config.checkpoints_kept,
         }
@@ -122,8 +128,8 @@ class BridgeJob:
         """
         while True:
             sequence = self._next_sequence
-            self._next_sequence += 1
             if self.transport.rejection(self.role, sequence) is not None:
+                self._next_sequence += 1
                 continue
             numbered = dataclasses.replace(header, sequence=sequence)
 
@@ -131,9 +137,13 @@ class BridgeJob:
                 write_record(path, header, tensors)
 
             try:
-                return self.transport.publish(self.role, sequence, write)
+                size = self.transport.publish(self.role, sequence, write)
             except FileExistsError:
                 self._refuse_rival(sequence)
+                self._next_sequence += 1
+                continue
+            self._next_sequence += 1
+            return size
 
     def _refuse_rival(self, sequence: int) -> None:
         path = self.transport.path(self.role, sequence)
@@ -185,14 +195,15 @@ class BridgeJob:
     # -- waiting ----------------------------------------------------------------------------
 
     def _decide(
-        self, what: str, poll: Callable[[], T | None], give_up: Callable[[str], T]
+        self, what: str, poll: Callable[[], T | None], give_up: Callable[[str], T | None]
     ) -> tuple[T, float]:
         """Wait until the main process has a decision; the same one on every rank.
 
         Args:
             what: what is waited for, for the status line.
             poll: on the main process, the decision or None for not yet.
-            give_up: on the main process, the decision to take for a reason to give up.
+            give_up: on the main process, the decision to take for a reason to give up, or None
+                to wait on.
 
         Returns:
             The decision and the seconds waited.
@@ -210,11 +221,11 @@ class BridgeJob:
             assert wait is not None
             end = time.monotonic() + SLICE_SECONDS
             while time.monotonic() < end:
-                decision = poll()
-                if decision is None and (reason := wait.gave_up()) is not None:
-                    decision = give_up(reason)
-                if decision is not None:
+                if (decision := poll()) is not None:
                     self.peer.longest_round = max(self.peer.longest_round, wait.seconds)
+                    return decision, wait.seconds
+                reason = wait.gave_up()
+                if reason is not None and (decision := give_up(reason)) is not None:
                     return decision, wait.seconds
                 wait.pause()
             return None
@@ -248,7 +259,7 @@ class BridgeJob:
                 "run_id": self.run_id,
                 **self._state(),
             }
-            Path(directory, CHECKPOINT_FILE).write_text(json.dumps(content, indent=1))
+            files.replace(Path(directory, CHECKPOINT_FILE), json.dumps(content, indent=1).encode())
 
     def _on_load_state(self, models: list[nn.Module], directory: str) -> None:
         content = read_checkpoint(Path(directory))
@@ -264,14 +275,20 @@ class BridgeJob:
     def _end_header(self) -> Header:
         raise NotImplementedError
 
-    def close(self) -> None:
-        """Publish this job's end and stop its heartbeat. Safe to call twice; no collective."""
+    def close(self, *, publish_end: bool = True) -> None:
+        """Publish this job's end and stop its heartbeat. Safe to call twice; no collective.
+
+        Args:
+            publish_end: False leaves the job's stream open, as a crash does: the other job waits
+                for a resume as long as its ``peer_wait``.
+        """
         if self._closed:
             return
         self._closed = True
         if self._heartbeat is not None:
             try:
-                self._publish(self._end_header(), {})
+                if publish_end:
+                    self._publish(self._end_header(), {})
             finally:
                 self._heartbeat.stop()
 
@@ -284,4 +301,4 @@ class BridgeJob:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(publish_end=kind is None or issubclass(kind, KeyboardInterrupt))

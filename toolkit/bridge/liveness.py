@@ -73,7 +73,7 @@ class PeerWatch:
     def observe(self) -> None:
         """Look at the counter once; a change is a sign of life, a value is not."""
         counter = self._transport.heartbeat(self.job)
-        if counter != self._counter:
+        if counter and counter != self._counter:  # empty: it cannot be read just now
             self._counter = counter
             self.sign_of_life()
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -73,7 +73,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _header_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def write_record(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> Header:
@@ -90,6 +90,8 @@ def write_record(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> H
     header = dataclasses.replace(header, tensors_digest=digest_tensors(tensors))
     text = json.dumps(dataclasses.asdict(header), sort_keys=True)
     save_file(dict(tensors), path, metadata={_HEADER_KEY: text, _DIGEST_KEY: _header_digest(text)})
+    # safetensors lets only the owner read; who may enter the directory may read what lies in it.
+    path.chmod(path.parent.stat().st_mode & 0o666)
     return header
 
 
@@ -121,19 +123,48 @@ def parse_header(data: bytes) -> Header:
         raise PayloadError("alien", f"no {_HEADER_KEY!r} entry: not a file of this bridge")
     if _header_digest(text) != metadata.get(_DIGEST_KEY):
         raise PayloadError("digest", "the header's digest does not match its text")
-    fields: dict[str, Any] = json.loads(text)
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PayloadError("malformed", f"the header is no JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise PayloadError("malformed", f"the header is a {type(fields).__name__}, no object")
     if fields.get("format_version") != FORMAT_VERSION:
         raise PayloadError(
             "alien",
             f"format version {fields.get('format_version')!r}, this package reads {FORMAT_VERSION}",
         )
-    try:
-        header = Header(**fields)
-    except TypeError as error:
-        raise PayloadError("malformed", f"header fields: {error}") from None
-    if header.kind not in get_args(Kind):
-        raise PayloadError("malformed", f"kind {header.kind!r} is unknown")
-    return header
+    return _checked_header(fields)
+
+
+def _checked_header(fields: dict[str, Any]) -> Header:
+    types = {"str": (str,), "int": (int,), "float": (int, float), "Kind": (str,)}
+    types["float | None"] = (int, float, type(None))
+    for field in dataclasses.fields(Header):
+        value = fields.get(field.name)
+        if type(value) not in types[str(field.type)]:
+            raise PayloadError("malformed", f"header field {field.name} is {value!r}")
+    if unknown := set(fields) - {field.name for field in dataclasses.fields(Header)}:
+        raise PayloadError("malformed", f"header field {sorted(unknown)[0]!r} is unknown")
+    if fields["kind"] not in get_args(Kind):
+        raise PayloadError("malformed", f"kind {fields['kind']!r} is unknown")
+    return Header(**fields)
+
+
+def read_header(read_head: Callable[[int], bytes]) -> Header:
+    """The header of a record of which only the beginning is read.
+
+    Args:
+        read_head: gives the first so many bytes of the file.
+
+    Raises:
+        PayloadError: as :func:`parse_header`.
+    """
+    start = read_head(8)
+    if len(start) < 8:
+        raise PayloadError("truncated", f"{len(start)} bytes are too few for a safetensors file")
+    (length,) = struct.unpack("<Q", start)
+    return parse_header(read_head(8 + min(length, MAX_HEADER_BYTES)))
 
 
 def parse_record(data: bytes) -> Record:

@@ -67,7 +67,8 @@ class GradientReceiver(BridgeJob):
         self.completed_windows = 0
         self._published_step: int | None = None
         self._injected: _Injection | None = None
-        self._acknowledged = 0  # what the donor has been told that it may delete, exclusive
+        # What the donor has been told that it may delete, exclusive.
+        self._acknowledged = self.transport.acknowledged("donor")
         self.ledger = Ledger(
             self.run_dir / "bridge" / "receiver" / f"ledger-{self.attempt:04d}.jsonl"
             if self.accelerator.is_main_process
@@ -205,13 +206,16 @@ class GradientReceiver(BridgeJob):
             self._publish_weights()
         return self._inbox.look(self.completed_steps, self.peer)
 
-    def _give_up(self, reason: str) -> Verdict:
+    def _give_up(self, reason: str) -> Verdict | None:
+        verdict = self._inbox.give_up(self.completed_steps, self.peer)
+        if verdict is None:
+            return None
         logger.warning(
             "TRAINING ALONE: %s. From receiver step %d on the donor's head and its part of the "
             "backbone's gradient are missing, until it comes back",
             reason, self.completed_steps,
         )  # fmt: skip
-        return self._inbox.give_up(self.completed_steps, self.peer)
+        return verdict
 
     def _add_(self, tensors: Mapping[str, Tensor], factor: float) -> None:
         """Add ``factor`` times the donor's sum to ``.grad``; identical on every rank."""
@@ -309,6 +313,11 @@ class GradientReceiver(BridgeJob):
         self.ledger.counts = dict(state["ledger"])
         self._inbox.load_state(state["inbox"])
 
+    def _on_load_state(self, models: list[nn.Module], directory: str) -> None:
+        super()._on_load_state(models, directory)
+        # What this checkpoint and those beside it may ask for is kept from the first step on.
+        self._retention.saved_below(Path(directory).absolute().parent)
+
     def _on_save_state(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
         super()._on_save_state(models, weights, directory)
         if self.accelerator.is_main_process:
@@ -326,7 +335,7 @@ class GradientReceiver(BridgeJob):
         return {
             **self.ledger.counts,
             "pending": pending,
-            "published": sum(self.ledger.counts.values()) + pending,
+            "published": self._inbox.num_settled() + pending,
             "alien": len(self.transport.alien_names("donor")),
         }
 

@@ -7,7 +7,6 @@ only once it is complete and synced here.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -52,9 +51,13 @@ class CheckpointCursors:
     def _synced_cursors(self, parent: Path) -> list[int]:
         cursors = []
         for path in parent.glob(f"*/{CHECKPOINT_FILE}"):
-            with contextlib.suppress(FileNotFoundError):  # deleted while we look: not retained
+            try:
                 content = json.loads(path.read_bytes())
-                if content["run_id"] == self._run_id and content["role"] == "receiver":
-                    files.fsync_tree(path.parent)
-                    cursors.append(int(content["inbox"]["cursor"]))
+                is_ours = content["run_id"] == self._run_id and content["role"] == "receiver"
+                cursor = int(content["inbox"]["cursor"]) if is_ours else None
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                continue  # deleted while we look, or cut short by a kill: nobody resumes from it
+            if cursor is not None:
+                files.fsync_tree(path.parent)
+                cursors.append(cursor)
         return cursors

@@ -13,6 +13,7 @@ number of jobs may start at the same moment, in any order.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -26,14 +27,14 @@ from toolkit.bridge import files
 from toolkit.bridge.config import PEER, BridgeConfig, Role
 from toolkit.bridge.errors import BridgeError, PayloadError, SchemaMismatchError
 from toolkit.bridge.liveness import BEAT_SECONDS, PeerWatch
-from toolkit.bridge.payload import FORMAT_VERSION, MAX_HEADER_BYTES, parse_header
+from toolkit.bridge.payload import FORMAT_VERSION, read_header
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.parameters import schema_differences
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "gradient_bridge.json"
-_NUMBER = re.compile(r"\d{4,}")
+_NUMBER = re.compile(r"[0-9]{4,}")
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -65,18 +66,12 @@ def attach(
     runs_dir = Path(config.runs_dir).absolute()
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
-        if config.resume_from_checkpoint is not None:
-            run_dir = _run_of_checkpoint(runs_dir, role, Path(config.resume_from_checkpoint))
-            _refuse_living(run_dir, role)
-            return _join(run_dir, role, terms, claim)
-        if config.run is not None:
-            return _join(_named_run(runs_dir, role, config.run), role, terms, claim)
         while True:
-            run_dir = _newest_open_run(runs_dir, role) or _found_run(runs_dir)
             try:
-                return _join(run_dir, role, terms, claim, first=True)
-            except FileExistsError:
-                continue  # another job took the role between the look and the claim
+                run_dir, attempts = _choose_run(runs_dir, role, config)
+                return _join(run_dir, role, terms, claim, attempts + 1)
+            except _OvertakenError:
+                continue  # another job was faster between our look and our claim: look again
     except OSError as error:
         raise BridgeError(
             f"cannot use the runs directory {runs_dir}: {error}. Give a directory that both jobs "
@@ -92,7 +87,10 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = json.loads((checkpoint / CHECKPOINT_FILE).read_bytes())
-    except (OSError, ValueError) as error:
+        missing = {"role", "run", "run_id"} - set(content)
+        if missing:
+            raise ValueError(f"{CHECKPOINT_FILE} lacks {sorted(missing)}")
+    except (OSError, ValueError, TypeError) as error:
         raise BridgeError(
             f"{checkpoint} is no complete checkpoint of a bridged job: {error}. Give the directory "
             "of one checkpoint, such as runs/0001/receiver/step_100"
@@ -105,11 +103,30 @@ def has_ended(run_dir: Path, job: Role) -> bool:
     transport = DirectoryTransport(run_dir / "bridge")
     for sequence in reversed(transport.sequences(job)):
         try:
-            with transport.path(job, sequence).open("rb") as file:
-                return parse_header(file.read(MAX_HEADER_BYTES)).kind == "end"
-        except (OSError, PayloadError):
+            header = read_header(functools.partial(transport.read_head, job, sequence))
+            return header.kind == "end"
+        except (FileNotFoundError, PayloadError):
             continue
     return False
+
+
+class _OvertakenError(Exception):
+    """Another job took what this one was about to take."""
+
+
+def _choose_run(runs_dir: Path, role: Role, config: BridgeConfig) -> tuple[Path, int]:
+    """The run to join, and how many starts of this role it had when it was judged."""
+    if config.resume_from_checkpoint is not None:
+        run_dir = _run_of_checkpoint(runs_dir, role, Path(config.resume_from_checkpoint))
+    elif config.run is not None:
+        run_dir = _named_run(runs_dir, config.run)
+    else:
+        return _open_or_new_run(runs_dir, role), 0
+    attempts = len(_attempts(run_dir, role))
+    if config.run is not None:
+        _refuse_over(run_dir, role)
+    _refuse_living(run_dir, role)
+    return run_dir, attempts
 
 
 def _run_of_checkpoint(runs_dir: Path, role: Role, checkpoint: Path) -> Path:
@@ -129,13 +146,16 @@ def _run_of_checkpoint(runs_dir: Path, role: Role, checkpoint: Path) -> Path:
     return run_dir
 
 
-def _named_run(runs_dir: Path, role: Role, name: str) -> Path:
+def _named_run(runs_dir: Path, name: str) -> Path:
     if not _NAME.fullmatch(name):
         raise BridgeError(f"run name {name!r} must be a plain directory name")
     run_dir = runs_dir / name
-    if not run_dir.exists():
-        run_dir.mkdir(exist_ok=True)
-        return run_dir
+    run_dir.mkdir(exist_ok=True)
+    return run_dir
+
+
+def _refuse_over(run_dir: Path, role: Role) -> None:
+    name = run_dir.name
     ways_out = (
         "leave --run out to begin a new run, name another one, or resume it with "
         "--resume_from_checkpoint"
@@ -144,8 +164,6 @@ def _named_run(runs_dir: Path, role: Role, name: str) -> Path:
         raise BridgeError(f"run {name!r} is over: its receiver has ended; {ways_out}")
     if role == "receiver" and has_ended(run_dir, "donor"):
         raise BridgeError(f"run {name!r} is over: its donor has ended; {ways_out}")
-    _refuse_living(run_dir, role)
-    return run_dir
 
 
 def _refuse_living(run_dir: Path, role: Role) -> None:
@@ -161,49 +179,56 @@ def _refuse_living(run_dir: Path, role: Role) -> None:
 
 def newest_run(runs_dir: Path) -> str | None:
     """The name of the numbered run with the highest number, or None."""
-    names = (path.name for path in runs_dir.glob("*") if _NUMBER.fullmatch(path.name))
-    return max(names, key=int, default=None)
+    numbered = (path for path in runs_dir.glob("*") if _NUMBER.fullmatch(path.name))
+    return max((path.name for path in numbered if path.is_dir()), key=int, default=None)
 
 
-def _newest_open_run(runs_dir: Path, role: Role) -> Path | None:
-    """The newest numbered run, if it waits for this role."""
-    name = newest_run(runs_dir)
-    if name is None:
-        return None
-    run_dir = runs_dir / name
-    if _attempts(run_dir, role) or has_ended(run_dir, "receiver") or has_ended(run_dir, "donor"):
-        return None
-    peer = PEER[role]
-    if _attempts(run_dir, peer) and not _lives(run_dir, peer):
-        logger.info("run %s has a %s that does not live; not joining it", run_dir.name, peer)
-        return None
+def _open_or_new_run(runs_dir: Path, role: Role) -> Path:
+    """The newest numbered run if it waits for this role, else a new one of the next number."""
+    newest = newest_run(runs_dir)
+    if newest is not None and _waits_for(runs_dir / newest, role):
+        return runs_dir / newest
+    # The number follows from the very look that found no run to join: of two jobs that start at
+    # the same moment one makes the directory, and the other looks again and joins it.
+    run_dir = runs_dir / f"{int(newest or 0) + 1:04d}"
+    while run_dir.is_file():
+        run_dir = runs_dir / f"{int(run_dir.name) + 1:04d}"
+    try:
+        run_dir.mkdir()
+    except FileExistsError:
+        raise _OvertakenError from None
     return run_dir
 
 
-def _found_run(runs_dir: Path) -> Path:
-    """Make the directory of the next number; whoever else tries the same number fails."""
-    while True:
-        run_dir = runs_dir / f"{int(newest_run(runs_dir) or 0) + 1:04d}"
-        try:
-            run_dir.mkdir()
-        except FileExistsError:
-            continue
-        return run_dir
+def _waits_for(run_dir: Path, role: Role) -> bool:
+    if _attempts(run_dir, role) or has_ended(run_dir, "receiver") or has_ended(run_dir, "donor"):
+        return False
+    peer = PEER[role]
+    if _attempts(run_dir, peer) and not _lives(run_dir, peer):
+        logger.info("run %s has a %s that does not live; not joining it", run_dir.name, peer)
+        return False
+    return True
 
 
 def _join(
-    run_dir: Path, role: Role, terms: dict[str, Any], claim: dict[str, Any], first: bool = False
+    run_dir: Path, role: Role, terms: dict[str, Any], claim: dict[str, Any], attempt: int
 ) -> Attachment:
-    """Agree on the terms, then claim the next attempt (only the first one, where ``first``)."""
+    """Agree on the terms, then claim this attempt."""
     bridge = run_dir / "bridge"
     (bridge / role / "attempts").mkdir(parents=True, exist_ok=True)
     run_id = _agree(bridge, role, terms)
     content = {**claim, "host": socket.gethostname(), "pid": os.getpid()}
-    attempts = _attempts(run_dir, role)
-    attempt = 1 if first or not attempts else int(attempts[-1].stem) + 1
-    _create_json(bridge / role / "attempts" / f"{attempt:04d}.json", content)
+    claimed = bridge / role / "attempts" / f"{attempt:04d}.json"
+    try:
+        _create_json(claimed, content)
+    except FileExistsError:
+        raise _OvertakenError from None
     if others := _attempts(run_dir, PEER[role]):
-        _check_budget({role: content, PEER[role]: json.loads(others[-1].read_bytes())}, terms)
+        try:
+            _check_budget({role: content, PEER[role]: json.loads(others[-1].read_bytes())})
+        except BridgeError:
+            claimed.unlink()  # a corrected start must find its place free
+            raise
     return Attachment(run_dir, run_id, attempt)
 
 
@@ -232,7 +257,7 @@ def _agree(bridge: Path, role: Role, terms: dict[str, Any]) -> str:
     return str(theirs["run_id"])
 
 
-def _check_budget(claims: dict[Role, dict[str, Any]], terms: dict[str, Any]) -> None:
+def _check_budget(claims: dict[Role, dict[str, Any]]) -> None:
     """Refuse a donor's budget that cannot hold what the receiver's checkpoints may ask for."""
     donor, receiver = claims["donor"], claims["receiver"]
     interval = receiver["checkpoint_interval"]
@@ -240,11 +265,13 @@ def _check_budget(claims: dict[Role, dict[str, Any]], terms: dict[str, Any]) -> 
         return
     kept = receiver["checkpoints_kept"] or 1
     payloads = interval * (kept + 1)
-    elements = sum(_numel(shape) for _, shape in terms["schema"].values())
-    gib = payloads * elements * 8 / 2**30
     for have, need, flag in (
         (donor["payload_budget_files"], payloads, "--payload_budget_files"),
-        (donor["payload_budget_gib"], gib, "--payload_budget_gib"),
+        (
+            donor["payload_budget_gib"],
+            payloads * donor["payload_bytes"] / 2**30,
+            "--payload_budget_gib",
+        ),
     ):
         if need > have:
             raise BridgeError(
@@ -255,15 +282,11 @@ def _check_budget(claims: dict[Role, dict[str, Any]], terms: dict[str, Any]) -> 
             )
 
 
-def _numel(shape: list[int]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
-
-
 def _attempts(run_dir: Path, role: Role) -> list[Path]:
-    return sorted((run_dir / "bridge" / role / "attempts").glob("[0-9]*.json"))
+    claims = (run_dir / "bridge" / role / "attempts").glob("*.json")
+    return sorted(
+        (path for path in claims if _NUMBER.fullmatch(path.stem)), key=lambda path: int(path.stem)
+    )
 
 
 def _lives(run_dir: Path, role: Role) -> bool:

@@ -15,17 +15,25 @@ Names are predictable, so that waiting costs one look-up of one name and not a l
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
 import re
 import stat
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 from toolkit.bridge import files
 from toolkit.bridge.errors import BridgeError, PayloadError
 
-_RECORD_NAME = re.compile(r"(\d{10})\.safetensors")
+_RECORD_NAME = re.compile(r"([0-9]{10})\.safetensors")
+_NO_PLAIN_FILE = (
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.ENOTDIR,
+)  # a link, a socket, a path through a file
 
 
 class DirectoryTransport:
@@ -47,7 +55,7 @@ class DirectoryTransport:
         try:
             for name in ("records", "rejected"):
                 (self.root / job / name).mkdir(parents=True, exist_ok=True)
-            probe = self.root / job / f"probe-{os.getpid()}"
+            probe = self.root / job / f"probe-{uuid.uuid4().hex}"
             files.create(probe, lambda path: path.write_bytes(b""))
             probe.unlink()
         except OSError as error:
@@ -73,10 +81,6 @@ class DirectoryTransport:
         files.create(path, write)
         return path.stat().st_size
 
-    def exists(self, job: str, sequence: int) -> bool:
-        """Whether record ``sequence`` is there: one look-up, cheap at any number of files."""
-        return self.path(job, sequence).exists()
-
     def sequences(self, job: str) -> list[int]:
         """The numbers of the records that are there, ascending. A listing: not for polling."""
         return sorted(int(match[1]) for name in self._names(job) if (match := _match(name)))
@@ -93,28 +97,19 @@ class DirectoryTransport:
         """The bytes of a record.
 
         Raises:
-            FileNotFoundError: if it is not there (not yet, or pruned).
-            PayloadError: if it is no plain file, is larger than ``max_bytes``, or cannot be read.
+            FileNotFoundError: if it is not there (not yet, or pruned), or the disk fails just now.
+            PayloadError: if it is no plain file, or is larger than ``max_bytes``.
         """
-        path = self.path(job, sequence)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise PayloadError("not_a_file", f"cannot open {path.name}: {error.strerror}") from None
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise PayloadError("not_a_file", f"{path.name} is no plain file")
-            if status.st_size > max_bytes:
-                raise PayloadError(
-                    "too_large", f"{status.st_size} bytes, at most {max_bytes} are expected"
-                )
-            try:
-                return file.read(max_bytes)
-            except OSError as error:
-                raise PayloadError("unreadable", f"cannot read {path.name}: {error}") from None
+        with self._open(job, sequence) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise PayloadError("too_large", f"{size} bytes, at most {max_bytes} are expected")
+            return _read(file, max_bytes)
+
+    def read_head(self, job: str, sequence: int, num_bytes: int) -> bytes:
+        """The first bytes of a record, at most ``num_bytes``; raises as :meth:`read` does."""
+        with self._open(job, sequence) as file:
+            return _read(file, num_bytes)
 
     def acknowledge(self, job: str, sequence: int) -> None:
         """Tell ``job`` that its records below ``sequence`` will never be read again."""
@@ -131,18 +126,18 @@ class DirectoryTransport:
         """Delete ``job``'s records below ``sequence``, but never its newest one."""
         for old in self.sequences(job)[:-1]:
             if old < sequence:
-                with contextlib.suppress(FileNotFoundError):
+                # Something that is no file is not ours to delete.
+                with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
                     self.path(job, old).unlink()
 
     def reject(self, job: str, sequence: int, reason: str, detail: str) -> None:
         """Keep a record that must not be used aside, and leave a note for its publisher."""
-        aside = self.root / job / "rejected"
         path = self.path(job, sequence)
-        with contextlib.suppress(FileNotFoundError):
-            path.rename(aside / path.name)
         note = json.dumps({"reason": reason, "detail": detail}).encode()
         with contextlib.suppress(FileExistsError):
             files.create(self._note(job, sequence), lambda temporary: temporary.write_bytes(note))
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(self.root / job / "rejected" / path.name)
 
     def rejection(self, job: str, sequence: int) -> str | None:
         """The reason for which record ``sequence`` was refused, or None."""
@@ -162,6 +157,24 @@ class DirectoryTransport:
         except OSError:
             return ""
 
+    def rejected(self, job: str) -> list[int]:
+        """The numbers of ``job``'s records that were refused, ascending."""
+        notes = (self.root / job / "rejected").glob("[0-9]*.json")
+        return sorted(int(note.stem) for note in notes)
+
+    def _open(self, job: str, sequence: int) -> io.BufferedReader:
+        path = self.path(job, sequence)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno in _NO_PLAIN_FILE:
+                raise PayloadError("not_a_file", f"{path.name}: {error.strerror}") from None
+            raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise PayloadError("not_a_file", f"{path.name} is no plain file")
+        return os.fdopen(descriptor, "rb")
+
     def _note(self, job: str, sequence: int) -> Path:
         return self.root / job / "rejected" / f"{sequence:010d}.json"
 
@@ -170,6 +183,13 @@ class DirectoryTransport:
             return os.listdir(self.root / job / "records")
         except FileNotFoundError:
             return []
+
+
+def _read(file: io.BufferedReader, num_bytes: int) -> bytes:
+    try:
+        return file.read(num_bytes)
+    except OSError as error:
+        raise FileNotFoundError(error.errno, error.strerror, file.name) from None
 
 
 def _match(name: str) -> re.Match[str] | None:

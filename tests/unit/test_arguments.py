@@ -1,0 +1,61 @@
+"""Flags: defaults, and messages for what makes no sense."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from toolkit.arguments import check_arguments, data_arguments, training_arguments
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(parents=[data_arguments(), training_arguments()])
+    args = parser.parse_args(flags)
+    check_arguments(parser, args)
+    return args
+
+
+def test_defaults() -> None:
+    args = parse()
+    assert args.task == "digits"
+    assert args.mixed_precision is None
+    assert args.report_to == "tensorboard"
+    assert args.max_train_steps == 400
+    assert args.output_dir is None
+
+
+def test_values() -> None:
+    args = parse("--output_dir", "x", "--checkpointing_steps", "epoch", "--num_train_epochs", "2")
+    assert args.output_dir == Path("x")
+    assert args.checkpointing_steps == "epoch"
+    assert args.max_train_steps is None
+    assert parse("--checkpointing_steps", "50").checkpointing_steps == 50
+    assert parse("--no-with_tracking").report_to == "none"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--per_device_train_batch_size 0", "whole number of at least 1, got '0'"),
+        ("--gradient_accumulation_steps 1.5", "whole number of at least 1, got '1.5'"),
+        ("--learning_rate nan", "number above 0, got 'nan'"),
+        ("--learning_rate inf", "number above 0, got 'inf'"),
+        ("--weight_decay -1", "number of at least 0"),
+        ("--seed -1", "whole number of at least 0"),
+        ("--checkpointing_steps often", "a number of steps, or 'epoch', got 'often'"),
+        ("--dataset_name x", "--num_classes H1 H2"),
+        ("--num_classes 2 3", "--num_classes is about data of your own"),
+        ("--image_shape 1 8 8", "--image_shape is about data of your own"),
+        ("--dataset_name x --num_classes 2 3 --image_shape 2 8 8", "1 or 3 channels, got 2"),
+        ("--momentum 0.9", "--momentum is of --optimizer sgd"),
+        ("--num_warmup_steps 3", "--num_warmup_steps needs a schedule"),
+        ("--dtype float64 --mixed_precision bf16", "excludes --mixed_precision bf16"),
+        ("--checkpoints_total_limit 2", "needs --checkpointing_steps"),
+    ],
+)
+def test_refused(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(*flags.split())
+    assert message in capsys.readouterr().err

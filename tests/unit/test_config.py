@@ -1,0 +1,93 @@
+"""Settings that contradict each other or make no sense are refused when they are made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from toolkit.bridge.config import PEER, SCOPES, BridgeConfig
+
+
+def test_that_the_defaults_train_as_one_job_would() -> None:
+    config = BridgeConfig()
+
+    assert (config.scope, config.max_staleness, config.rescale) == ("all", 0, "match")
+    assert (config.donor_weight, config.loss_reduction, config.unit) == (1.0, "mean", "samples")
+    assert (config.peer_wait, config.require_peer) == (60.0, False)
+
+
+def test_that_each_job_has_the_other_as_peer() -> None:
+    assert {role: PEER[peer] for role, peer in PEER.items()} == {
+        "donor": "donor",
+        "receiver": "receiver",
+    }
+    assert SCOPES == ("all", "head")
+
+
+def test_that_settings_have_names() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        BridgeConfig("runs")  # type: ignore[call-arg]
+    with pytest.raises(AttributeError):
+        BridgeConfig().max_stalenes = 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scope": "head", "max_staleness": 8, "rescale": "pool", "donor_weight": 0},
+        {"rescale": "append", "loss_reduction": "sum", "peer_wait": 0.1},
+        {"checkpoint_interval": 1, "checkpoints_kept": 1, "payload_budget_files": 1},
+        {"run": "mine"},
+        {"resume_from_checkpoint": "runs/0001/receiver/step_1"},
+    ],
+)
+def test_that_sensible_settings_are_taken(settings: dict[str, Any]) -> None:
+    config = BridgeConfig(**settings)
+
+    assert {name: getattr(config, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"scope": "body"}, r"scope 'body' is unknown; choose one of \['all', 'head'\]"),
+        ({"rescale": "plain"}, "'plain' is unknown"),
+        ({"loss_reduction": "none"}, "'none' is unknown"),
+        ({"rescale": "pool", "loss_reduction": "sum"}, "'pool'"),
+        ({"max_staleness": -1}, "max_staleness must not be negative, got -1"),
+        ({"donor_weight": -0.1}, "donor_weight must be finite, not negative: got -0.1"),
+        ({"donor_weight": math.nan}, "donor_weight.*nan"),
+        ({"peer_wait": 0}, "peer_wait must be positive, got 0"),
+        ({"peer_wait": math.nan}, "peer_wait.*nan"),
+        ({"run": "a", "resume_from_checkpoint": "b"}, "'a' and resume_from_checkpoint 'b' exclude"),
+    ],
+    ids=str,
+)
+def test_that_senseless_settings_are_refused_by_name(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        BridgeConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"donor_weight": math.inf},
+        {"payload_budget_files": 0},
+        {"payload_budget_gib": 0.0},
+        {"payload_budget_gib": math.nan},
+        {"checkpoint_interval": 0},
+        {"checkpoint_interval": -5},
+        {"checkpoints_kept": 0},
+        {"checkpoints_kept": -1},
+    ],
+    ids=str,
+)
+def test_that_values_out_of_range_are_refused_by_name(settings: dict[str, Any]) -> None:
+    # these are taken. An infinite weight makes the model NaN at its first step; a budget that
+    # nothing fits into ends the donor at its first payload; the other numbers switch off the
+    # check of the budget.
+    (name,) = settings
+    with pytest.raises(ValueError, match=name):
+        BridgeConfig(**settings)

@@ -1,0 +1,291 @@
+"""Life is an observed change, on the observer's own clock; every wait ends."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from toolkit.bridge import liveness
+from toolkit.bridge.errors import PeerError
+from toolkit.bridge.liveness import STALL_FACTOR, STATUS_SECONDS, Heartbeat, PeerWatch, Wait
+from toolkit.bridge.transport import DirectoryTransport
+
+HINT = "Start it now"
+
+
+class Clock:
+    """A clock that moves only when told to, or slept on."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=clock, sleep=clock.sleep))
+    return clock
+
+
+@pytest.fixture
+def transport(tmp_path: Path) -> DirectoryTransport:
+    transport = DirectoryTransport(tmp_path)
+    transport.open_stream("donor")
+    return transport
+
+
+def heartbeat_file(transport: DirectoryTransport) -> Path:
+    return transport.root / "donor" / "heartbeat"
+
+
+def test_that_a_value_alone_is_no_life(transport: DirectoryTransport, clock: Clock) -> None:
+    transport.beat("donor", 41)
+    peer = PeerWatch(transport, "donor", clock)
+    for _ in range(3):
+        peer.observe()
+
+    assert not peer.seen
+    assert not peer.is_alive(1e9)
+
+
+def test_that_a_change_is_life(transport: DirectoryTransport, clock: Clock) -> None:
+    transport.beat("donor", 41)
+    peer = PeerWatch(transport, "donor", clock)
+    clock.sleep(7)
+    transport.beat("donor", 42)
+    assert peer.silent_seconds == 7
+
+    peer.observe()
+
+    assert peer.seen
+    assert peer.silent_seconds == 0
+    clock.sleep(5)
+    assert peer.is_alive(5.1)
+    assert not peer.is_alive(5)
+
+
+def test_that_a_first_value_is_life(transport: DirectoryTransport, clock: Clock) -> None:
+    peer = PeerWatch(transport, "donor", clock)
+    transport.beat("donor", 1)
+    peer.observe()
+
+    assert peer.seen
+
+
+def test_that_a_counter_that_begins_again_is_life(
+    transport: DirectoryTransport, clock: Clock
+) -> None:
+    transport.beat("donor", 41)
+    peer = PeerWatch(transport, "donor", clock)
+    transport.beat("donor", 1)
+    peer.observe()
+
+    assert peer.seen
+
+
+@pytest.mark.parametrize("offset", [-3600, 3600, 10 * 365 * 86400])
+def test_that_the_clock_of_the_other_host_says_nothing(
+    transport: DirectoryTransport, clock: Clock, offset: int
+) -> None:
+    transport.beat("donor", 41)
+    peer = PeerWatch(transport, "donor", clock)
+    status = heartbeat_file(transport).stat()
+    os.utime(heartbeat_file(transport), (status.st_atime + offset, status.st_mtime + offset))
+    clock.sleep(3)
+    peer.observe()
+
+    assert not peer.seen
+    assert peer.silent_seconds == 3
+
+
+def test_that_a_heartbeat_that_cannot_be_read_is_no_life(
+    transport: DirectoryTransport, clock: Clock
+) -> None:
+    # an unreadable or vanished file reads as "", which differs from the last counter; the
+    # way back differs again. A dead job on a flapping disk would live for ever.
+    transport.beat("donor", 41)
+    peer = PeerWatch(transport, "donor", clock)
+    heartbeat_file(transport).rename(heartbeat_file(transport).with_name("away"))
+    peer.observe()
+    heartbeat_file(transport).with_name("away").rename(heartbeat_file(transport))
+    peer.observe()
+
+    assert not peer.seen
+
+
+def test_that_awaiting_life_ends(transport: DirectoryTransport, clock: Clock) -> None:
+    transport.beat("donor", 41)
+    start = clock()
+
+    assert not PeerWatch(transport, "donor", clock).await_life(5)
+    assert 5 <= clock() - start < 6
+
+
+def test_that_a_job_beats_in_a_thread_until_it_stops(
+    transport: DirectoryTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.01)
+    transport.beat("donor", 41)
+    heart = Heartbeat(transport, "donor")
+    assert PeerWatch(transport, "donor").await_life(60)
+    assert PeerWatch(transport, "donor").await_life(60)
+
+    heart.stop()
+
+    assert not [thread for thread in threading.enumerate() if thread.name == "donor-heartbeat"]
+    assert int(transport.heartbeat("donor")) > 42, "a restarted job must not repeat a value"
+
+
+def test_that_a_failing_disk_does_not_end_the_heartbeat(
+    transport: DirectoryTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.01)
+    heart = Heartbeat(transport, "donor")
+    away = transport.root / "away"
+    (transport.root / "donor").rename(away)
+    assert not PeerWatch(transport, "donor").await_life(0.2)
+    away.rename(transport.root / "donor")
+
+    assert PeerWatch(transport, "donor").await_life(60)
+    heart.stop()
+
+
+def wait_for(peer: PeerWatch, peer_wait: float = 10.0, require_peer: bool = False) -> Wait:
+    return Wait(peer, "its gradient", peer_wait, require_peer, HINT)
+
+
+def test_that_a_wait_for_nobody_ends(transport: DirectoryTransport, clock: Clock) -> None:
+    wait = wait_for(PeerWatch(transport, "donor", clock))
+    clock.sleep(9.99)
+    assert wait.gave_up() is None
+    clock.sleep(0.01)
+
+    assert wait.gave_up() == "the donor did not come for 10 s"
+
+
+def test_that_silence_counts_from_the_last_sign_of_life(
+    transport: DirectoryTransport, clock: Clock
+) -> None:
+    peer = PeerWatch(transport, "donor", clock)
+    wait = wait_for(peer)
+    clock.sleep(8)
+    transport.beat("donor", 1)
+    assert wait.gave_up() is None
+    clock.sleep(9.9)
+    assert wait.gave_up() is None
+    clock.sleep(0.2)
+
+    assert wait.gave_up() == "the donor fell silent for 10 s"
+
+
+def test_that_every_wait_is_given_its_whole_time(
+    transport: DirectoryTransport, clock: Clock
+) -> None:
+    peer = PeerWatch(transport, "donor", clock)
+    peer.sign_of_life()
+    clock.sleep(3600)  # a long step of this job, in which it did not look
+    wait = wait_for(peer)
+    assert wait.gave_up() is None
+    clock.sleep(9)
+    assert wait.gave_up() is None
+
+
+@pytest.mark.parametrize(("longest_round", "limit"), [(0.0, 100.0), (5.0, 100.0), (50.0, 500.0)])
+def test_that_a_beating_peer_is_waited_for_up_to_the_stall_limit(
+    transport: DirectoryTransport, clock: Clock, longest_round: float, limit: float
+) -> None:
+    assert limit == STALL_FACTOR * max(10.0, longest_round)
+    peer = PeerWatch(transport, "donor", clock)
+    peer.longest_round = longest_round
+    wait = wait_for(peer)
+    for beat in range(1, int(limit)):
+        clock.sleep(1)
+        transport.beat("donor", beat)
+        assert wait.gave_up() is None, f"given up after {beat} s"
+    clock.sleep(1)
+    transport.beat("donor", 0)
+
+    assert wait.gave_up() == f"the donor lives but brought nothing for {limit:.0f} s"
+
+
+def test_that_a_required_peer_is_an_error(transport: DirectoryTransport, clock: Clock) -> None:
+    wait = wait_for(PeerWatch(transport, "donor", clock), require_peer=True)
+    assert wait.gave_up() is None
+    clock.sleep(10)
+
+    with pytest.raises(PeerError, match=r"for 10 s, and --require_peer is set: .*its gradient"):
+        wait.gave_up()
+
+
+def test_that_a_required_peer_that_stalls_is_an_error(
+    transport: DirectoryTransport, clock: Clock
+) -> None:
+    peer = PeerWatch(transport, "donor", clock)
+    wait = wait_for(peer, require_peer=True)
+    clock.sleep(10 * STALL_FACTOR)
+    transport.beat("donor", 1)
+
+    with pytest.raises(PeerError, match="brought nothing"):
+        wait.gave_up()
+
+
+def test_that_a_missing_peer_is_named_at_once_and_again(
+    transport: DirectoryTransport, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, liveness.__name__)
+    wait = wait_for(PeerWatch(transport, "donor", clock))
+    wait.gave_up()
+    wait.gave_up()
+    assert len(caplog.messages) == 1
+    assert f"waiting for its gradient: 0 s of at most 10 s without a sign of life; not here yet. " \
+           f"{HINT}" in caplog.messages[0]  # fmt: skip
+    clock.sleep(STATUS_SECONDS)
+    wait.gave_up()
+
+    assert len(caplog.messages) == 2
+
+
+def test_that_a_seen_peer_is_named_only_in_a_long_wait(
+    transport: DirectoryTransport, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, liveness.__name__)
+    peer = PeerWatch(transport, "donor", clock)
+    peer.sign_of_life()
+    wait = wait_for(peer)
+    wait.gave_up()
+    clock.sleep(STATUS_SECONDS - 0.1)
+    wait.gave_up()
+    assert not caplog.messages
+    clock.sleep(0.1)
+    wait.gave_up()
+
+    assert len(caplog.messages) == 1
+    assert "its last sign of life was 5 s ago" in caplog.messages[0]
+    assert HINT not in caplog.messages[0]
+
+
+def test_that_pauses_grow_with_the_wait_within_bounds(
+    transport: DirectoryTransport, clock: Clock
+) -> None:
+    wait = wait_for(PeerWatch(transport, "donor", clock))
+    pauses = []
+    while wait.seconds < 60:
+        before = clock()
+        wait.pause()
+        pauses.append(clock() - before)
+
+    assert pauses[0] == pytest.approx(0.0005)
+    assert pauses[-1] == pytest.approx(0.5)
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(pauses))

@@ -1,0 +1,158 @@
+"""Which tensors two jobs share, and how a difference is told."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from toolkit.parameters import (
+    check_in_optimizer,
+    schema_differences,
+    shared_parameters,
+    squared_norm,
+)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        self.backbone.register_buffer("cache", torch.zeros(2), persistent=False)
+        self.backbone2 = nn.BatchNorm1d(3)
+        self.heads = nn.ModuleDict({"h1": nn.Linear(3, 2), "h2": nn.Linear(3, 5)})
+        self.heads["h1"].register_buffer("own", torch.zeros(1))
+        self.heads["h2"].register_buffer("step", torch.tensor(0))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.nothing = nn.Identity()
+
+
+def test_what_is_shared() -> None:
+    net = Net()
+
+    shared = shared_parameters(net, "backbone", "heads.h2")
+
+    assert list(shared.backbone) == [
+        "backbone.0.weight", "backbone.0.bias", "backbone.1.weight", "backbone.1.bias",
+    ]  # fmt: skip
+    assert list(shared.head) == ["heads.h2.weight", "heads.h2.bias"]
+    assert list(shared.buffers) == [
+        "backbone.1.running_mean", "backbone.1.running_var", "backbone.1.num_batches_tracked",
+        "heads.h2.step",
+    ]  # fmt: skip
+    assert shared.parameters == shared.backbone | shared.head
+    assert list(shared.weights) == [*shared.backbone, *shared.head, *shared.buffers]
+
+
+def test_that_what_is_shared_is_the_models_own() -> None:
+    net = Net()
+    shared = shared_parameters(net, "backbone", "heads.h2")
+
+    assert shared.head["heads.h2.weight"] is net.heads["h2"].weight
+    assert shared.buffers["backbone.1.running_mean"] is net.backbone[1].running_mean
+    assert all(isinstance(parameter, nn.Parameter) for parameter in shared.parameters.values())
+
+
+def test_that_the_schema_crosses_a_json_file() -> None:
+    net = Net()
+    net.backbone[0].to(torch.bfloat16)
+
+    schema = shared_parameters(net, "backbone", "heads.h2").schema()
+
+    assert schema["backbone.0.weight"] == ["bfloat16", [3, 4]]
+    assert schema["heads.h2.step"] == ["int64", []]
+    assert json.loads(json.dumps(schema)) == schema
+
+
+@pytest.mark.parametrize(
+    ("backbone", "head", "words"),
+    [
+        ("trunk", "heads.h2", "no module 'trunk'; it has backbone, .*heads.h1"),
+        ("backbone", "heads.h3", "no module 'heads.h3'"),
+        ("", "heads.h2", "no module ''"),
+        ("backbone", "scale", "no module 'scale'"),
+        ("backbone", "nothing", "'nothing' has no parameters of its own"),
+        ("backbone", "backbone", "'backbone' and 'backbone' overlap"),
+        ("heads", "heads.h2", "overlap in 'heads.h2.weight'"),
+        ("backbone.0", "backbone", "overlap"),
+    ],
+)
+def test_that_modules_that_cannot_be_shared_are_refused(
+    backbone: str, head: str, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        shared_parameters(Net(), backbone, head)
+
+
+def test_that_a_tensor_tied_to_one_outside_is_not_left_out_in_silence() -> None:
+    # named_parameters() gives a tied tensor once, under its first name. Where that lies
+    # outside both modules, the tensor crosses neither way, and the jobs train different models.
+    net = Net()
+    net.heads["h2"].weight = net.heads["h1"].weight = nn.Parameter(torch.ones(5, 3))
+
+    try:
+        shared = shared_parameters(net, "backbone", "heads.h2")
+    except ValueError:
+        return
+    assert "heads.h2.weight" in shared.head
+
+
+def test_that_equal_schemas_do_not_differ() -> None:
+    schema = shared_parameters(Net(), "backbone", "heads.h2").schema()
+
+    assert schema_differences(schema, json.loads(json.dumps(schema)), "donor", "receiver") == []
+
+
+def test_that_every_difference_is_told_with_both_shapes() -> None:
+    mine: dict[str, list[Any]] = {
+        "a": ["float32", [2, 3]],
+        "b": ["float32", []],
+        "c": ["float32", [1]],
+    }
+    theirs: dict[str, list[Any]] = {
+        "a": ["float32", [3, 2]],
+        "b": ["float64", []],
+        "d": ["int64", [4]],
+    }
+
+    assert schema_differences(mine, theirs, "donor", "receiver") == [
+        "a: donor float32 (2, 3), receiver float32 (3, 2)",
+        "b: donor float32 (), receiver float64 ()",
+        "c: donor float32 (1,), receiver absent",
+        "d: donor absent, receiver int64 (4,)",
+    ]
+
+
+def test_that_an_optimizer_must_hold_every_shared_parameter() -> None:
+    net = Net()
+    net.heads["h2"].requires_grad_(False)
+    shared = shared_parameters(net, "backbone", "heads.h2").parameters
+    check_in_optimizer(shared, torch.optim.SGD(net.parameters(), lr=0.1))
+    groups = [{"params": net.backbone.parameters()}, {"params": net.heads.parameters()}]
+    check_in_optimizer(shared, torch.optim.SGD(groups, lr=0.1))
+    filtered = [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+    with pytest.raises(ValueError, match=r"group: heads.h2.weight, heads.h2.bias\. Give"):
+        check_in_optimizer(shared, torch.optim.SGD(filtered, lr=0.1))
+
+
+def test_that_an_equal_tensor_is_not_the_same_tensor() -> None:
+    net, other = Net(), Net()
+    other.load_state_dict(net.state_dict())
+    shared = shared_parameters(net, "backbone", "heads.h2").parameters
+
+    with pytest.raises(ValueError, match="in no optimizer group"):
+        check_in_optimizer(shared, torch.optim.SGD(other.parameters(), lr=0.1))
+
+
+def test_the_squared_norm() -> None:
+    assert squared_norm([]) == 0.0
+    assert squared_norm([torch.tensor([3.0, 4.0]), torch.tensor(2.0)]) == 29.0
+    assert squared_norm([nn.Parameter(torch.ones(2))]) == 2.0
+    assert squared_norm(torch.ones(1, dtype=torch.bfloat16) for _ in range(1000)) == 1000.0
+    assert squared_norm([torch.full((1,), 1e30)]) == pytest.approx(1e60)
+    assert math.isnan(squared_norm([torch.tensor([math.nan])]))

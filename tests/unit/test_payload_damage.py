@@ -1,0 +1,174 @@
+"""Damaged and crafted files: nothing but what was written is ever read as a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from toolkit.bridge.errors import PayloadError
+from toolkit.bridge.payload import Header, Record, digest_tensors, parse_record, write_record
+
+HEADER = Header(
+    kind="gradient", run_id="run", job="donor", sequence=3, attempt=1, receiver_step=7,
+    weights_digest="abc", donor_step=4, count=5.0, loss=0.25,
+)  # fmt: skip
+
+
+def tensors() -> dict[str, Tensor]:
+    return {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3, dtype=torch.float64) / 3}
+
+
+def written(tmp_path: Path, content: dict[str, Tensor] | None = None) -> Path:
+    path = tmp_path / "record.safetensors"
+    write_record(path, HEADER, tensors() if content is None else content)
+    return path
+
+
+def is_same(read: Record, tmp_path: Path) -> bool:
+    reference = parse_record((tmp_path / "record.safetensors").read_bytes())
+    return read.header == reference.header and all(
+        torch.equal(read.tensors[name], tensor) for name, tensor in reference.tensors.items()
+    )
+
+
+def crafted(tmp_path: Path, text: str) -> bytes:
+    """A file with a header text of our choice and the digest that fits it."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    save_file({}, tmp_path / "crafted", metadata={"gradient_bridge": "TEXT", "digest": digest})
+    data = (tmp_path / "crafted").read_bytes()
+    body = data[8:].rstrip(b" ").replace(b'"TEXT"', json.dumps(text).encode())
+    return len(body).to_bytes(8, "little") + body
+
+
+def test_that_every_flipped_byte_is_refused_but_white_space_in_the_padding(tmp_path: Path) -> None:
+    data = written(tmp_path).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    padding = range(len(data[:end].rstrip(b" ")), end)
+    assert padding, "choose other tensors: this record has no padding, so nothing is shown of it"
+    # All single bits, all bits, and what turns a blank into a tab, a line feed, a return.
+    masks = [1 << bit for bit in range(8)] + [0xFF, 0x29, 0x2A, 0x2D]
+    accepted = []
+    for position in range(len(data)):
+        for mask in masks:
+            changed = bytearray(data)
+            changed[position] ^= mask
+            try:
+                read = parse_record(bytes(changed))
+            except PayloadError:
+                continue
+            assert is_same(read, tmp_path), f"byte {position} xor {mask:#x} made another record"
+            accepted.append((position, mask))
+
+    # White space between the end of the JSON header and the data means nothing in safetensors.
+    assert accepted == [(position, mask) for position in padding for mask in masks[-3:]]
+
+
+@pytest.mark.parametrize("sixteenth", range(16))
+def test_that_a_truncated_file_is_refused(tmp_path: Path, sixteenth: int) -> None:
+    data = written(tmp_path).read_bytes()
+
+    with pytest.raises(PayloadError) as caught:
+        parse_record(data[: len(data) * sixteenth // 16])
+    assert caught.value.reason == "truncated"
+
+
+@pytest.mark.parametrize("change", [b"\0", b"more"])
+def test_that_bytes_after_the_end_are_refused(tmp_path: Path, change: bytes) -> None:
+    with pytest.raises(PayloadError):
+        parse_record(written(tmp_path).read_bytes() + change)
+
+
+def test_that_a_zeroed_page_is_refused(tmp_path: Path) -> None:
+    big = {"x": torch.ones(4096)}
+    data = bytearray(written(tmp_path, content=big).read_bytes())
+    data[8192 : 8192 + 4096] = bytes(4096)
+
+    with pytest.raises(PayloadError) as caught:
+        parse_record(bytes(data))
+    assert caught.value.reason == "digest"
+
+
+def test_that_a_file_of_something_else_is_alien(tmp_path: Path) -> None:
+    save_file(tensors(), tmp_path / "plain", metadata={"format": "pt"})
+
+    with pytest.raises(PayloadError) as caught:
+        parse_record((tmp_path / "plain").read_bytes())
+    assert caught.value.reason == "alien"
+
+
+def test_that_safetensors_without_metadata_or_a_huge_header_are_malformed(tmp_path: Path) -> None:
+    save_file(tensors(), tmp_path / "plain")
+    for data in ((tmp_path / "plain").read_bytes(), b"\xff" * 64):
+        with pytest.raises(PayloadError) as caught:
+            parse_record(data)
+        assert caught.value.reason == "malformed"
+
+
+def fields(**changes: Any) -> dict[str, Any]:
+    return {**dataclasses.asdict(HEADER), "tensors_digest": digest_tensors({}), **changes}
+
+
+def test_that_a_crafted_file_passes_if_it_says_what_a_record_says(tmp_path: Path) -> None:
+    read = parse_record(crafted(tmp_path, json.dumps(fields())))
+
+    assert dataclasses.replace(read.header, tensors_digest="") == HEADER
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"format_version": 2}, "alien"),
+        ({"format_version": None}, "alien"),
+        ({"kind": "delta"}, "malformed"),
+        ({"kind": ["gradient"]}, "malformed"),
+        ({"unknown": 1}, "malformed"),
+    ],
+)
+def test_that_another_header_is_refused(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(PayloadError) as caught:
+        parse_record(crafted(tmp_path, json.dumps(fields(**change))))
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["not json", "[]", "3", '{"format_version": 1', "[" * 100_000, '"\ud800"'],
+    ids=["words", "list", "number", "cut", "nested", "surrogate"],
+)
+def test_that_a_header_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
+    # parse_header lets JSONDecodeError, AttributeError, RecursionError and UnicodeEncodeError
+    # through, which no caller takes for a rejection.
+    with pytest.raises(PayloadError):
+        parse_record(crafted(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"count": "5"},
+        {"receiver_step": "7"},
+        {"receiver_step": None},
+        {"loss": "low"},
+        {"donor_step": "4"},
+        {"sequence": 3.5},
+        {"weights_digest": ["abc"]},
+    ],
+    ids=str,
+)
+def test_that_a_header_field_of_another_type_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    # the types of the fields are not looked at; a string for a number ends the reading job
+    # with a TypeError later on (check_gradient, Inbox, metrics).
+    with pytest.raises(PayloadError):
+        parse_record(crafted(tmp_path, json.dumps(fields(**change))))

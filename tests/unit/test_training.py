@@ -1,0 +1,151 @@
+"""Schedules, exact evaluation, checkpoints and result files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from toolkit.data import NO_LABEL, make_dataset
+from toolkit.training import (
+    CompletedSteps,
+    banner,
+    build_optimizer,
+    build_scheduler,
+    evaluate,
+    find_checkpoint,
+    new_output_dir,
+    save_checkpoint,
+    write_results,
+)
+
+
+def arguments(**changes: object) -> argparse.Namespace:
+    defaults = {
+        "optimizer": "sgd",
+        "learning_rate": 1.0,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "lr_scheduler_type": "constant",
+        "num_warmup_steps": 0,
+    }
+    return argparse.Namespace(**{**defaults, **changes})
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1, 1]),
+        ("constant_with_warmup", 2, [0, 0.5, 1, 1, 1]),
+        ("linear", 0, [1, 0.75, 0.5, 0.25, 0]),
+        ("linear", 2, [0, 0.5, 1, 0.5, 0]),
+        ("cosine", 0, [1, 0.8535534, 0.5, 0.1464466, 0]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_schedule(schedule: str, warmup: int, expected: list[float]) -> None:
+    args = arguments(lr_scheduler_type=schedule, num_warmup_steps=warmup)
+    scheduler = build_scheduler(args, build_optimizer(args, nn.Linear(1, 1).parameters()), 4)
+    rates = []
+    for _ in expected:
+        rates.append(scheduler.get_last_lr()[0])
+        scheduler.step()
+    assert rates == pytest.approx(expected)
+
+
+def test_optimizers_take_their_settings() -> None:
+    sgd = build_optimizer(arguments(momentum=0.9, weight_decay=0.1), nn.Linear(1, 1).parameters())
+    assert isinstance(sgd, torch.optim.SGD)
+    assert (sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.9, 0.1)
+    adamw = build_optimizer(
+        arguments(optimizer="adamw", weight_decay=0.2), nn.Linear(1, 1).parameters()
+    )
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert (adamw.defaults["lr"], adamw.defaults["weight_decay"]) == (1.0, 0.2)
+
+
+class Reader(nn.Module):
+    """Predicts class 1 for h1 and class 0 for h2 where a 1 x 1 image is bright."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.batch_sizes: list[int] = []
+
+    def forward(self, images: Tensor, heads: tuple[str, ...]) -> dict[str, Tensor]:
+        assert not self.training
+        self.batch_sizes.append(len(images))
+        bright = images.flatten(1) * self.scale - 0.5
+        logits = {"h1": torch.cat([-bright, bright], 1), "h2": torch.cat([bright, -bright], 1)}
+        return {head: logits[head] for head in heads}
+
+
+def test_evaluation_counts_labelled_images_once() -> None:
+    images = np.array([0, 1, 1, 0, 1], dtype=np.float32).reshape(5, 1, 1, 1)
+    labels = {
+        "h1": np.array([0, 1, 1, 1, NO_LABEL]),
+        "h2": np.array([1, NO_LABEL, NO_LABEL, NO_LABEL, 1]),
+        "h3": np.full(5, NO_LABEL),
+    }
+    dataset = make_dataset(images, labels)
+    model = Reader().train()
+    accelerator = Accelerator(cpu=True)
+    assert evaluate(accelerator, model, dataset, ("h1", "h2"), 2) == {"h1": 75.0, "h2": 50.0}
+    assert model.training
+    assert model.batch_sizes == [2, 2, 1]
+    assert evaluate(accelerator, model, dataset.select([]), ("h1",), 2) == {}
+
+
+def test_banner() -> None:
+    assert banner("Running training", {"Ranks": 2}) == "***** Running training *****\n  Ranks = 2"
+
+
+def test_output_dirs_are_numbered(tmp_path: Path) -> None:
+    Accelerator(cpu=True)
+    (tmp_path / "runs" / "joint-0002").mkdir(parents=True)
+    names = [new_output_dir(tmp_path / "runs", "joint").name for _ in range(2)]
+    assert names == ["joint-0001", "joint-0003"]
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    completed = CompletedSteps()
+    accelerator.register_for_checkpointing(completed)
+    (tmp_path / ".saving-step_1").mkdir()  # of a job that was killed
+    for step in (8, 9, 10):
+        completed.value = step
+        save_checkpoint(accelerator, tmp_path, step, total_limit=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_9"]
+    latest = find_checkpoint("latest", tmp_path)
+    assert latest.name == "step_10"
+    completed.value = 0
+    accelerator.load_state(str(latest))
+    assert completed.value == 10
+    with pytest.raises(ValueError, match=r"step_8 is no checkpoint.*\['step_9', 'step_10'\]"):
+        find_checkpoint(str(tmp_path / "step_8"), tmp_path)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* to resume from"):
+        find_checkpoint("latest", tmp_path / "elsewhere")
+
+
+def test_results(tmp_path: Path) -> None:
+    state = {"heads.h1.weight": torch.arange(6.0).reshape(2, 3).T}
+    write_results(tmp_path / "out", {"recipe": "joint"}, state)
+    write_results(tmp_path / "out", {"recipe": "again"}, state)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "model.safetensors",
+        "results.json",
+    ]
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == {"recipe": "again"}
+    weights = tmp_path / "out" / "model.safetensors"
+    assert torch.equal(load_file(weights)["heads.h1.weight"], state["heads.h1.weight"])
+    assert stat.S_IMODE(weights.stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "out" / "results.json").stat().st_mode
+    )

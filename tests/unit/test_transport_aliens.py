@@ -1,0 +1,125 @@
+"""What may lie in a record's place instead of a record."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from toolkit.bridge.errors import PayloadError
+from toolkit.bridge.transport import DirectoryTransport
+
+LIMIT = 1000
+
+
+@pytest.fixture
+def transport(tmp_path: Path) -> DirectoryTransport:
+    transport = DirectoryTransport(tmp_path / "bridge")
+    transport.open_stream("donor")
+    return transport
+
+
+def publish(transport: DirectoryTransport, sequence: int, content: bytes = b"content") -> int:
+    return transport.publish("donor", sequence, lambda path: path.write_bytes(content))
+
+
+def symlink(path: Path) -> None:
+    target = path.with_name("README")
+    target.write_bytes(b"content")
+    path.symlink_to(target)
+
+
+def dangling(path: Path) -> None:
+    path.symlink_to(path.with_name("nowhere"))
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def bind(path: Path) -> None:
+    here = Path.cwd()
+    os.chdir(path.parent)  # the address of a socket is short
+    try:
+        with socket.socket(socket.AF_UNIX) as unix:
+            unix.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "make",
+    [
+        symlink,
+        dangling,
+        loop,
+        os.mkfifo,
+        bind,
+        # os.fdopen() of a directory raises IsADirectoryError before it is looked at, which
+        # ends the reading job (and leaks the descriptor).
+        os.mkdir,
+    ],
+)
+def test_that_what_is_no_plain_file_is_rejected_at_once(
+    transport: DirectoryTransport, make: Callable[[Path], object]
+) -> None:
+    make(transport.path("donor", 0))
+
+    with pytest.raises(PayloadError) as caught:
+        transport.read("donor", 0, max_bytes=LIMIT)
+    assert caught.value.reason == "not_a_file"
+
+
+def test_that_a_rejected_read_leaves_no_descriptor_open(transport: DirectoryTransport) -> None:
+    os.mkfifo(transport.path("donor", 0))
+    publish(transport, 1, bytes(LIMIT + 1))
+    before = len(os.listdir("/proc/self/fd"))
+    for sequence in (0, 1):
+        with pytest.raises(PayloadError):
+            transport.read("donor", sequence, max_bytes=LIMIT)
+
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_that_an_empty_file_is_read_as_it_is(transport: DirectoryTransport) -> None:
+    publish(transport, 0, b"")
+
+    assert transport.read("donor", 0, max_bytes=LIMIT) == b""
+
+
+def test_that_a_file_that_is_too_large_is_not_read(transport: DirectoryTransport) -> None:
+    publish(transport, 0, bytes(LIMIT))
+    publish(transport, 1, bytes(LIMIT + 1))
+    assert len(transport.read("donor", 0, max_bytes=LIMIT)) == LIMIT
+
+    with pytest.raises(PayloadError, match="1001 bytes, at most 1000") as caught:
+        transport.read("donor", 1, max_bytes=LIMIT)
+    assert caught.value.reason == "too_large"
+
+
+def test_that_pruning_passes_over_a_directory(transport: DirectoryTransport) -> None:
+    # unlink() of a directory with a record's name ends the donor (IsADirectoryError); it
+    # becomes reachable once a reader rejects a directory instead of failing over it.
+    os.mkdir(transport.path("donor", 0))
+    for sequence in (1, 2):
+        publish(transport, sequence)
+
+    transport.prune("donor", 2)
+
+    assert 1 not in transport.sequences("donor")
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, dangling])
+def test_that_what_is_no_file_is_kept_aside_too(
+    transport: DirectoryTransport, make: Callable[[Path], object]
+) -> None:
+    make(transport.path("donor", 0))
+
+    transport.reject("donor", 0, "not_a_file", "")
+
+    assert transport.sequences("donor") == []
+    assert os.listdir(transport.root / "donor" / "rejected").count("0000000000.safetensors") == 1

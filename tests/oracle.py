@@ -39,6 +39,8 @@ class Case:
     donor_accumulation: int = 1
     max_grad_norm: float | None = None
     num_steps: int = 50
+    max_staleness: int = 0
+    donor_pause: float = 0.0  # seconds that the donor sleeps before each window
     mutation: str = ""  # applied in one of the jobs, see tests/jobs/bridge_job.py
     seed: int = 0
 

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 ALONE_PEER_WAIT_SECONDS = 1
-_TQDM = re.compile(r"(\d+)/(\d+) \[")
+_TQDM = re.compile(r"(\d+)(?:/(\d+)|it) \[")
 _LOG_TAIL_LINES = 40
 
 
@@ -41,10 +41,11 @@ class LaunchedJob:
     log: Path
     output_dir: Path
 
-    def progress(self) -> tuple[int, int] | None:
-        """Steps done and steps planned, from the job's own progress bar."""
+    def progress(self) -> tuple[int, int | None]:
+        """Steps done and, where the job knows, steps planned, from its own progress bar."""
         found = _TQDM.findall(self.log.read_text(errors="replace")[-2000:])
-        return (int(found[-1][0]), int(found[-1][1])) if found else None
+        done, planned = found[-1] if found else (0, "")
+        return int(done), int(planned) if planned else None
 
     def check(self) -> bool:
         """Whether the job has ended; raises :class:`JobFailedError` if it failed."""
@@ -82,7 +83,7 @@ def bundled(name: str) -> Path:
 def launch(
     recipe: str, name: str, output_dir: Path, flags: Sequence[object], num_processes: int = 1
 ) -> LaunchedJob:
-    """Start one recipe; its output goes to ``<output_dir>/../<name>.log``."""
+    """Start one recipe; its output goes to ``<output_dir>.log``."""
     if num_processes == 1:
         options = ["--cpu", "--num_processes=1", "--num_machines=1", "--dynamo_backend=no"]
         options += ["--mixed_precision=no"]
@@ -91,7 +92,7 @@ def launch(
         options = [f"--config_file={config}", f"--num_processes={num_processes}"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options]
     command += [str(bundled("recipes") / f"{recipe}.py"), *map(str, flags)]
-    log = output_dir.parent / f"{name}.log"
+    log = output_dir.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -114,8 +115,10 @@ def follow(jobs: Sequence[LaunchedJob], progress: Progress) -> None:
             time.sleep(0.1)
             for job in list(running):
                 ended = job.check()
-                if (steps := job.progress()) is not None:
-                    progress.update(tasks[job.name], completed=steps[0], total=steps[1])
+                done, planned = job.progress()
+                if ended:
+                    planned = done  # a donor learns only from the receiver when to end
+                progress.update(tasks[job.name], completed=done, total=planned)
                 if ended:
                     running.remove(job)
                     progress.stop_task(tasks[job.name])
@@ -128,33 +131,35 @@ def train_one_seed(
     args: argparse.Namespace, root: Path, seed: int, progress: Progress
 ) -> dict[str, LaunchedJob]:
     """The four jobs of one seed, by row of the table."""
-    common: list[object] = ["--task", args.task, "--seed", seed, "--dtype", args.dtype]
+    data: list[object] = ["--task", args.task, "--seed", seed, "--dtype", args.dtype]
+    steps: list[object] = []
     if args.max_train_steps is not None:
-        common += ["--max_train_steps", args.max_train_steps]
-    run, alone = f"seed-{seed}", f"seed-{seed}-alone"
-    bridge_flags = ["--runs_dir", root, "--run", run, "--require_peer"]
-    ranks = args.num_processes
-    donor_flags = common[:6] + bridge_flags
-    pair = [
-        launch("donor", f"donor (seed {seed})", root / run / "donor", donor_flags, ranks),
-        launch(
-            "receiver",
-            f"receiver (seed {seed})",
-            root / run / "receiver",
-            common + bridge_flags,
-            ranks,
+        steps = ["--max_train_steps", args.max_train_steps]
+    run_dir, alone_dir, ranks = (
+        root / f"seed-{seed}",
+        root / f"seed-{seed}-alone",
+        args.num_processes,
+    )
+    bridge: list[object] = ["--runs_dir", root, "--run"]
+    together = [*bridge, run_dir.name, "--require_peer"]
+    alone = [*bridge, alone_dir.name, "--peer_wait", ALONE_PEER_WAIT_SECONDS]
+    joint: list[object] = ["--receiver_processes", ranks, "--donor_processes", ranks]
+
+    def start(row: str, recipe: str, output_dir: Path, flags: list[object]) -> LaunchedJob:
+        num_processes = 1 if recipe == "joint" else ranks
+        return launch(recipe, f"{row} (seed {seed})", output_dir, [*data, *flags], num_processes)
+
+    donor = start("donor", "donor", run_dir / "donor", together)
+    receiver = start("receiver", "receiver", run_dir / "receiver", [*steps, *together])
+    follow([donor, receiver], progress)
+    others = [
+        start("alone", "receiver", alone_dir / "receiver", [*steps, *alone]),
+        start(
+            "joint", "joint", run_dir / "joint", [*steps, *joint, "--output_dir", run_dir / "joint"]
         ),
     ]
-    follow(pair, progress)
-    alone_flags = ["--runs_dir", root, "--run", alone, "--peer_wait", ALONE_PEER_WAIT_SECONDS]
-    joint_flags = ["--output_dir", root / run / "joint"]
-    joint_flags += ["--receiver_processes", ranks, "--donor_processes", ranks]
-    others = [
-        launch("receiver", f"alone (seed {seed})", root / alone / "receiver", common + alone_flags),
-        launch("joint", f"joint (seed {seed})", root / run / "joint", common + joint_flags),
-    ]
     follow(others, progress)
-    return {"receiver alone": others[0], "bridge": pair[1], "joint": others[1]}
+    return {"receiver alone": others[0], "bridge": receiver, "joint": others[1]}
 
 
 def largest_weight_difference(a: Path, b: Path) -> float:

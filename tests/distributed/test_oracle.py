@@ -7,6 +7,7 @@ takes longer than training them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -130,6 +131,20 @@ def test_unlike_worlds(tmp_path: Path, world: World) -> None:
     trained = train(tmp_path, world, cases)
     for case in cases:
         check_trained_jointly(trained, case)
+
+
+def test_a_receiver_runs_ahead_of_a_slow_donor_by_the_allowed_steps_only(tmp_path: Path) -> None:
+    case = Case(max_staleness=2, donor_pause=0.05, num_steps=30)
+    trained = train(tmp_path, World(2, 1), [case])
+    ledger = tmp_path / case.name / "runs" / "0001" / "bridge" / "receiver" / "ledger-0001.jsonl"
+    entries = [json.loads(line) for line in ledger.read_text().splitlines()]
+    applied = [entry["receiver_step"] for entry in entries if entry["fate"] == "applied"]
+    assert [entry["fate"] for entry in entries] == ["applied"] * len(applied)
+    gaps = [later - earlier for earlier, later in itertools.pairwise(applied)]
+    assert 1 <= min(gaps) <= max(gaps) <= 3
+    assert len(applied) < 30, "the donor was not slower: this test says nothing"
+    weights = trained.weights(case)
+    assert largest_difference(weights, trained.weights(case, rank=1)) == 0.0
 
 
 def test_bad_files_are_rejected_and_training_goes_on(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,17 @@ def receive(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Mo
                         accelerator.clip_grad_norm_(model.parameters(), case.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                    receiver.commit()
+                    if receiver.commit():
+                        staleness = receiver.metrics.get("bridge/staleness (receiver steps)", 0)
+                        assert staleness <= case.max_staleness
                 if receiver.completed_steps == case.num_steps:
                     break
             epoch += 1
         if accelerator.is_main_process:
             fates = receiver.fates()
             (receiver.run_dir / "fates.json").write_text(json.dumps(fates))
-            assert fates["applied"] == case.num_steps, fates
+            if not case.max_staleness:
+                assert fates["applied"] == case.num_steps, fates
             settled = sum(fates[k] for k in ("applied", "dropped", "rejected", "skipped"))
             assert settled + fates["pending"] == fates["published"], fates
     return model
@@ -82,6 +86,7 @@ def donate(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Mod
     model, optimizer, dataloader = prepare(accelerator, case, "h2")
     with GradientDonor(accelerator, model, optimizer, config) as donor:
         for features, labels in donor.follow(dataloader):
+            time.sleep(case.donor_pause)
             with accelerator.accumulate(model):
                 loss = F.cross_entropy(model(features, "h2"), labels, reduction=case.loss_reduction)
                 donor.backward(loss, num_samples=len(labels))
@@ -209,6 +214,7 @@ def main() -> None:
             donor_weight=case.donor_weight,
             loss_reduction=case.loss_reduction,
             require_peer=True,
+            max_staleness=case.max_staleness,
         )
         patches = [mock.patch.object(*MUTATIONS[case.mutation])] if case.mutation else []
         for patch in patches:

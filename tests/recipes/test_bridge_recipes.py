@@ -101,24 +101,30 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]
     return recipes.weights("0001", "receiver")
 
 
-@pytest.mark.parametrize("killed", ["both", "receiver", "donor"])
+@pytest.mark.parametrize("killed", ["both", "receiver", "donor", "neither"])
 def test_a_resume_gives_the_uninterrupted_weights_bitwise(
     recipes: Recipes, uninterrupted: dict[str, Tensor], killed: str
 ) -> None:
     receiver_flags = ["--max_train_steps", 300, *CHECKPOINTS]
     donor = recipes(DONOR, *CHECKPOINTS)
-    receiver = recipes(RECEIVER, *receiver_flags)
-    for role in ("receiver", "donor"):
-        wait_until(recipes.path("0001", role, "step_80").exists, f"{role}'s second checkpoint")
-    if killed in ("both", "donor"):
-        donor.kill()
-    if killed in ("both", "receiver"):
-        receiver.kill()
-    assert not recipes.path("0001", "receiver", "results.json").exists(), "killed too late"
+    receiver = recipes(
+        RECEIVER, *receiver_flags[2:], "--max_train_steps", 120 if killed == "neither" else 300
+    )
+    if killed == "neither":  # both come to an orderly end, and go on from there
+        receiver.wait(TIMEOUT)
+        donor.wait(TIMEOUT)
+    else:
+        for role in ("receiver", "donor"):
+            wait_until(recipes.path("0001", role, "step_80").exists, f"{role}'s second checkpoint")
+        if killed in ("both", "donor"):
+            donor.kill()
+        if killed in ("both", "receiver"):
+            receiver.kill()
+        assert not recipes.path("0001", "receiver", "results.json").exists(), "killed too late"
     resume = ["--resume_from_checkpoint", "latest"]
-    if killed in ("both", "donor"):
+    if killed != "receiver":
         donor = recipes(DONOR, *CHECKPOINTS, *resume)
-    if killed in ("both", "receiver"):
+    if killed != "donor":
         receiver = recipes(RECEIVER, *receiver_flags, *resume)
     receiver.wait(TIMEOUT)
     donor.wait(TIMEOUT)

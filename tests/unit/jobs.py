@@ -1,0 +1,124 @@
+"""One side of a bridge in this process, the other side's records written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.oracle import Case, Network, build_dataset, build_network
+from toolkit import BridgeConfig, GradientDonor, GradientReceiver
+from toolkit.bridge.payload import Header, Kind, Record, parse_record, write_record
+
+
+def reset() -> None:
+    """Forget the process-wide state that Accelerate keeps."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def batches(head: str, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of these sizes, from the start of the head's data."""
+    features, labels = build_dataset(Case(), head)[: sum(sizes)]
+    yield from zip(features.split(sizes), labels.split(sizes), strict=True)
+
+
+class ReceiverAlone:
+    """A receiver whose donor is this test.
+
+    Args:
+        runs_dir: of the run.
+        init_scale: begin with a loss scaler of this scale; None for none.
+        fused: use the fused optimizer, whose own skip flag is unreliable.
+        settings: of the bridge.
+    """
+
+    def __init__(
+        self,
+        runs_dir: Path,
+        accumulation: int = 1,
+        init_scale: float | None = None,
+        fused: bool = False,
+        **settings: Any,
+    ) -> None:
+        self.accelerator = accelerator = Accelerator(
+            cpu=True,
+            gradient_accumulation_steps=accumulation,
+            mixed_precision="no" if init_scale is None else "fp16",
+        )
+        if init_scale is not None:
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        network = build_network(Case(dtype="float64" if init_scale is None else "float32"))
+        network.heads["h2"].requires_grad_(False)
+        self.network = network
+        self.model: nn.Module = accelerator.prepare(network)
+        accelerator.native_amp = init_scale is not None
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, fused=fused)
+        self.optimizer = accelerator.prepare(optimizer)
+        config = BridgeConfig(runs_dir=runs_dir, peer_wait=0.2, **settings)
+        self.receiver = GradientReceiver(accelerator, self.model, self.optimizer, config)
+        self.receiver.transport.open_stream("donor")
+        self.published = 0
+
+    def weights_record(self) -> Record:
+        """The newest weights that the receiver published."""
+        transport = self.receiver.transport
+        newest = transport.sequences("receiver")[-1]
+        return parse_record(transport.read("receiver", newest, max_bytes=10**6))
+
+    def donate(
+        self, tensors: dict[str, Tensor] | None, count: float = 4.0, kind: Kind = "gradient"
+    ) -> None:
+        """Answer the newest weights."""
+        weights = self.weights_record().header
+        header = Header(
+            kind=kind, run_id=weights.run_id, job="donor", sequence=self.published,
+            attempt=weights.attempt, receiver_step=weights.receiver_step,
+            weights_digest=weights.weights_digest, count=count,
+        )  # fmt: skip
+        self.receiver.transport.publish(
+            "donor", self.published, lambda path: write_record(path, header, tensors or {})
+        )
+        self.published += 1
+
+    def constant(self, value: float) -> dict[str, Tensor]:
+        """A gradient sum with the same value everywhere."""
+        return {
+            name: torch.full_like(parameter, value).detach()
+            for name, parameter in self.receiver.gradient_parameters.items()
+        }
+
+    def backward(self, size: int = 5, factor: float = 1.0) -> None:
+        """One micro-batch."""
+        inputs, labels = next(batches("h1", [size]))
+        dtype = next(self.network.parameters()).dtype
+        loss = F.cross_entropy(self.network(inputs.to(dtype), "h1"), labels) * factor
+        self.receiver.backward(loss, num_samples=size)
+
+    def step(self, factor: float = 1.0) -> bool:
+        """A whole step of one micro-batch; whether it happened."""
+        with self.accelerator.accumulate(self.model):
+            self.backward(factor=factor)
+            self.receiver.inject()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return self.receiver.commit()
+
+
+class DonorAlone:
+    """A donor whose receiver does not come."""
+
+    def __init__(self, runs_dir: Path, accumulation: int = 1, **settings: Any) -> None:
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+        network: Network = build_network(Case(), ("h2",))
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
+        config = BridgeConfig(runs_dir=runs_dir, peer_wait=0.1, **settings)
+        self.donor = GradientDonor(self.accelerator, self.model, self.optimizer, config)

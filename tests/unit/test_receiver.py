@@ -1,0 +1,179 @@
+"""The receiver's three calls in one process: what they refuse, and what a skipped step leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.oracle import Case, build_network
+from tests.unit.jobs import ReceiverAlone, batches, reset
+from toolkit import BridgeConfig, GradientReceiver, PeerError
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., ReceiverAlone]]:
+    jobs: list[ReceiverAlone] = []
+
+    def build(**settings: Any) -> ReceiverAlone:
+        reset()
+        jobs.append(ReceiverAlone(tmp_path / "runs", **settings))
+        return jobs[-1]
+
+    yield build
+    for job in jobs:
+        job.receiver.close()
+    reset()
+
+
+@pytest.fixture
+def job(start: Callable[..., ReceiverAlone]) -> ReceiverAlone:
+    return start()
+
+
+def test_that_a_lone_receiver_takes_exact_steps(start: Callable[..., ReceiverAlone]) -> None:
+    job = start(accumulation=3)
+    sizes = [2, 5, 1]
+    for inputs, labels in batches("h1", sizes):
+        with job.accelerator.accumulate(job.model):
+            loss = F.cross_entropy(job.network(inputs, "h1"), labels)
+            job.receiver.backward(loss, num_samples=len(labels))
+            job.receiver.inject()
+            job.optimizer.step()
+            job.optimizer.zero_grad()
+            job.receiver.commit()
+    twin = build_network(Case())
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=0.01)
+    inputs, labels = next(batches("h1", [sum(sizes)]))
+    F.cross_entropy(twin(inputs, "h1"), labels).backward()
+    optimizer.step()
+    for name, parameter in job.network.named_parameters():
+        expected = twin.get_parameter(name)
+        assert torch.allclose(parameter, expected, rtol=0, atol=1e-14), name
+    assert torch.equal(
+        job.network.get_parameter("heads.h2.weight"), twin.get_parameter("heads.h2.weight")
+    )
+
+
+def test_that_the_donors_head_rests_without_a_payload(job: ReceiverAlone) -> None:
+    job.backward()
+    assert job.published == 0
+    job.donate(job.constant(1.0))
+    job.receiver.inject()
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    job.receiver.commit()
+    moved = job.network.get_parameter("heads.h2.weight").detach().clone()
+    assert not torch.equal(moved, build_network(Case()).get_parameter("heads.h2.weight"))
+
+    for set_to_none in (True, False):  # AdamW's moments must not move it on
+        job.backward()
+        job.receiver.inject()
+        job.optimizer.step()
+        job.optimizer.zero_grad(set_to_none=set_to_none)
+        job.receiver.commit()
+        assert torch.equal(job.network.get_parameter("heads.h2.weight"), moved)
+
+
+def test_that_calls_in_the_wrong_order_are_refused(job: ReceiverAlone, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no backward"):
+        job.receiver.inject()
+    with pytest.raises(RuntimeError, match=r"commit\(\) without inject"):
+        job.receiver.commit()
+    job.backward()
+    with pytest.raises(RuntimeError, match="middle of an accumulation window"):
+        job.accelerator.save_state(str(tmp_path / "early"))
+    job.receiver.inject()
+    with pytest.raises(RuntimeError, match="called twice"):
+        job.receiver.inject()
+    with pytest.raises(RuntimeError, match=r"call commit\(\) after"):
+        job.backward()
+    with pytest.raises(RuntimeError, match=r"between inject\(\) and commit"):
+        job.accelerator.save_state(str(tmp_path / "late"))
+    job.optimizer.step()
+    assert job.receiver.commit()
+    job.accelerator.save_state(str(tmp_path / "good"))
+    assert (tmp_path / "good" / "gradient_bridge.json").is_file()
+
+
+def test_that_a_missing_donor_is_an_error_if_required(start: Callable[..., ReceiverAlone]) -> None:
+    job = start(require_peer=True)
+    with pytest.raises(PeerError, match=r"did not come for 0\.2 s"):
+        job.step()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"head": "heads.h3"}, "no module 'heads.h3'; it has .*heads.h2"),
+        ({"backbone": "trunk"}, "no module 'trunk'; it has backbone"),
+    ],
+)
+def test_that_an_unknown_module_is_named(
+    job: ReceiverAlone, tmp_path: Path, names: dict[str, str], message: str
+) -> None:
+    config = BridgeConfig(runs_dir=tmp_path / "other")
+    with pytest.raises(ValueError, match=message):
+        GradientReceiver(job.accelerator, job.model, job.optimizer, config, **names)
+
+
+def test_that_a_filter_on_requires_grad_is_noticed(job: ReceiverAlone, tmp_path: Path) -> None:
+    trainable = [p for p in job.network.parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=r"in no optimizer group: heads\.h2\.weight"):
+        GradientReceiver(
+            job.accelerator,
+            job.model,
+            torch.optim.SGD(trainable, lr=0.1),
+            BridgeConfig(runs_dir=tmp_path / "other"),
+        )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_that_a_payload_outlives_an_overflow(
+    start: Callable[..., ReceiverAlone], fused: bool
+) -> None:
+    job = start(init_scale=2.0**10, fused=fused)
+    with job.accelerator.accumulate(job.model):
+        job.backward(factor=1e38)  # finite, but not times the scale
+        job.donate(job.constant(1.0))
+        job.receiver.inject()
+        before = {name: p.detach().clone() for name, p in job.network.named_parameters()}
+        job.optimizer.step()
+        job.optimizer.zero_grad()
+        assert not job.receiver.commit()
+    for name, parameter in job.network.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert (job.receiver.completed_steps, job.receiver.completed_windows) == (0, 1)
+    assert job.receiver.fates()["applied"] == 0
+    assert job.receiver.fates()["pending"] == 1
+
+    assert job.step()
+    assert job.receiver.fates()["applied"] == 1
+    assert job.receiver.fates()["pending"] == 0
+    assert not torch.equal(
+        job.network.get_parameter("heads.h2.weight"), before["heads.h2.weight"]
+    ), "the payload that outlived the overflow was not applied"
+
+
+def test_that_a_scaler_changes_nothing(start: Callable[..., ReceiverAlone]) -> None:
+    weights = []
+    for init_scale in (1.0, 2.0**12):
+        job = start(init_scale=init_scale)
+        for value in (0.3, -0.7, 0.1):
+            with job.accelerator.accumulate(job.model):
+                job.backward()
+                job.donate(job.constant(value))
+                job.receiver.inject()
+                job.accelerator.clip_grad_norm_(job.model.parameters(), 0.5)
+                job.optimizer.step()
+                job.optimizer.zero_grad()
+                job.receiver.commit()
+        assert job.receiver.fates()["applied"] == 3
+        weights.append({name: p.detach() for name, p in job.network.named_parameters()})
+        job.receiver.close()
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name

@@ -27,6 +27,7 @@ from toolkit.arguments import check_arguments, data_arguments, training_argument
 from toolkit.bridge.arguments import (
     bridge_arguments,
     bridge_config,
+    check_bridge_arguments,
     checkpoint_to_resume,
     donor_arguments,
 )
@@ -60,10 +61,12 @@ def parse_arguments() -> argparse.Namespace:
             bridge_arguments(),
             donor_arguments(),
         ],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     args = parser.parse_args()
     args.has_bound = args.max_train_steps is not None or args.num_train_epochs is not None
     check_arguments(parser, args)
+    check_bridge_arguments(parser, args)
     return args
 
 

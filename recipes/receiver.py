@@ -26,6 +26,7 @@ from toolkit.arguments import check_arguments, data_arguments, training_argument
 from toolkit.bridge.arguments import (
     bridge_arguments,
     bridge_config,
+    check_bridge_arguments,
     checkpoint_to_resume,
     receiver_arguments,
     rescaling_arguments,
@@ -61,9 +62,11 @@ def parse_arguments() -> argparse.Namespace:
             rescaling_arguments(),
             receiver_arguments(),
         ],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     args = parser.parse_args()
     check_arguments(parser, args)
+    check_bridge_arguments(parser, args)
     return args
 
 

@@ -224,7 +224,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add(
         "--resume_from_checkpoint",
         metavar="PATH|latest",
-        help="go on from this checkpoint; 'latest': the newest one in --output_dir",
+        help="go on from this checkpoint; 'latest': the newest one of this job's "
+        "--output_dir (or run)",
     )
     add(
         "--with_tracking",

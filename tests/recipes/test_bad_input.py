@@ -39,6 +39,13 @@ def test_a_run_that_is_over(recipes: Recipes) -> None:
         check_refused(recipes(recipe, "--run", "old"), "run 'old' is over", "leave --run out")
 
 
+def test_settings_that_make_no_sense(recipes: Recipes) -> None:
+    negative = recipes(RECEIVER, "--max_staleness", -1)
+    pooled_sum = recipes(RECEIVER, "--rescale", "pool", "--loss_reduction", "sum")
+    check_refused(negative, "receiver.py: error: max_staleness must not be negative, got -1")
+    check_refused(pooled_sum, "receiver.py: error: rescale rule 'pool'", "use 'append'")
+
+
 def test_places_and_checkpoints_that_are_not_there(recipes: Recipes, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     unwritable = recipes(DONOR, "--runs_dir", "file/runs")

@@ -67,6 +67,26 @@ def test_two_ranks_each_equal_joint_on_one(recipes: Recipes) -> None:
     assert difference <= 1e-12
 
 
+def test_bf16_on_either_side(recipes: Recipes) -> None:
+    common = ["--dtype", "float32", "--max_train_steps", 20]
+    for name, donor_precision, receiver_precision in (
+        ("plain", "no", "no"), ("donor", "bf16", "no"), ("receiver", "no", "bf16"),
+    ):  # fmt: skip
+        jobs = [
+            recipes(DONOR, *common[:2], "--run", name, "--mixed_precision", donor_precision),
+            recipes(RECEIVER, *common, "--run", name, "--mixed_precision", receiver_precision),
+        ]
+        for job in jobs:
+            job.wait(TIMEOUT)
+        assert recipes.results(name, "receiver")["fates"]["applied"] == 20
+    plain = recipes.weights("plain", "receiver")
+    for name in ("donor", "receiver"):
+        weights = recipes.weights(name, "receiver")
+        assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+        # Rounding of 8 bits shows, and does not lead far astray.
+        assert 1e-5 < largest_difference(weights, plain) < 0.1
+
+
 @pytest.mark.parametrize("recipe", [DONOR, RECEIVER])
 def test_one_alone_trains_alone_with_a_loud_warning(recipes: Recipes, recipe: str) -> None:
     job = recipes(recipe, "--peer_wait", 1, "--max_train_steps", 5)

@@ -109,6 +109,14 @@ def receiver_arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def check_bridge_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with the parser's error for bridge settings that are out of range or contradict."""
+    try:
+        bridge_config(args, resume_from_checkpoint=None)
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def checkpoint_to_resume(args: argparse.Namespace, role: Role) -> Path | None:
     """The checkpoint that ``--resume_from_checkpoint`` names; None without that flag.
 

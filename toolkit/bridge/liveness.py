@@ -116,7 +116,9 @@ class Wait:
         self._peer, self._what, self._hint = peer, what, hint
         self._peer_wait, self._require_peer = peer_wait, require_peer
         self._start = time.monotonic()
-        self._next_status = STATUS_SECONDS if peer.seen else 0.0  # a missing peer: say so at once
+        # A peer that never showed life is most likely not started: say so soon, but give the
+        # heart of one that is just here time to beat.
+        self._next_status = STATUS_SECONDS if peer.seen else 2 * BEAT_SECONDS
 
     @property
     def seconds(self) -> float:

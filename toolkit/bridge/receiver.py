@@ -61,11 +61,11 @@ class GradientReceiver(BridgeJob):
     role: ClassVar[Role] = "receiver"
 
     def _attach(self) -> None:
-        self._check_head_unmanaged()
+        self._check_head_rests()
         super()._attach()
         self.completed_steps = 0
         self.completed_windows = 0
-        self._published_step: int | None = None
+        self._has_published = False
         self._injected: _Injection | None = None
         # What the donor has been told that it may delete, exclusive.
         self._acknowledged = self.transport.acknowledged("donor")
@@ -83,13 +83,15 @@ class GradientReceiver(BridgeJob):
         )
         self._retention = CheckpointCursors(self.run_id)
 
-    def _check_head_unmanaged(self) -> None:
-        """Refuse a donor's head that DDP would wait for in every backward."""
-        managed = [name for name, p in self.shared.head.items() if p.requires_grad]
-        wrapped = self.accelerator.num_processes > 1
-        if managed and wrapped:
+    def _check_head_rests(self) -> None:
+        """Refuse a donor's head that DDP would wait for in every backward.
+
+        On one process too, so that a script that runs on one runs on two.
+        """
+        trained = [name for name, p in self.shared.head.items() if p.requires_grad]
+        if trained:
             raise ValueError(
-                f"{managed[0]!r} requires a gradient, but this job's own loss does not use the "
+                f"{trained[0]!r} requires a gradient, but this job's own loss does not use the "
                 "donor's head: under DistributedDataParallel the second step would fail. Call "
                 "requires_grad_(False) on the head before accelerator.prepare(); the bridge "
                 "writes its gradient, and the optimizer steps it all the same"
@@ -106,7 +108,7 @@ class GradientReceiver(BridgeJob):
         """
         if self._injected is not None:
             raise RuntimeError("backward() after inject(): call commit() after optimizer.step()")
-        if self._published_step is None:
+        if not self._has_published:
             self._publish_weights()
         self.accumulator.backward(loss, num_samples)
 
@@ -136,8 +138,7 @@ class GradientReceiver(BridgeJob):
             self.config.donor_weight,
         )
         for parameter in self.shared.head.values():
-            if not parameter.requires_grad:
-                parameter.grad = None  # zeros would let the optimizer's moments move the head
+            parameter.grad = None  # zeros would let the optimizer's moments move the head
         scale_grads_(self.model.parameters(), window.sum_factor * own_factor)
         self._injected = _Injection(window.scale, verdict)
         self.metrics = {
@@ -262,7 +263,7 @@ class GradientReceiver(BridgeJob):
 
     def _publish_weights(self) -> None:
         """Publish the present weights, unless nobody is there to read them (main process)."""
-        self._published_step = self.completed_steps
+        self._has_published = True
         if not self.accelerator.is_main_process:
             return
         tensors = {

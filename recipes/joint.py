@@ -207,7 +207,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         completed.value += 1
-        metrics = {"learning rate": scheduler.get_last_lr()[0]}
+        metrics = {"train/learning rate": scheduler.get_last_lr()[0]}
         if not accelerator.optimizer_step_was_skipped:
             scheduler.step()
         if accelerator.log_with:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from tests.launching import Launcher
@@ -47,6 +48,31 @@ def test_either_order_again_and_equal_to_joint(recipes: Recipes) -> None:
         recipes.weights("0001", "receiver")["heads.h2.weight"],
         recipes.weights("0002", "receiver")["heads.h2.weight"],
     )
+
+
+def test_both_jobs_overlay_in_tensorboard(recipes: Recipes) -> None:
+    jobs = [recipes(DONOR), recipes(RECEIVER, "--max_train_steps", 6, "--eval_steps", 3)]
+    for job in jobs:
+        job.wait(TIMEOUT)
+    donor, receiver = (
+        EventAccumulator(str(recipes.path("0001", role))).Reload() for role in ("donor", "receiver")
+    )
+    assert set(receiver.Tags()["scalars"]) == {
+        "accuracy/h1 (%)", "accuracy/h2 (%)", "bridge/payload (MiB)",
+        "bridge/samples donor (samples)", "bridge/samples own (samples)",
+        "bridge/staleness (receiver steps)", "bridge/wait (s)",
+        "gradient/cosine own donor (backbone)", "gradient/donor norm", "gradient/own norm",
+        "loss/donor (per sample)", "loss/own (per sample)", "rescale/donor multiplier",
+        "rescale/n_r over n_d", "train/learning rate",
+    }  # fmt: skip
+    assert [event.step for event in receiver.Scalars("accuracy/h2 (%)")] == [3, 6]
+    losses = [
+        {event.step: event.value for event in job.Scalars("loss/donor (per sample)")}
+        for job in (donor, receiver)
+    ]
+    assert set(losses[1]) == {1, 2, 3, 4, 5, 6}
+    assert {step: losses[0][step] for step in losses[1]} == losses[1], "the same step, one loss"
+    assert "configuration/text_summary" in receiver.Tags()["tensors"]
 
 
 def test_two_ranks_each_equal_joint_on_one(recipes: Recipes) -> None:

@@ -74,9 +74,11 @@ class Job:
         return total / max(len(labels), 1) if self.reduction == "mean" else total
 
     def window(self, sizes: list[int], as_tensor: bool = False) -> Window:
-        for batch in self.batches(sizes):
+        for number, batch in enumerate(self.batches(sizes), start=1):
             num_samples: Any = len(batch[1])
             with self.accelerator.accumulate(self.model):
+                # Windows of any length, as at the end of a dataloader.
+                self.accelerator.gradient_state._set_sync_gradients(number == len(sizes))
                 self.accumulator.backward(
                     self.loss(batch), torch.tensor(num_samples) if as_tensor else num_samples
                 )
@@ -178,7 +180,8 @@ def test_when_a_window_is_open() -> None:
     job = Job(accumulation=2)
     assert not job.accumulator.is_open
     for batch in job.batches([2, 3]):
-        job.accumulator.backward(job.loss(batch), len(batch[1]))
+        with job.accelerator.accumulate(job.model):
+            job.accumulator.backward(job.loss(batch), len(batch[1]))
         assert job.accumulator.is_open
     job.accumulator.close()
     assert not job.accumulator.is_open

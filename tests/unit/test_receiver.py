@@ -85,6 +85,8 @@ def test_that_calls_in_the_wrong_order_are_refused(job: ReceiverAlone, tmp_path:
     with pytest.raises(RuntimeError, match=r"commit\(\) without inject"):
         job.receiver.commit()
     job.backward()
+    with pytest.raises(RuntimeError, match=r"second backward\(\)"):
+        job.backward()
     with pytest.raises(RuntimeError, match="middle of an accumulation window"):
         job.accelerator.save_state(str(tmp_path / "early"))
     job.receiver.inject()

@@ -64,6 +64,7 @@ class WindowAccumulator:
         self._divisor: float | None = None
         self._count = 0.0
         self._loss_sum: Tensor | None = None
+        self._must_close = False
         self._synchronised_by_ddp = False
 
     @property
@@ -81,7 +82,15 @@ class WindowAccumulator:
 
         Raises:
             ValueError: if the loss is no scalar or the count is negative or not finite.
+            RuntimeError: for a second call at a synchronised micro-step, which would count the
+                samples twice.
         """
+        if self._must_close:
+            raise RuntimeError(
+                "a second backward() at a synchronised micro-step: add up the losses of a "
+                "micro-batch and call backward() once, and then inject() (receiver) or publish() "
+                "(donor)"
+            )
         if loss.numel() != 1:
             raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
         count = float(num_samples)
@@ -89,6 +98,7 @@ class WindowAccumulator:
             raise ValueError(f"num_samples must be finite and not negative, got {count}")
         # Divide before multiplying: a half precision sum could overflow.
         weight = count if self._loss_reduction == "mean" else 1.0
+        self._must_close = self._accelerator.sync_gradients
         self._synchronised_by_ddp = bool(getattr(self._model, "require_backward_grad_sync", False))
         self._accelerator.backward(loss * (weight / self._constant(count)))
         self._count += count
@@ -114,7 +124,7 @@ class WindowAccumulator:
             * self._accelerator.gradient_accumulation_steps
             * (self._divisor or 1.0)
         )
-        self._count, self._loss_sum = 0.0, None
+        self._count, self._loss_sum, self._must_close = 0.0, None, False
         return Window(count, loss_sum / count if count else math.nan, float(factor), scale)
 
     def reduce_unmanaged_(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:

@@ -139,8 +139,6 @@ class GradientDonor(BridgeJob):
                 if not self.accumulator.is_open and not self._begin_window():
                     return
                 yield batch
-                if self.accelerator.sync_gradients and self.accumulator.is_open:
-                    raise RuntimeError("publish() was not called at a synchronised micro-step")
                 if self.completed_windows == max_windows:
                     return
 

@@ -21,6 +21,7 @@ from accelerate.utils import set_seed
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from toolkit import GradientDonor
 from toolkit.arguments import check_arguments, data_arguments, training_arguments
@@ -32,6 +33,7 @@ from toolkit.bridge.arguments import (
     donor_arguments,
 )
 from toolkit.data import in_memory
+from toolkit.flag_types import DefaultsFormatter
 from toolkit.metrics import start_tracking
 from toolkit.models import build_model
 from toolkit.silos import load_data
@@ -41,6 +43,7 @@ from toolkit.training import (
     build_scheduler,
     clean_errors,
     configure_logging,
+    describe_accuracies,
     evaluate,
     save_checkpoint,
     write_results,
@@ -61,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
             bridge_arguments(),
             donor_arguments(),
         ],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     args = parser.parse_args()
     args.has_bound = args.max_train_steps is not None or args.num_train_epochs is not None
@@ -88,7 +91,7 @@ def main() -> None:
     set_seed(args.seed)
 
     # -- data, model ----------------------------------------------------------------------------
-    with accelerator.main_process_first():
+    with clean_errors(ValueError, OSError), accelerator.main_process_first():
         task = load_data(args, HEAD)
     dtype = getattr(torch, args.dtype)
     num_classes = {HEAD: task.num_classes[HEAD]}
@@ -153,7 +156,7 @@ def main() -> None:
             accelerator, model, task.evaluation, [HEAD], args.per_device_eval_batch_size
         )
 
-    with donor:
+    with donor, logging_redirect_tqdm():
         for images, labels in donor.follow(dataloader, max_windows):
             with accelerator.accumulate(model):
                 logits = model(images.to(dtype), [HEAD])[HEAD]
@@ -176,7 +179,7 @@ def main() -> None:
             progress.update()
             if checkpointing_steps and step % checkpointing_steps == 0:
                 save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
-            if not donor.following and step >= max_train_steps:
+            if donor.windows_alone == max_train_steps:
                 break
 
     # -- results --------------------------------------------------------------------------------
@@ -192,10 +195,11 @@ def main() -> None:
         "num_processes": accelerator.num_processes,
         "seconds": time.monotonic() - start_time,
         "published": donor.published_windows,
+        "windows_alone": donor.windows_alone,
     }
     write_results(output_dir, results, accelerator.get_state_dict(model))
-    report = ", ".join(f"{head} {accuracy:.2f} %" for head, accuracy in accuracies.items())
-    logger.info(f"accuracy: {report}; windows published: {donor.published_windows}")
+    logger.info(f"accuracy: {describe_accuracies(accuracies)}")
+    logger.info(f"windows: {donor.published_windows} published, {donor.windows_alone} alone")
     logger.info(f"results: {output_dir}; curves: tensorboard --logdir {donor.run_dir.parent}")
     accelerator.free_memory()
     accelerator.wait_for_everyone()

@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from toolkit.arguments import check_arguments, data_arguments, positive_int, training_arguments
+from toolkit.arguments import check_arguments, data_arguments, training_arguments
 from toolkit.bridge.arguments import rescaling_arguments
 from toolkit.bridge.rescaling import check_rule, rescale_factors
 from toolkit.data import in_memory, window_indices, windows_per_epoch
+from toolkit.flag_types import DefaultsFormatter, positive_int
 from toolkit.metrics import start_tracking
 from toolkit.models import build_model
 from toolkit.silos import load_data
@@ -37,7 +38,9 @@ from toolkit.training import (
     banner,
     build_optimizer,
     build_scheduler,
+    clean_errors,
     configure_logging,
+    describe_accuracies,
     evaluate,
     find_checkpoint,
     new_output_dir,
@@ -55,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train both heads in one job, as a donor and a receiver would together.",
         parents=[data_arguments(), training_arguments(), rescaling_arguments()],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     group = parser.add_argument_group(
         "the two jobs",
@@ -147,7 +150,7 @@ def main() -> None:
     output_dir = output_directory(args)
 
     # -- data, model ----------------------------------------------------------------------------
-    with accelerator.main_process_first():
+    with clean_errors(ValueError, OSError), accelerator.main_process_first():
         task = load_data(args, OWN_HEAD, DONOR_HEAD)
     own_data, donor_data = (in_memory(task.train[head], head) for head in HEADS)
     windows, steps_per_epoch = joint_windows(args, len(own_data), len(donor_data))
@@ -233,8 +236,7 @@ def main() -> None:
         "seconds": time.monotonic() - start_time,
     }
     write_results(output_dir, results, accelerator.get_state_dict(model))
-    report = ", ".join(f"{head} {accuracy:.2f} %" for head, accuracy in accuracies.items())
-    logger.info(f"accuracy: {report or 'not evaluated'}")
+    logger.info(f"accuracy: {describe_accuracies(accuracies)}")
     logger.info(f"results: {output_dir}; curves: tensorboard --logdir {output_dir}")
     accelerator.free_memory()
     accelerator.wait_for_everyone()
@@ -242,4 +244,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_errors():
+        main()

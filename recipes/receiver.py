@@ -20,6 +20,7 @@ from accelerate.utils import set_seed
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from toolkit import GradientReceiver
 from toolkit.arguments import check_arguments, data_arguments, training_arguments
@@ -32,6 +33,7 @@ from toolkit.bridge.arguments import (
     rescaling_arguments,
 )
 from toolkit.data import in_memory
+from toolkit.flag_types import DefaultsFormatter
 from toolkit.metrics import start_tracking
 from toolkit.models import build_model
 from toolkit.silos import load_data
@@ -41,6 +43,7 @@ from toolkit.training import (
     build_scheduler,
     clean_errors,
     configure_logging,
+    describe_accuracies,
     evaluate,
     save_checkpoint,
     write_results,
@@ -62,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
             rescaling_arguments(),
             receiver_arguments(),
         ],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     args = parser.parse_args()
     check_arguments(parser, args)
@@ -88,7 +91,7 @@ def main() -> None:
     set_seed(args.seed)
 
     # -- data, model ----------------------------------------------------------------------------
-    with accelerator.main_process_first():
+    with clean_errors(ValueError, OSError), accelerator.main_process_first():
         task = load_data(args, OWN_HEAD)
     dtype = getattr(torch, args.dtype)
     model = build_model(task.image_shape, task.num_classes, seed=args.seed).to(dtype)
@@ -159,7 +162,7 @@ def main() -> None:
             args.per_device_eval_batch_size,
         )
 
-    with receiver:
+    with receiver, logging_redirect_tqdm():
         while receiver.completed_steps < max_train_steps:
             epoch, window = divmod(receiver.completed_windows, steps_per_epoch)
             dataloader.set_epoch(epoch)
@@ -198,13 +201,15 @@ def main() -> None:
         "recipe": "receiver",
         "accuracies (%)": accuracies,
         "completed_steps": receiver.completed_steps,
+        "steps_alone": receiver.steps_alone,
         "num_processes": accelerator.num_processes,
         "seconds": time.monotonic() - start_time,
         "fates": receiver.fates(),
     }
     write_results(output_dir, results, accelerator.get_state_dict(model))
-    report = ", ".join(f"{head} {accuracy:.2f} %" for head, accuracy in accuracies.items())
-    logger.info(f"accuracy: {report}; fates of the donor's payloads: {results['fates']}")
+    logger.info(f"accuracy: {describe_accuracies(accuracies)}")
+    fates = ", ".join(f"{count} {fate}" for fate, count in receiver.fates().items())
+    logger.info(f"steps alone: {receiver.steps_alone}; the donor's payloads: {fates}")
     logger.info(f"results: {output_dir}; curves: tensorboard --logdir {receiver.run_dir.parent}")
     accelerator.free_memory()
     accelerator.wait_for_everyone()

@@ -6,54 +6,18 @@ The names are those of the Hugging Face example scripts.
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from pathlib import Path
 
 from toolkit.data import TASKS
+from toolkit.flag_types import (
+    checkpointing_steps,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+)
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
-
-
-def positive_int(text: str) -> int:
-    """A whole number of at least 1."""
-    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
-
-
-def non_negative_int(text: str) -> int:
-    """A whole number of at least 0."""
-    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
-
-
-def non_negative_float(text: str) -> float:
-    """A finite number of at least 0."""
-    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-
-
-def checkpointing_steps(text: str) -> int | str:
-    """A whole number of steps, or the word ``epoch``."""
-    if text == "epoch":
-        return text
-    return _number(text, int, lambda value: value >= 1, "a number of steps, or 'epoch'")
-
-
-def _number(
-    text: str, convert: Callable[[str], float], accept: Callable[[float], bool], wanted: str
-) -> int:
-    # argparse shows the message of this error class only.
-    error = argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
-    try:
-        value = convert(text)
-    except ValueError:
-        raise error from None
-    if not accept(value):
-        raise error
-    return value  # type: ignore[return-value]
 
 
 def data_arguments() -> argparse.ArgumentParser:

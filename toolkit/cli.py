@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import toolkit
+from toolkit.flag_types import DefaultsFormatter, positive_int
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,11 +26,11 @@ def build_parser() -> argparse.ArgumentParser:
             "Launch four real jobs on scikit-learn's digits: a donor and a receiver side by side, "
             "the receiver alone, and joint training in one job as the oracle. Ends with one table."
         ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=DefaultsFormatter,
     )
     demo.add_argument("--task", choices=["digits", "overlap"], default="digits")
-    demo.add_argument("--num_seeds", type=int, default=1, help="repeat with seeds 0, 1, ...")
-    demo.add_argument("--max_train_steps", type=int, default=None, help="optimizer steps")
+    demo.add_argument("--num_seeds", type=positive_int, default=1, help="seeds 0, 1, ...")
+    demo.add_argument("--max_train_steps", type=positive_int, help="optimizer steps")
     demo.add_argument(
         "--dtype",
         choices=["float32", "float64"],
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of weights and images; in float32 rounding alone drives two runs apart",
     )
     demo.add_argument(
-        "--num_processes", type=int, default=1, help="ranks of the donor and of the receiver"
+        "--num_processes", type=positive_int, default=1, help="ranks of donor and of receiver"
     )
     demo.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where results go")
     demo.set_defaults(run=_demo)

@@ -123,6 +123,45 @@ def check_in_optimizer(
         )
 
 
+def check_optimizer_within(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse optimizer parameters that are not the model's.
+
+    The bridge scales the gradients of one model; those of another would stay sums.
+
+    Raises:
+        ValueError: naming the group and the shape of the first one.
+    """
+    known = {id(parameter) for parameter in model.parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) not in known:
+                raise ValueError(
+                    f"optimizer group {number} has a parameter of shape {tuple(parameter.shape)} "
+                    "that is not in the model: put all that this optimizer trains into one model"
+                )
+
+
+def check_only_shared_trains(model: nn.Module, shared: SharedParameters) -> None:
+    """Refuse parameters of a donor that would get gradients which cannot cross.
+
+    Raises:
+        ValueError: naming the first ones.
+    """
+    known = {id(parameter) for parameter in shared.parameters.values()}
+    others = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in known
+    ]
+    if others:
+        raise ValueError(
+            f"the donor's model has parameters outside backbone and head: {', '.join(others[:3])}"
+            f"{', ...' if len(others) > 3 else ''}. Their gradients would not reach the receiver: "
+            "make what the donor's loss uses a part of the backbone, and call "
+            "requires_grad_(False) on the rest before accelerator.prepare()"
+        )
+
+
 def squared_norm(tensors: Iterable[Tensor]) -> float:
     """Sum of squares over all tensors, accumulated in float64."""
     return float(sum(float(tensor.detach().double().square().sum()) for tensor in tensors))

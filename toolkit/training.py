@@ -127,12 +127,23 @@ def configure_logging(accelerator: Accelerator) -> None:
 
 
 @contextlib.contextmanager
-def clean_errors() -> Iterator[None]:
-    """End the process with the message alone where a user, and not the code, can mend an error."""
+def clean_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """End the process with the message alone where a user, and not the code, can mend an error.
+
+    Args:
+        kinds: errors to treat so, beside the bridge's.
+    """
     try:
         yield
-    except BridgeError as error:
+    except Exception as error:
+        if not isinstance(error, (BridgeError, *kinds)):
+            raise
         sys.exit(f"error: {error}")
+
+
+def describe_accuracies(accuracies: Mapping[str, float]) -> str:
+    """One line of accuracies by head."""
+    return ", ".join(f"{head} {value:.2f} %" for head, value in accuracies.items()) or "no labels"
 
 
 def banner(title: str, facts: Mapping[str, object]) -> str:

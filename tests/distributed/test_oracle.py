@@ -36,6 +36,7 @@ EVERY_WORLD = [
     Case(accumulation=3, donor_accumulation=3, rescale="pool", optimizer="momentum"),
     Case(accumulation=3, donor_accumulation=3, loss_reduction="sum", scope="head"),
     Case(max_grad_norm=0.05, optimizer="sgd", rescale="append"),
+    Case(prepared=False, accumulation=3),
     Case(dtype="float32"),
     Case(dtype="float32", optimizer="sgd", accumulation=3),
 ]
@@ -178,3 +179,5 @@ def test_the_case_that_is_mutated_is_sound(mutated: Trained) -> None:
 def test_wrong_factors_are_rejected(mutated: Trained, case: Case) -> None:
     with pytest.raises(AssertionError):
         check_trained_jointly(mutated, case)
+    joint = train_jointly(case, *mutated.world)
+    assert largest_difference(mutated.weights(case), joint) > 1e-6, "wrong by rounding only"

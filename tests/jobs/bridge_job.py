@@ -41,7 +41,9 @@ def prepare(
     optimizer = build_optimizer_of(case, model)
     batches = UnevenBatches(NUM_SAMPLES[head], case.seed + (7 if head == "h1" else 8))
     dataloader = DataLoader(build_dataset(case, head), batch_sampler=batches)
-    model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
+    if case.prepared:
+        model = accelerator.prepare(model)
+    optimizer, dataloader = accelerator.prepare(optimizer, dataloader)
     return model, optimizer, dataloader
 
 

@@ -17,6 +17,8 @@ def check_refused(job: Job, *phrases: str) -> None:
     output = job.output()
     for phrase in phrases:
         assert phrase in output, f"{phrase!r} is not in:\n{output}"
+    ours, _, _ = output.partition("error: ")
+    assert "Traceback" not in ours, output
 
 
 def test_jobs_that_do_not_fit_together_and_a_role_that_is_taken(recipes: Recipes) -> None:

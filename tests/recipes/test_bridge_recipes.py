@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,28 @@ def test_both_jobs_overlay_in_tensorboard(recipes: Recipes) -> None:
     assert set(losses[1]) == {1, 2, 3, 4, 5, 6}
     assert {step: losses[0][step] for step in losses[1]} == losses[1], "the same step, one loss"
     assert "configuration/text_summary" in receiver.Tags()["tensors"]
+
+
+def test_a_donor_that_was_stopped_for_a_while_is_followed_again(recipes: Recipes) -> None:
+    donor = recipes(DONOR)
+    receiver = recipes(RECEIVER, "--peer_wait", 2, "--max_train_steps", 1500)
+    ledger = recipes.path("0001", "bridge", "receiver", "ledger-0001.jsonl")
+    wait_until(ledger.exists, "the first steps")
+    for process in donor.processes():
+        process.suspend()
+    wait_until(lambda: "TRAINING ALONE" in receiver.output(), "going alone")
+    for process in donor.processes():
+        process.resume()
+    receiver.wait(TIMEOUT)
+    donor.wait(TIMEOUT)
+    output = receiver.output()
+    assert "the donor is back" in output
+    assert output.count("TRAINING ALONE") == 1
+    entries = [json.loads(line) for line in ledger.read_text().splitlines()]
+    last = entries[-1]
+    assert (last["fate"], last["receiver_step"]) == ("applied", 1499), "lockstep is not restored"
+    results = recipes.results("0001", "receiver")
+    assert results["steps_alone"] == 1500 - results["fates"]["applied"] > 0
 
 
 def test_two_ranks_each_equal_joint_on_one(recipes: Recipes) -> None:

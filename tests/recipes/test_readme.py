@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -71,6 +72,15 @@ def joint_weights(num_epochs: int = 3, accumulation: int = 2) -> dict[str, torch
     return dict(model.state_dict())
 
 
+def write_scripts(directory: Path) -> None:
+    """Both scripts, as the README's diffs leave them."""
+    (directory / "my_project.py").write_text(MY_PROJECT)
+    for role in ROLES:
+        lines = [line[1:] for line in diff_of(role) if not line.startswith("-")]
+        text = "\n".join(lines) + (SAVE if role == "receiver" else "")
+        (directory / f"{role}.py").write_text(text)
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_few_lines_are_added(role: str) -> None:
     added = [line for line in diff_of(role) if line.startswith("+")]
@@ -78,14 +88,24 @@ def test_few_lines_are_added(role: str) -> None:
 
 
 def test_the_scripts_train_as_one_job(launcher: Launcher, tmp_path: Path) -> None:
-    (tmp_path / "my_project.py").write_text(MY_PROJECT)
-    jobs = []
-    for role in ROLES:
-        lines = [line[1:] for line in diff_of(role) if not line.startswith("-")]
-        script = tmp_path / f"{role}.py"
-        script.write_text("\n".join(lines) + (SAVE if role == "receiver" else ""))
-        jobs.append(launcher(script, cwd=tmp_path))
+    write_scripts(tmp_path)
+    jobs = [launcher(tmp_path / f"{role}.py", cwd=tmp_path) for role in ROLES]
     for job in jobs:
         job.wait(TIMEOUT)
     weights = load_file(tmp_path / "receiver.safetensors")
     assert largest_difference(weights, joint_weights()) <= 1e-12
+
+
+def test_the_scripts_run_on_two_ranks(launcher: Launcher, tmp_path: Path) -> None:
+    write_scripts(tmp_path)
+    env = {"ACCELERATE_USE_CPU": "true"}  # the scripts would take a GPU
+    jobs = [
+        launcher(tmp_path / f"{role}.py", cwd=tmp_path, num_processes=2, env=env) for role in ROLES
+    ]
+    for job in jobs:
+        job.wait(TIMEOUT)
+    assert "TRAINING ALONE" not in jobs[0].output()
+    ledger = tmp_path / "runs" / "0001" / "bridge" / "receiver" / "ledger-0001.jsonl"
+    fates = [json.loads(line)["fate"] for line in ledger.read_text().splitlines()]
+    # 83 samples in batches of 5, 2 ranks, 2 micro-steps: 5 steps in each of 3 epochs
+    assert fates == ["applied"] * 15

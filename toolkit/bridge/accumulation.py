@@ -83,7 +83,7 @@ class WindowAccumulator:
         Raises:
             ValueError: if the loss is no scalar or the count is negative or not finite.
             RuntimeError: for a second call at a synchronised micro-step, which would count the
-                samples twice.
+                samples twice, and where the window's earlier gradients have been cleared.
         """
         if self._must_close:
             raise RuntimeError(
@@ -98,6 +98,7 @@ class WindowAccumulator:
             raise ValueError(f"num_samples must be finite and not negative, got {count}")
         # Divide before multiplying: a half precision sum could overflow.
         weight = count if self._loss_reduction == "mean" else 1.0
+        self._check_not_cleared()
         self._must_close = self._accelerator.sync_gradients
         self._synchronised_by_ddp = bool(getattr(self._model, "require_backward_grad_sync", False))
         self._accelerator.backward(loss * (weight / self._constant(count)))
@@ -137,11 +138,29 @@ class WindowAccumulator:
         if world_size == 1:
             return
         ignored = set(getattr(self._model, "parameters_to_ignore", ()))
-        for name, parameter in parameters:
-            managed = self._synchronised_by_ddp and name not in ignored
-            if parameter.requires_grad and not managed and parameter.grad is not None:
+        unmanaged = [
+            parameter
+            for name, parameter in parameters
+            if parameter.requires_grad and (name in ignored or not self._synchronised_by_ddp)
+        ]
+        # A rank without samples may lack a gradient that the others have.
+        present = self._control.sum([float(p.grad is not None) for p in unmanaged])
+        for parameter, num_ranks in zip(unmanaged, present, strict=True):
+            if num_ranks:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
                 parameter.grad.div_(world_size)
+
+    def _check_not_cleared(self) -> None:
+        """Notice a zero_grad() between the micro-steps of one window."""
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        if self.is_open and self._count and all(p.grad is None for p in trained):
+            raise RuntimeError(
+                "the gradients of this accumulation window's earlier micro-batches are gone, but "
+                "their samples are counted: call zero_grad() after optimizer.step(), not before "
+                "backward()"
+            )
 
     def _constant(self, count: float) -> float:
         """A power of two near the first micro-batch's size where a loss scaler is at work."""

@@ -54,6 +54,13 @@ class ControlGroup:
         """The sums of ``values`` over ranks, in float64."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
+    def close(self) -> None:
+        """Leave the group together: ranks that end apart from each other may abort at exit."""
+        if self._group is not None:
+            dist.barrier(self._group)
+            dist.destroy_process_group(self._group)
+            self._group = None
+
     def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         if self._group is None:
             return list(values)

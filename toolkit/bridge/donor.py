@@ -25,7 +25,7 @@ from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.payload import Header, Kind, Record, all_finite, payload_dtype, read_header
 from toolkit.bridge.runs import has_ended
-from toolkit.parameters import squared_norm
+from toolkit.parameters import check_only_shared_trains, squared_norm
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class GradientDonor(BridgeJob):
     Attributes:
         following: whether the present window's gradient goes to a receiver.
         completed_windows: accumulation windows done, in this and earlier starts.
+        windows_alone: those of this start that no receiver was followed in.
         receiver_step: the receiver step that this window's gradient is meant for (while alone: how
             many steps the weights are old, counted on).
         metrics: numbers of the newest window, plain floats, for ``accelerator.log``.
@@ -68,8 +69,11 @@ class GradientDonor(BridgeJob):
     role: ClassVar[Role] = "donor"
 
     def _attach(self) -> None:
+        check_only_shared_trains(self.model, self.shared)
         super()._attach()
         self.following = False
+        self.windows_alone = 0
+        self._in_window = False  # between a decision what a window is for and its publish()
         self.receiver_step = 0
         self.stop_reason = ""
         self._published_windows = 0
@@ -112,8 +116,9 @@ class GradientDonor(BridgeJob):
 
         At the start of every accumulation window the receiver's weights are loaded into the
         model. Which batches come is a function of ``completed_windows`` alone, so that a
-        restarted donor goes on where it stopped. Takes the place of the loops over epochs and
-        batches.
+        restarted donor goes on where it stopped; with shuffling that needs
+        ``DataLoaderConfiguration(use_seedable_sampler=True)``. Takes the place of the loops over
+        epochs and batches.
 
         Args:
             dataloader: the prepared training dataloader.
@@ -128,19 +133,31 @@ class GradientDonor(BridgeJob):
         """
         if not len(dataloader):
             raise ValueError("the dataloader to follow is empty")
+        if not self.accelerator.gradient_state.sync_with_dataloader:
+            raise ValueError(
+                "follow() needs accumulation windows that end with the dataloader: leave "
+                "GradientAccumulationPlugin(sync_with_dataloader=True) as it is"
+            )
         accumulation = self.accelerator.gradient_accumulation_steps
         windows_per_epoch = math.ceil(len(dataloader) / accumulation)
         while max_windows is None or self.completed_windows < max_windows:
+            before = self.completed_windows
             epoch, offset = divmod(self.completed_windows, windows_per_epoch)
             if hasattr(dataloader, "set_epoch"):
                 dataloader.set_epoch(epoch)
             rest = skip_first_batches(dataloader, offset * accumulation) if offset else dataloader
             for batch in rest:
-                if not self.accumulator.is_open and not self._begin_window():
+                if not self._in_window and not self._begin_window():
                     return
+                self._in_window = True
                 yield batch
                 if self.completed_windows == max_windows:
                     return
+            if self.completed_windows == before:
+                raise RuntimeError(
+                    "a whole pass over the dataloader went by without publish() at a synchronised "
+                    "micro-step"
+                )
 
     def backward(self, loss: Tensor, num_samples: float | Tensor) -> None:
         """Back-propagate one micro-batch, in place of ``accelerator.backward(loss)``.
@@ -164,22 +181,31 @@ class GradientDonor(BridgeJob):
         window = self.accumulator.close()
         self.accumulator.reduce_unmanaged_(self.model.named_parameters())
         self.completed_windows += 1
+        self._in_window = False
         self.metrics = {
             "loss/donor (per sample)": window.loss,
             "bridge/wait (s)": self._wait_seconds,
         }
         if not self.following:
+            self.windows_alone += 1
             mean = self.config.loss_reduction == "mean"
             divisor = window.count if mean and window.count else 1.0
             scale_grads_(self.model.parameters(), window.sum_factor / divisor)
             return False
         self._publish_window(window)
+        for parameter in self.model.parameters():
+            parameter.grad = None  # it is the receiver's now, and not the next window's
         return True
 
     # -- inside -------------------------------------------------------------------------------
 
     def _begin_window(self) -> bool:
         """Decide what the window is for and load the weights for it; False to stop."""
+        if torch.is_autocast_enabled(self.accelerator.device.type):
+            raise RuntimeError(
+                "new weights would not be seen inside an open autocast context: iterate over "
+                "follow() outside of it"
+            )
         while True:
             decision, self._wait_seconds = self._decide(
                 "the receiver's next weights", self._poll, self._give_up
@@ -230,8 +256,8 @@ class GradientDonor(BridgeJob):
                 return _Decision("stop")
             self._fetched = last
             return _Decision("stop", last.header.sequence, last.header.tensors_digest)
-        self._seen = newest.header.sequence
         if _identity(newest.header) in self._answered:
+            self._seen = newest.header.sequence
             return None
         self._fetched = newest
         return _Decision("follow", newest.header.sequence, newest.header.tensors_digest)
@@ -278,6 +304,12 @@ class GradientDonor(BridgeJob):
 
     @torch.no_grad()
     def _publish_window(self, window: Window) -> None:
+        grads = [parameter.grad for parameter in self.gradient_parameters.values()]
+        if window.count and all(grad is None for grad in grads):
+            raise RuntimeError(
+                "no shared parameter got a gradient: the loss was not computed with the model that "
+                "this donor was given"
+            )
         sums: dict[str, Tensor] = {}
         for name, parameter in self.gradient_parameters.items():
             dtype = payload_dtype(parameter.dtype)

@@ -33,7 +33,11 @@ from toolkit.bridge.payload import (
 )
 from toolkit.bridge.runs import CHECKPOINT_FILE, attach, read_checkpoint
 from toolkit.bridge.transport import DirectoryTransport
-from toolkit.parameters import check_in_optimizer, shared_parameters
+from toolkit.parameters import (
+    check_in_optimizer,
+    check_optimizer_within,
+    shared_parameters,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,11 @@ class BridgeJob:
                 f"distributed type {accelerator.distributed_type} is not supported; the bridge "
                 "runs on one process or under DistributedDataParallel"
             )
+        if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+            raise BridgeError(
+                "mixed precision fp16 needs a GPU: on this device Accelerate would train in fp32 "
+                "without a word. Use bf16, or no mixed precision"
+            )
         self.accelerator = accelerator
         self.optimizer = optimizer
         self.model = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -73,6 +82,7 @@ class BridgeJob:
             self.shared.parameters if config.scope == "all" else self.shared.head
         )
         check_in_optimizer(self.shared.parameters, optimizer)
+        check_optimizer_within(self.model, optimizer)
         self.control = ControlGroup(accelerator)
         self.accumulator = WindowAccumulator(
             accelerator, model, self.control, config.loss_reduction
@@ -208,11 +218,12 @@ class BridgeJob:
         Returns:
             The decision and the seconds waited.
         """
-        hint = (
-            f"Start it now, with the same runs directory ({self.run_dir.parent}), for instance: "
-            f"accelerate launch recipes/{self.peer_role}.py"
-        )
         config = self.config
+        hint = f"Start it now, for instance: accelerate launch recipes/{self.peer_role}.py"
+        if str(config.runs_dir) != "runs":
+            hint += f" --runs_dir {config.runs_dir}"
+        if config.run is not None:
+            hint += f" --run {config.run}"
         wait = Wait(self.peer, what, config.peer_wait, config.require_peer, hint) if (
             self.accelerator.is_main_process
         ) else None  # fmt: skip
@@ -275,15 +286,13 @@ class BridgeJob:
     def _end_header(self) -> Header:
         raise NotImplementedError
 
-    def close(self, *, publish_end: bool = True) -> None:
-        """Publish this job's end and stop its heartbeat. Safe to call twice; no collective.
+    def close(self) -> None:
+        """Publish this job's end and leave together. A collective; safe to call twice."""
+        if not self._closed:
+            self._stop(publish_end=True)
+            self.control.close()
 
-        Args:
-            publish_end: False leaves the job's stream open, as a crash does: the other job waits
-                for a resume as long as its ``peer_wait``.
-        """
-        if self._closed:
-            return
+    def _stop(self, publish_end: bool) -> None:
         self._closed = True
         if self._heartbeat is not None:
             try:
@@ -301,4 +310,9 @@ class BridgeJob:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close(publish_end=kind is None or issubclass(kind, KeyboardInterrupt))
+        if kind is None:
+            self.close()
+        elif not self._closed:
+            # No collective: the other ranks may be elsewhere. After an error the stream stays open,
+            # as after a crash: the other job waits for a resume as long as its peer_wait.
+            self._stop(publish_end=issubclass(kind, KeyboardInterrupt))

@@ -148,15 +148,14 @@ class Wait:
             raise PeerError(f"{reason}, and --require_peer is set: waited for {self._what}")
         if not reason and self.seconds >= self._next_status:
             self._next_status = self.seconds + STATUS_SECONDS
-            self._say_status(silent)
+            self._say_status(silent, stall_limit)
         return reason
 
-    def _say_status(self, silent: float) -> None:
-        if self._peer.seen:
-            state = f"its last sign of life was {silent:.0f} s ago"
+    def _say_status(self, silent: float, stall_limit: float) -> None:
+        if not self._peer.seen:
+            state = f"no {self._peer.job} yet, at most {self._peer_wait:g} s. {self._hint}"
+        elif silent < STATUS_SECONDS:
+            state = f"the {self._peer.job} lives, at most {stall_limit:.0f} s"
         else:
-            state = f"not here yet. {self._hint}"
-        logger.info(
-            "waiting for %s: %.0f s of at most %.0f s without a sign of life; %s",
-            self._what, self.seconds, self._peer_wait, state,
-        )  # fmt: skip
+            state = f"the {self._peer.job} is silent, for {silent:.0f} of {self._peer_wait:g} s"
+        logger.info("waiting for %s since %.0f s: %s", self._what, self.seconds, state)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from toolkit.bridge.accumulation import Window, scale_grads_
 from toolkit.bridge.config import Role
-from toolkit.bridge.errors import PayloadError
+from toolkit.bridge.errors import PayloadError, PeerError
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger
@@ -49,6 +49,7 @@ class GradientReceiver(BridgeJob):
 
     Attributes:
         completed_steps: optimizer steps that happened.
+        steps_alone: those of them without a gradient of the donor.
         completed_windows: accumulation windows, those included whose step a loss scaler skipped.
         metrics: numbers of the newest step, plain floats, for ``accelerator.log``.
         output_dir: where this job's results belong.
@@ -65,7 +66,9 @@ class GradientReceiver(BridgeJob):
         super()._attach()
         self.completed_steps = 0
         self.completed_windows = 0
+        self.steps_alone = 0
         self._has_published = False
+        self._step_on_disk = -1  # of the newest weights that a donor can read
         self._injected: _Injection | None = None
         # What the donor has been told that it may delete, exclusive.
         self._acknowledged = self.transport.acknowledged("donor")
@@ -154,6 +157,8 @@ class GradientReceiver(BridgeJob):
     def commit(self) -> bool:
         """After ``optimizer.step()``: settle whether the step happened, publish the new weights.
 
+        Whatever else changes the weights in a step (clipping them, say) comes before it.
+
         Returns:
             Whether an optimizer step happened. False between synchronised micro-steps, and after
             a step that a loss scaler skipped: the payload then stays pending for the next try.
@@ -175,6 +180,7 @@ class GradientReceiver(BridgeJob):
         if self.accelerator.is_main_process:
             self.ledger.record(self._inbox.settle(injected.verdict))
         self.completed_steps += 1
+        self.steps_alone += injected.verdict.digest is None
         self._publish_weights()
         return True
 
@@ -205,7 +211,13 @@ class GradientReceiver(BridgeJob):
         if self.transport.rejection("receiver", self._next_sequence - 1) is not None:
             logger.warning("the donor could not read the weights; publishing them again")
             self._publish_weights()
-        return self._inbox.look(self.completed_steps, self.peer)
+        verdict = self._inbox.look(self.completed_steps, self.peer)
+        if self._inbox.donor_is_away and self.config.require_peer:
+            raise PeerError("the donor has ended, and --require_peer is set")
+        if verdict is None and self._step_on_disk != self.completed_steps:
+            # The donor is back after a silence in which nothing was published for it.
+            self._publish_weights()
+        return verdict
 
     def _give_up(self, reason: str) -> Verdict | None:
         verdict = self._inbox.give_up(self.completed_steps, self.peer)
@@ -223,7 +235,7 @@ class GradientReceiver(BridgeJob):
         for name, parameter in self.gradient_parameters.items():
             part = tensors[name].to(device=parameter.device, dtype=parameter.dtype)
             if parameter.grad is None:
-                parameter.grad = part.mul_(factor)
+                parameter.grad = part * factor  # a copy: after a skipped step the sum is used again
             else:
                 parameter.grad.add_(part, alpha=factor)
 
@@ -275,6 +287,7 @@ class GradientReceiver(BridgeJob):
         if not self._inbox.donor_is_away or self.peer.is_alive(self.config.peer_wait):
             self._publish(self._header("weights", digest), tensors)
             self.transport.prune("receiver", self._next_sequence - WEIGHTS_KEPT)
+            self._step_on_disk = self.completed_steps
         needed = self._retention.oldest_needed(self._inbox.cursor)
         if needed > self._acknowledged:
             self.transport.acknowledge("donor", needed)
@@ -304,6 +317,7 @@ class GradientReceiver(BridgeJob):
         return {
             "completed_steps": self.completed_steps,
             "completed_windows": self.completed_windows,
+            "steps_alone": self.steps_alone,
             "ledger": self.ledger.counts,
             "inbox": self._inbox.state(),
         }
@@ -311,6 +325,7 @@ class GradientReceiver(BridgeJob):
     def _load_state(self, state: dict[str, Any]) -> None:
         self.completed_steps = state["completed_steps"]
         self.completed_windows = state["completed_windows"]
+        self.steps_alone = state["steps_alone"]
         self.ledger.counts = dict(state["ledger"])
         self._inbox.load_state(state["inbox"])
 

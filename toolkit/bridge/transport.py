@@ -9,7 +9,7 @@ not gradients. Layout below its root, with ``J`` the publishing job::
     J/acknowledged                     J's reader needs no record below this number again
     J/heartbeat                        a counter that moves while J lives
 
-Names are predictable, so that waiting costs one look-up of one name and not a listing.
+Names are predictable: a receiver that waits for a donor looks up one name, and lists nothing.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class DirectoryTransport:
         return path.stat().st_size
 
     def sequences(self, job: str) -> list[int]:
-        """The numbers of the records that are there, ascending. A listing: not for polling."""
+        """The numbers of the records that are there, ascending; a listing that pruning bounds."""
         return sorted(int(match[1]) for name in self._names(job) if (match := _match(name)))
 
     def alien_names(self, job: str) -> list[str]:
@@ -145,6 +145,8 @@ class DirectoryTransport:
             return str(json.loads(self._note(job, sequence).read_bytes())["reason"])
         except FileNotFoundError:
             return None
+        except (ValueError, KeyError, TypeError):
+            return "unknown"
 
     def beat(self, job: str, counter: int) -> None:
         """Set ``job``'s heartbeat counter. Not durable: it says something only while it moves."""

@@ -7,7 +7,6 @@ optimizer. Where no receiver comes, or it fell silent, the donor trains alone.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
 from collections import defaultdict
@@ -21,10 +20,11 @@ from torch.utils.data import DataLoader
 
 from toolkit.bridge.accumulation import Window, scale_grads_
 from toolkit.bridge.config import Role
-from toolkit.bridge.errors import BridgeError, PayloadError
+from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.job import BridgeJob
-from toolkit.bridge.payload import Header, Kind, Record, all_finite, payload_dtype, read_header
-from toolkit.bridge.runs import has_ended
+from toolkit.bridge.loss_scale import FollowedLossScale
+from toolkit.bridge.payload import Header, Kind, Record, all_finite, payload_dtype
+from toolkit.bridge.weights_inbox import WeightsInbox
 from toolkit.parameters import check_only_shared_trains, squared_norm
 
 logger = logging.getLogger(__name__)
@@ -79,35 +79,15 @@ class GradientDonor(BridgeJob):
         self._published_windows = 0
         self._wait_seconds = 0.0
         self._weights: Header | None = None  # of the weights that are loaded
-        self._seen = -1  # the newest record of the receiver that has been dealt with
-        self._fetched: Record | None = None
         self._is_alone = False
         self._replacements = 0  # at the present weights
-        # The weights (receiver step and digest) that a retained payload answers, and its number.
-        self._answered: dict[tuple[int, str], int] = {}
-        self._scaler_tracker = 0
         self._payload_bytes = 0  # of the largest payload so far
-        self.completed_windows = self.control.on_main(self._recall)
+        self._loss_scale = FollowedLossScale(self.accelerator)
+        self.completed_windows = self.control.on_main(self._open_inbox)
 
-    def _recall(self) -> int:
-        """On the main process: what this job's retained payloads say was done before."""
-        windows = 0
-        for sequence in self.transport.sequences(self.role):
-            header = self._read_own_header(sequence)
-            if header is not None:
-                windows = header.donor_step
-                if header.kind != "end":
-                    self._answered[_identity(header)] = sequence
-        if has_ended(self.run_dir, self.peer_role):
-            # The end of an earlier start of the receiver, which is to be resumed like this job.
-            self._seen = self.transport.sequences(self.peer_role)[-1]
-        return windows
-
-    def _read_own_header(self, sequence: int) -> Header | None:
-        try:
-            return read_header(functools.partial(self.transport.read_head, self.role, sequence))
-        except (FileNotFoundError, PayloadError):
-            return None
+    def _open_inbox(self) -> int:
+        self._inbox = WeightsInbox(self.transport, self._read)
+        return self._inbox.completed_windows
 
     # -- the loop's calls ---------------------------------------------------------------------
 
@@ -220,7 +200,8 @@ class GradientDonor(BridgeJob):
                     self._publish_payload("skip", {}, None)
                 continue
             if decision.sequence >= 0:
-                record = self._read_everywhere(decision.sequence, decision.digest, self._fetched)
+                mine = self._inbox.fetched if self.accelerator.is_main_process else None
+                record = self._read_everywhere(decision.sequence, decision.digest, mine)
                 if record is None:
                     continue  # replaced by newer ones meanwhile: decide again
                 self._load(record)
@@ -231,10 +212,13 @@ class GradientDonor(BridgeJob):
 
     def _poll(self) -> _Decision | None:
         """On the main process: one look at the receiver's stream."""
-        sequences = self.transport.sequences(self.peer_role)
-        new = [sequence for sequence in sequences if sequence > self._seen]
-        if new and (decision := self._judge(new)) is not None:
-            return decision
+        is_new = self._inbox.look(self.peer)
+        if is_new is not None:
+            fetched = self._inbox.fetched
+            action: Literal["follow", "stop"] = "follow" if is_new else "stop"
+            if fetched is None:
+                return _Decision(action)
+            return _Decision(action, fetched.header.sequence, fetched.header.tensors_digest)
         if self._is_alone:
             return _Decision("alone")
         if self.following:
@@ -244,37 +228,6 @@ class GradientDonor(BridgeJob):
                 self._replacements += 1
                 return _Decision("again" if self._replacements <= MAX_REPLACEMENTS else "skip")
         return None
-
-    def _judge(self, new: list[int]) -> _Decision | None:
-        newest = self._fetch(new[-1])
-        if newest is None:
-            return None
-        self.peer.sign_of_life()
-        if newest.header.kind == "end":
-            last = self._fetch(new[-2]) if len(new) > 1 else None
-            if last is None or last.header.kind != "weights":
-                return _Decision("stop")
-            self._fetched = last
-            return _Decision("stop", last.header.sequence, last.header.tensors_digest)
-        if _identity(newest.header) in self._answered:
-            self._seen = newest.header.sequence
-            return None
-        self._fetched = newest
-        return _Decision("follow", newest.header.sequence, newest.header.tensors_digest)
-
-    def _fetch(self, sequence: int) -> Record | None:
-        """A record of the receiver, or None where it cannot be used."""
-        try:
-            record = self._read(sequence)
-            if record.header.kind not in ("weights", "end"):
-                raise PayloadError("alien", f"a receiver publishes no {record.header.kind!r}")
-            return record
-        except FileNotFoundError:
-            return None  # pruned since the listing: newer ones are there
-        except PayloadError as error:
-            logger.warning("weights record %d rejected: %s", sequence, error)
-            self.transport.reject(self.peer_role, sequence, error.reason, error.detail)
-            return None
 
     def _give_up(self, reason: str) -> _Decision:
         logger.warning(
@@ -298,7 +251,8 @@ class GradientDonor(BridgeJob):
         for name, tensor in self.shared.weights.items():
             tensor.copy_(record.tensors[name])
         self._weights = record.header
-        self._seen = record.header.sequence
+        if self.accelerator.is_main_process:
+            self._inbox.note_loaded(record.header)
         self.receiver_step = record.header.receiver_step + 1
         self._is_alone, self.following, self._replacements = False, True, 0
 
@@ -320,7 +274,7 @@ class GradientDonor(BridgeJob):
                 sums[name] = (grad * (window.sum_factor / window.scale)).cpu().contiguous()
         local = all_finite(sums.values()) and window.count > 0 and math.isfinite(window.loss)
         finite = self.control.agree(local)
-        self._move_loss_scale(finite, window.scale)
+        self._loss_scale.update(finite, window.scale)
         self._published_windows += 1
         if self.accelerator.is_main_process:
             if not finite:
@@ -347,7 +301,7 @@ class GradientDonor(BridgeJob):
             loss=window.loss if window and math.isfinite(window.loss) else None,
         )
         size = self._publish(header, sums)
-        self._answered[_identity(header)] = self._next_sequence - 1
+        self._inbox.note_answer(header, self._next_sequence - 1)
         self._payload_bytes = max(self._payload_bytes, size)
         return size
 
@@ -355,7 +309,7 @@ class GradientDonor(BridgeJob):
         """Delete what will never be asked for again; refuse to grow beyond the budget."""
         acknowledged = self.transport.acknowledged(self.role)
         self.transport.prune(self.role, acknowledged)
-        self._answered = {key: n for key, n in self._answered.items() if n >= acknowledged}
+        self._inbox.forget_below(acknowledged)
         kept = len(self.transport.sequences(self.role))
         gib = kept * self._payload_bytes / 2**30
         config = self.config
@@ -366,18 +320,6 @@ class GradientDonor(BridgeJob):
                 f"{config.payload_budget_gib:g} GiB (--payload_budget_gib). The receiver needs "
                 f"them for its oldest checkpoint: keep fewer (--checkpoints_total_limit)"
             )
-
-    def _move_loss_scale(self, finite: bool, scale: float) -> None:
-        """Move a loss scaler as its optimizer's steps would, by the bridge's finite vote."""
-        scaler = self.accelerator.scaler
-        if scaler is None or not scaler.is_enabled():
-            return
-        self._scaler_tracker = self._scaler_tracker + 1 if finite else 0
-        if not finite:
-            scaler.update(scale * scaler.get_backoff_factor())
-        elif self._scaler_tracker == scaler.get_growth_interval():
-            scaler.update(scale * scaler.get_growth_factor())
-            self._scaler_tracker = 0
 
     # -- checkpoints and results --------------------------------------------------------------
 
@@ -403,8 +345,3 @@ class GradientDonor(BridgeJob):
     def published_windows(self) -> int:
         """Windows of this start whose gradient (or skip) went to a receiver."""
         return self._published_windows
-
-
-def _identity(header: Header) -> tuple[int, str]:
-    """Which weights a record speaks of, whatever the attempt of the receiver."""
-    return header.receiver_step, header.weights_digest

@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from toolkit.bridge.accumulation import Window, scale_grads_
+from toolkit.bridge.accumulation import scale_grads_
 from toolkit.bridge.config import Role
 from toolkit.bridge.errors import PayloadError, PeerError
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger
+from toolkit.bridge.measures import injection_metrics
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.rescaling import rescale_factors
 from toolkit.bridge.retention import CheckpointCursors
-from toolkit.parameters import squared_norm
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +148,14 @@ class GradientReceiver(BridgeJob):
             "bridge/samples own (samples)": window.count,
         }
         if record is not None:
-            self._measure(window, record, donor_factor)
+            own = {
+                name: parameter.grad / window.scale
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None
+            }
+            self.metrics |= injection_metrics(
+                own, window, record, donor_factor, self.shared.backbone
+            )
             self._add_(record.tensors, donor_factor * window.scale)
             self.metrics["bridge/staleness (receiver steps)"] = float(verdict.staleness)
 
@@ -238,34 +243,6 @@ class GradientReceiver(BridgeJob):
                 parameter.grad = part * factor  # a copy: after a skipped step the sum is used again
             else:
                 parameter.grad.add_(part, alpha=factor)
-
-    def _measure(self, window: Window, record: Record, donor_factor: float) -> None:
-        """Norms of both parts of the step, before they are added, and their cosine."""
-        own: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                own[name] = parameter.grad.detach() / window.scale
-        donor = {name: tensor * donor_factor for name, tensor in record.tensors.items()}
-        both = [name for name in self.shared.backbone if name in own and name in donor]
-        dot = math.fsum(
-            float(torch.sum(own[name].double().cpu() * donor[name].double())) for name in both
-        )
-        norms = math.sqrt(
-            squared_norm(own[name] for name in both) * squared_norm(donor[name] for name in both)
-        )
-        header = record.header
-        self.metrics |= {
-            "gradient/own norm": math.sqrt(squared_norm(own.values())),
-            "gradient/donor norm": math.sqrt(squared_norm(donor.values())),
-            "rescale/n_r over n_d": window.count / header.count,
-            "rescale/donor multiplier": donor_factor,
-            "bridge/samples donor (samples)": header.count,
-            "bridge/payload (MiB)": record.num_bytes / 2**20,
-        }
-        if norms:
-            self.metrics["gradient/cosine own donor (backbone)"] = dot / norms
-        if header.loss is not None:
-            self.metrics["loss/donor (per sample)"] = header.loss
 
     def _step_was_skipped(self, scale_before: float) -> bool:
         """Whether the loss scaler skipped the step; a fused optimizer's own flag is unreliable."""

@@ -14,7 +14,14 @@ from torch.nn import functional as F
 
 from tests.oracle import Case, Network, build_dataset, build_network
 from toolkit import BridgeConfig, GradientDonor, GradientReceiver
-from toolkit.bridge.payload import Header, Kind, Record, parse_record, write_record
+from toolkit.bridge.payload import (
+    Header,
+    Kind,
+    Record,
+    digest_tensors,
+    parse_record,
+    write_record,
+)
 
 
 def reset() -> None:
@@ -113,7 +120,7 @@ class ReceiverAlone:
 
 
 class DonorAlone:
-    """A donor whose receiver does not come."""
+    """A donor whose receiver does not come, or is this test."""
 
     def __init__(self, runs_dir: Path, accumulation: int = 1, **settings: Any) -> None:
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
@@ -122,3 +129,26 @@ class DonorAlone:
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         config = BridgeConfig(runs_dir=runs_dir, peer_wait=0.1, **settings)
         self.donor = GradientDonor(self.accelerator, self.model, self.optimizer, config)
+        self.network = network
+        self.published = 0
+
+    def publish_weights(self, step: int, fill: float, kind: Kind = "weights") -> None:
+        """Publish weights with the same value everywhere, as a receiver after ``step`` steps."""
+        transport = self.donor.transport
+        transport.open_stream("receiver")
+        tensors = {
+            name: torch.full_like(tensor, fill).detach()
+            for name, tensor in self.donor.shared.weights.items()
+        }
+        header = Header(
+            kind=kind, run_id=self.donor.run_id, job="receiver", sequence=self.published,
+            attempt=1, receiver_step=step, weights_digest=digest_tensors(tensors),
+        )  # fmt: skip
+        transport.publish(
+            "receiver", self.published, lambda path: write_record(path, header, tensors)
+        )
+        self.published += 1
+
+    def payload(self, sequence: int) -> Record:
+        """What the donor published."""
+        return parse_record(self.donor.transport.read("donor", sequence, max_bytes=10**6))

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from tests.oracle import Case, build_dataset, build_network
 from tests.unit.jobs import DonorAlone, batches, reset
+from toolkit import BridgeConfig, BridgeError, GradientDonor
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +70,85 @@ def test_that_an_empty_dataloader_is_refused(tmp_path: Path) -> None:
     job = DonorAlone(tmp_path / "runs")
     with pytest.raises(ValueError, match="is empty"), job.donor as donor:
         next(donor.follow(DataLoader([])))  # type: ignore[arg-type]
+
+
+def test_that_a_follower_publishes_exact_sums_and_forgets_them(tmp_path: Path) -> None:
+    job = DonorAlone(tmp_path / "runs")
+    following = job.donor.follow(loader(job, 9))
+    for step, fill in ((0, 0.1), (1, 0.2)):
+        job.publish_weights(step, fill)
+        inputs, labels = next(following)
+        with job.accelerator.accumulate(job.model):
+            job.donor.backward(F.cross_entropy(job.model(inputs, "h2"), labels), len(labels))
+            assert job.donor.publish()  # and no zero_grad(): these gradients are the receiver's
+        assert all(parameter.grad is None for parameter in job.network.parameters())
+        twin = build_network(Case(), ("h2",))
+        for parameter in twin.parameters():
+            torch.nn.init.constant_(parameter, fill)
+        F.cross_entropy(twin(inputs, "h2"), labels, reduction="sum").backward()
+        record = job.payload(step)
+        assert (record.header.receiver_step, record.header.count) == (step, 9)
+        for name, parameter in twin.named_parameters():
+            assert parameter.grad is not None
+            difference = record.tensors[name] - parameter.grad
+            assert difference.abs().max() <= 1e-13, name
+    job.publish_weights(1, 0.3, kind="end")
+    assert next(following, None) is None
+    assert job.donor.stop_reason == "the receiver has ended"
+    job.donor.close()
+
+
+def test_that_a_window_that_is_not_used_is_not_lost(tmp_path: Path) -> None:
+    job = DonorAlone(tmp_path / "runs")
+    following = job.donor.follow(loader(job, 9))
+    job.publish_weights(0, 0.1)
+    next(following)  # as a loop that goes on to the next batch without a backward
+    inputs, labels = next(following)
+    job.donor.backward(F.cross_entropy(job.model(inputs, "h2"), labels), len(labels))
+    assert job.donor.publish()
+    assert job.payload(0).header.receiver_step == 0
+
+
+def test_that_gradients_of_another_model_are_noticed(tmp_path: Path) -> None:
+    job = DonorAlone(tmp_path / "runs")
+    other = build_network(Case(), ("h2",))
+    job.publish_weights(0, 0.1)
+    inputs, labels = next(job.donor.follow(loader(job, 9)))
+    job.donor.backward(F.cross_entropy(other(inputs, "h2"), labels), len(labels))
+    with pytest.raises(RuntimeError, match="no shared parameter got a gradient"):
+        job.donor.publish()
+
+
+def test_that_weights_are_not_loaded_under_autocast(tmp_path: Path) -> None:
+    job = DonorAlone(tmp_path / "runs")
+    following = job.donor.follow(loader(job, 9))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast"):
+        next(following)
+
+
+def test_that_parameters_which_cannot_cross_are_refused(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    network = build_network(Case())  # with h1, which requires a gradient
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    config = BridgeConfig(runs_dir=tmp_path / "runs")
+    with pytest.raises(ValueError, match=r"outside backbone and head: heads\.h1\.weight"):
+        GradientDonor(accelerator, network, optimizer, config)
+
+
+def test_that_parameters_of_another_model_are_refused(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    network = build_network(Case(), ("h2",))
+    elsewhere = torch.nn.Linear(3, 7)
+    optimizer = torch.optim.SGD([*network.parameters(), *elsewhere.parameters()], lr=0.1)
+    config = BridgeConfig(runs_dir=tmp_path / "runs")
+    with pytest.raises(ValueError, match=r"shape \(7, 3\) that is not in the model"):
+        GradientDonor(accelerator, network, optimizer, config)
+
+
+def test_that_fp16_without_a_scaler_is_refused(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16")
+    network = build_network(Case(), ("h2",))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    config = BridgeConfig(runs_dir=tmp_path / "runs")
+    with pytest.raises(BridgeError, match="fp16 needs a GPU"):
+        GradientDonor(accelerator, network, optimizer, config)

@@ -188,3 +188,55 @@ def test_that_a_scaler_changes_nothing(start: Callable[..., ReceiverAlone]) -> N
         job.receiver.close()
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name
+
+
+def test_that_a_required_donor_may_not_end(start: Callable[..., ReceiverAlone]) -> None:
+    job = start(require_peer=True)
+    with job.accelerator.accumulate(job.model):
+        job.backward()
+        job.donate(None, kind="end")
+        with pytest.raises(PeerError, match="the donor has ended"):
+            job.receiver.inject()
+
+
+def test_that_a_zero_grad_in_the_middle_of_a_window_is_noticed(
+    start: Callable[..., ReceiverAlone],
+) -> None:
+    job = start(accumulation=2)
+    with job.accelerator.accumulate(job.model):
+        job.backward()
+    with job.accelerator.accumulate(job.model):
+        job.optimizer.zero_grad()
+        with pytest.raises(RuntimeError, match=r"call zero_grad\(\) after"):
+            job.backward()
+
+
+def test_that_a_donor_back_from_a_silence_finds_the_present_weights(
+    start: Callable[..., ReceiverAlone],
+) -> None:
+    job = start()
+    job.step()  # alone, after the wait
+    job.step()
+    assert job.weights_record().header.receiver_step == 0, "published for nobody"
+    with job.accelerator.accumulate(job.model):
+        job.backward()
+        job.donate(job.constant(1.0))  # late: of the weights that it could find
+        with pytest.raises(Stop):
+            job.receiver._decide("a test", stop_after(job, 2), lambda reason: None)
+    assert job.weights_record().header.receiver_step == 2
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(job: ReceiverAlone, looks: int) -> Callable[[], None]:
+    """The receiver's own poll, a few times."""
+    counter = iter(range(looks))
+
+    def poll() -> None:
+        if next(counter, None) is None:
+            raise Stop
+        assert job.receiver._poll() is None
+
+    return poll

@@ -34,7 +34,7 @@ def check_disjoint(**parts: tuple[nn.Module, Optimizer]) -> None:
     names = {
         id(parameter): f"{part}.{name}"
         for part, (module, _) in parts.items()
-        for name, parameter in extract_model_from_parallel(module).named_parameters()
+        for name, parameter in unwrap(module).named_parameters()
     }
     for part, (module, optimizer) in parts.items():
         own = {id(parameter) for parameter in module.parameters()}
@@ -85,7 +85,7 @@ def no_leak(
     if not enabled:
         yield
         return
-    plain = extract_model_from_parallel(module)
+    plain = unwrap(module)
     if optimizer is not None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not held & {id(parameter) for parameter in plain.parameters()}:
@@ -129,6 +129,12 @@ def _same(first: object, second: object) -> bool:
         return False
     bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
     return torch.equal(*bits)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module as the user wrote it, whose parameters have their plain names."""
+    plain: nn.Module = extract_model_from_parallel(module, keep_torch_compile=False)
+    return plain
 
 
 def enumerate_names(items: list[str]) -> str:

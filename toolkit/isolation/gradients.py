@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, extract_model_from_parallel
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from toolkit.isolation.checks import enumerate_names
+from toolkit.isolation.checks import enumerate_names, unwrap
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -40,14 +40,15 @@ def backward_for(
 
     Raises:
         ValueError: if the loss is no scalar or has no graph, if ``module`` has nothing to train or
-            is no part of the graph, or if it is wrapped or sharded in a way that is not supported.
+            is no part of the graph, or if it is wrapped, sharded or checkpointed in a way that is
+            not supported.
         RuntimeError: if a weight that the gradient depends on was changed after the forward.
     """
     if loss.numel() != 1:
         raise ValueError(
             f"loss must be a scalar, got shape {tuple(loss.shape)}; take a mean or sum"
         )
-    name = type(extract_model_from_parallel(module)).__name__
+    name = type(unwrap(module)).__name__
     if not loss.requires_grad:
         raise ValueError(
             f"loss has no graph, so {name} gets no gradient from it: was it computed under "
@@ -72,7 +73,14 @@ def backward_for(
             "likely a weight of a model that was stepped meanwhile. Do this backward before that "
             "step, or that model's forward again after it"
         ) from error
-    if before == [_grad_version(parameter) for parameter in parameters]:
+    after = [_grad_version(parameter) for parameter in parameters]
+    missed = [old == new for old, new in zip(before, after, strict=True)]
+    if any(missed) and _has_reentrant_checkpoint(loss):
+        raise ValueError(
+            f"an activation checkpoint hides parameters of {name}, which got no gradient: "
+            "checkpoint with use_reentrant=False"
+        )
+    if all(missed):
         raise ValueError(
             f"loss does not depend on any parameter of {name}: did its forward run on a detached "
             "tensor, or through another copy of the model?"
@@ -85,6 +93,20 @@ def _grad_version(parameter: nn.Parameter) -> tuple[int, int] | None:
     return None if grad is None else (id(grad), grad._version)
 
 
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Whether a part of the graph is hidden from a backward that names its inputs."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+    return False
+
+
 def _check_wrapping(module: nn.Module, accelerator: Accelerator | None) -> None:
     """Refuse what would silently train on gradients that are not synchronised."""
     if isinstance(module, DistributedDataParallel) and module.static_graph:
@@ -92,8 +114,8 @@ def _check_wrapping(module: nn.Module, accelerator: Accelerator | None) -> None:
             "DistributedDataParallel with static_graph=True wants the same backward through each "
             "forward, which isolation is the opposite of: leave static_graph out"
         )
-    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        raise ValueError("sharded parameters (FSDP2, tensor parallel) are not supported; use DDP")
+    if any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules()):
+        raise ValueError("models sharded by FSDP are not supported: use DistributedDataParallel")
     if accelerator is None:
         return
     if accelerator.distributed_type not in _SUPPORTED:
@@ -179,7 +201,7 @@ class CutPoint:
 
 def _weight_versions(module: nn.Module) -> dict[str, int]:
     # A fused optimizer, and anything that goes through `.data`, does not move these counters.
-    plain = extract_model_from_parallel(module)
+    plain = unwrap(module)
     return {name: parameter._version for name, parameter in plain.named_parameters()}
 
 

@@ -109,11 +109,6 @@ def _has_reentrant_checkpoint(loss: Tensor) -> bool:
 
 def _check_wrapping(module: nn.Module, accelerator: Accelerator | None) -> None:
     """Refuse what would silently train on gradients that are not synchronised."""
-    if isinstance(module, DistributedDataParallel) and module.static_graph:
-        raise ValueError(
-            "DistributedDataParallel with static_graph=True wants the same backward through each "
-            "forward, which isolation is the opposite of: leave static_graph out"
-        )
     if any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in module.modules()):
         raise ValueError("models sharded by FSDP are not supported: use DistributedDataParallel")
     if accelerator is None:

@@ -17,10 +17,10 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.data_loader import DataLoaderShard
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from sklearn.datasets import load_digits
@@ -127,7 +127,7 @@ def random_inputs(
 
 
 def endless_batches(
-    accelerator: Accelerator, dataloader: DataLoader[tuple[Tensor, ...]], completed_steps: int
+    accelerator: Accelerator, dataloader: DataLoaderShard, completed_steps: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Number of the micro-step, images and digits, from after ``completed_steps`` on.
 
@@ -141,8 +141,8 @@ def endless_batches(
     epoch, steps_done = divmod(completed_steps, steps_per_epoch)
     skipped = steps_done * accumulation
     while True:
-        batches: Any = skip_first_batches(dataloader, skipped) if skipped else dataloader
-        batches.set_epoch(epoch)
+        dataloader.set_epoch(epoch)
+        batches = skip_first_batches(dataloader, skipped) if skipped else dataloader
         for number, (images, digits) in enumerate(batches, start=skipped):
             yield epoch * len(dataloader) + number, images, digits
         epoch, skipped = epoch + 1, 0
@@ -261,7 +261,8 @@ def main() -> None:
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()
             with no_leak(critic, critic_optimizer, enabled=checked):
-                loss2 = -critic(cut.attached, digits).mean()
+                with accelerator.no_sync(critic):  # no gradient of the critic will come
+                    loss2 = -critic(cut.attached, digits).mean()
                 cut.backward(loss2, accelerator)
                 generator_optimizer.step()
                 generator_optimizer.zero_grad()

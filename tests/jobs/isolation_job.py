@@ -7,6 +7,7 @@ each rank's weights. ``reference`` trains the same on the full batch in plain to
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Case:
         ddp: arguments of DistributedDataParallel to set to true.
         accumulation: micro-steps per step.
         together: both backwards and then both steps, with one forward of both models for both.
+        no_sync: whether the critic's forward for loss2 is said to bring it no gradients.
         scaler: whether a loss scaler is at work, and overflows once.
     """
 
@@ -39,15 +41,19 @@ class Case:
     ddp: tuple[str, ...] = ()
     accumulation: int = 1
     together: bool = False
+    no_sync: bool = True
     scaler: bool = False
 
 
 CASES = [
     Case(name="default"),
     Case(name="accumulated", accumulation=3),
+    Case(name="accumulated-without-no-sync", accumulation=3, no_sync=False),
     Case(name="find-unused", ddp=("find_unused_parameters",), accumulation=2),
     Case(name="bucket-view", ddp=("gradient_as_bucket_view",), accumulation=2),
-    Case(name="static-graph", ddp=("static_graph",)),  # torch allows it no accumulation
+    Case(
+        name="static-graph", ddp=("static_graph",), no_sync=False
+    ),  # torch allows it no accumulation
     Case(name="together", accumulation=2, together=True),
     Case(name="scaler", accumulation=2, scaler=True),
     Case(name="scaler-together", together=True, scaler=True),
@@ -110,10 +116,11 @@ def train(case: Case) -> dict[str, Tensor]:
                 if not case.together:
                     critic_optimizer.step()
                     critic_optimizer.zero_grad()
+            if not case.together:
+                with accelerator.no_sync(critic) if case.no_sync else contextlib.nullcontext():
+                    score = critic(cut.attached).mean()
             with no_leak(critic, critic_optimizer):
-                cut.backward(
-                    -(score if case.together else critic(cut.attached).mean()), accelerator
-                )
+                cut.backward(-score, accelerator)
             if case.together:
                 critic_optimizer.step()
                 critic_optimizer.zero_grad()

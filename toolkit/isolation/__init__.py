@@ -8,7 +8,9 @@
     backward_for(loss1(model1(cut.detached)), model1, accelerator)
     optimizer1.step()
     optimizer1.zero_grad()
-    cut.backward(loss2(model1(cut.attached)), accelerator)
+    with accelerator.no_sync(model1):
+        output = model1(cut.attached)
+    cut.backward(loss2(output), accelerator)
     optimizer2.step()
     optimizer2.zero_grad()
 
@@ -18,7 +20,9 @@ after it: if both losses are to see the same ``model1``, do both backwards and t
 backward.
 
 Under DistributedDataParallel, one forward of a model allows one backward for it: sum the losses. A
-second one would leave the gradients of the ranks apart, without any error.
+second one would leave the gradients of the ranks apart, without any error. ``no_sync`` says that no
+gradient of ``model1`` will follow this forward. Without it, the next gradient of an accumulation
+window is sent a step too early and once more in time: the same but for its rounding.
 
 Modelled on ``GradientsParams::from_grads(grads, &model)`` of the Burn framework, which picks one
 model's gradients out of a backward pass; here nothing else is computed in the first place.

@@ -35,7 +35,6 @@ from toolkit.arguments import (
     non_negative_int,
     output_arguments,
     positive_float,
-    positive_int,
     step_arguments,
 )
 from toolkit.isolation import CutPoint, backward_for, check_disjoint, no_leak, one_loss_scale
@@ -55,6 +54,7 @@ logger = get_logger(__name__)
 
 MAX_TRAIN_STEPS = 8000
 NUM_CLASSES, SIDE = 10, 8  # ten digits of 8 x 8 pixels
+LATENT_SIZE, HIDDEN_SIZE = 16, 128  # random inputs of the generator; width of both models
 SAMPLES_PER_DIGIT, COLUMNS = 50, 12  # drawn to evaluate; of which shown
 
 
@@ -70,8 +70,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--critic_learning_rate", type=positive_float, default=1e-3, help="of its RMSprop")
     add("--generator_learning_rate", type=positive_float, default=5e-4, help="of its RMSprop")
     add("--gradient_penalty", type=non_negative_float, default=1.0, help="its weight in loss1")
-    add("--latent_size", type=positive_int, default=16, help="random inputs of the generator")
-    add("--hidden_size", type=positive_int, default=128, help="width of both models")
     add(
         "--leak_check_steps",
         type=non_negative_int,
@@ -98,15 +96,15 @@ def output_directory(args: argparse.Namespace) -> Path:
 
 
 def build_generator(args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """From latents (N, latent_size) to images (N, 64); the article's model2, and its optimizer."""
-    sizes = (args.latent_size, NUM_CLASSES, args.hidden_size, SIDE * SIDE)
+    """From latents (N, LATENT_SIZE) to images (N, 64); the article's model2, and its optimizer."""
+    sizes = (LATENT_SIZE, NUM_CLASSES, HIDDEN_SIZE, SIDE * SIDE)
     model = ConditionalPerceptron(*sizes, nn.Tanh())  # as the images are in [-1, 1]
     return model, torch.optim.RMSprop(model.parameters(), lr=args.generator_learning_rate)
 
 
 def build_critic(args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
     """From images (N, 64) to scores (N, 1); the article's model1, and its optimizer."""
-    model = ConditionalPerceptron(SIDE * SIDE, NUM_CLASSES, args.hidden_size, 1)
+    model = ConditionalPerceptron(SIDE * SIDE, NUM_CLASSES, HIDDEN_SIZE, 1)
     return model, torch.optim.RMSprop(model.parameters(), lr=args.critic_learning_rate)
 
 
@@ -117,23 +115,17 @@ def load_data() -> TensorDataset:
     return TensorDataset(images, torch.tensor(bunch.target))
 
 
-def random_inputs(
-    size: int, latent_size: int, *key: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Latents (size, latent_size) and mixing weights (size, 1), the same for the same key."""
+def random_inputs(size: int, *key: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Latents (size, LATENT_SIZE) and mixing weights (size, 1), the same for the same key."""
     generator = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
-    latents = torch.randn(size, latent_size, generator=generator)
+    latents = torch.randn(size, LATENT_SIZE, generator=generator)
     return latents.to(device), torch.rand(size, 1, generator=generator).to(device)
 
 
 def endless_batches(
     accelerator: Accelerator, dataloader: DataLoaderShard, completed_steps: int
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Number of the micro-step, images and digits, from after ``completed_steps`` on.
-
-    Raises:
-        ValueError: if a batch on every rank takes more images than there are.
-    """
+    """Number of the micro-step, images and digits, from after ``completed_steps`` on."""
     if len(dataloader) == 0:
         raise ValueError("no full batch: give a smaller --per_device_train_batch_size")
     accumulation = accelerator.gradient_accumulation_steps
@@ -157,7 +149,7 @@ def penalty(critic: nn.Module, images: Tensor, digits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw(generator: nn.Module, latent_size: int, device: torch.device) -> tuple[Tensor, float]:
+def draw(generator: nn.Module, device: torch.device) -> tuple[Tensor, float]:
     """Let the generator draw every digit.
 
     Returns:
@@ -165,7 +157,7 @@ def draw(generator: nn.Module, latent_size: int, device: torch.device) -> tuple[
         of all drawings whose nearest real image shows the digit asked for.
     """
     digits = torch.arange(NUM_CLASSES).repeat_interleave(SAMPLES_PER_DIGIT)
-    latents, _ = random_inputs(len(digits), latent_size, 0, device=device)
+    latents, _ = random_inputs(len(digits), 0, device=device)
     drawn = generator(latents, digits.to(device)).float().cpu()
     images, labels = load_data().tensors
     classifier = KNeighborsClassifier(1).fit(images.numpy(), labels.numpy())
@@ -174,12 +166,9 @@ def draw(generator: nn.Module, latent_size: int, device: torch.device) -> tuple[
     return image_grid((1 - shown) / 2), recognised
 
 
-def evaluate(
-    accelerator: Accelerator, generator: nn.Module, args: argparse.Namespace, step: int
-) -> float:
+def evaluate(accelerator: Accelerator, generator: nn.Module, step: int) -> float:
     """Record the drawings of this step; the percentage that is recognised. No collective."""
-    plain = accelerator.unwrap_model(generator)
-    grid, recognised = draw(plain, args.latent_size, accelerator.device)
+    grid, recognised = draw(accelerator.unwrap_model(generator), accelerator.device)
     for tracker in accelerator.trackers:
         tracker.log_images({"generated digits": grid[None]}, step=step)
     accelerator.log({"recognised (%)": recognised}, step=step)
@@ -249,7 +238,7 @@ def main() -> None:
             break
         checked = completed.value - first_step < args.leak_check_steps
         key = (args.seed, micro_step, accelerator.process_index)
-        latents, mix = random_inputs(len(real), args.latent_size, *key, device=real.device)
+        latents, mix = random_inputs(len(real), *key, device=real.device)
         with accelerator.accumulate(critic, generator), one_loss_scale(accelerator):
             cut = CutPoint(generator(latents, digits), generator)
             with no_leak(generator, generator_optimizer, enabled=checked):
@@ -276,13 +265,13 @@ def main() -> None:
             metrics = {"loss/critic": critic_loss, "loss/generator": generator_loss}
             accelerator.log(metrics, step=completed.value)
         if completed.value % args.eval_steps == 0 and completed.value < max_train_steps:
-            evaluate(accelerator, generator, args, completed.value)
+            evaluate(accelerator, generator, completed.value)
         if checkpointing_steps and completed.value % checkpointing_steps == 0:
             save_checkpoint(accelerator, output_dir, completed.value, args.checkpoints_total_limit)
 
     # -- results --------------------------------------------------------------------------------
     progress.close()
-    recognised = evaluate(accelerator, generator, args, completed.value)
+    recognised = evaluate(accelerator, generator, completed.value)
     checked_steps = min(args.leak_check_steps, completed.value - first_step)
     results = {
         "recipe": "adversarial",

@@ -14,7 +14,7 @@ from tests.launching import Job, Launcher
 
 STEPS = 20  # an epoch has 29 batches of 60: on one rank 15 steps with a short one, on two 7
 FLAGS = [f"--max_train_steps={STEPS}", "--leak_check_steps=3", "--eval_steps=8"]
-FLAGS += ["--gradient_accumulation_steps=2", "--hidden_size=16"]
+FLAGS += ["--gradient_accumulation_steps=2"]
 
 
 def start(launcher: Launcher, output_dir: Path, *flags: str, num_processes: int = 1) -> Job:

@@ -48,16 +48,17 @@ def backward_for(
         raise ValueError(
             f"loss must be a scalar, got shape {tuple(loss.shape)}; take a mean or sum"
         )
-    name = type(unwrap(module)).__name__
     if not loss.requires_grad:
         raise ValueError(
-            f"loss has no graph, so {name} gets no gradient from it: was it computed under "
-            "torch.no_grad(), or from detached tensors only?"
+            f"loss has no graph, so {_class_name(module)} gets no gradient from it: was it "
+            "computed under torch.no_grad(), or from detached tensors only?"
         )
     _check_wrapping(module, accelerator)
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
-        raise ValueError(f"{name} has no parameter that requires a gradient: is it frozen?")
+        raise ValueError(
+            f"{_class_name(module)} has no parameter that requires a gradient: is it frozen?"
+        )
     before = [_grad_version(parameter) for parameter in parameters]
     options: dict[str, Any] = {"inputs": parameters, "retain_graph": retain_graph}
     try:
@@ -69,22 +70,26 @@ def backward_for(
         if "modified by an inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            f"the gradient for {name} depends on a tensor that was changed after the forward, most "
-            "likely a weight of a model that was stepped meanwhile. Do this backward before that "
-            "step, or that model's forward again after it"
+            f"the gradient for {_class_name(module)} depends on a tensor that was changed after "
+            "the forward, most likely a weight of a model that was stepped meanwhile. Do this "
+            "backward before that step, or that model's forward again after it"
         ) from error
     after = [_grad_version(parameter) for parameter in parameters]
     missed = [old == new for old, new in zip(before, after, strict=True)]
     if any(missed) and _has_reentrant_checkpoint(loss):
         raise ValueError(
-            f"an activation checkpoint hides parameters of {name}, which got no gradient: "
-            "checkpoint with use_reentrant=False"
+            f"an activation checkpoint hides parameters of {_class_name(module)}, which got no "
+            "gradient: checkpoint with use_reentrant=False"
         )
     if all(missed):
         raise ValueError(
-            f"loss does not depend on any parameter of {name}: did its forward run on a detached "
-            "tensor, or through another copy of the model?"
+            f"loss does not depend on any parameter of {_class_name(module)}: did its forward run "
+            "on a detached tensor, or through another copy of the model?"
         )
+
+
+def _class_name(module: nn.Module) -> str:
+    return type(unwrap(module)).__name__
 
 
 def _grad_version(parameter: nn.Parameter) -> tuple[int, int] | None:
@@ -186,18 +191,18 @@ class CutPoint:
             raise RuntimeError(
                 "the output was modified in place after the cut, for both losses: clone it first"
             )
-        now = _weight_versions(self._module)
-        if moved := [name for name in now if now[name] != self._weights[name]]:
+        if _weight_versions(self._module) != self._weights:
+            pairs = zip(self._weights, unwrap(self._module).named_parameters(), strict=True)
+            moved = [name for version, (name, weight) in pairs if weight._version != version]
             raise RuntimeError(
                 "weights were changed after the forward whose output this is (by a step?): "
                 f"{enumerate_names(moved)}. Use the cut before the step, or make a new one after it"
             )
 
 
-def _weight_versions(module: nn.Module) -> dict[str, int]:
+def _weight_versions(module: nn.Module) -> list[int]:
     # A fused optimizer, and anything that goes through `.data`, does not move these counters.
-    plain = unwrap(module)
-    return {name: parameter._version for name, parameter in plain.named_parameters()}
+    return [parameter._version for parameter in module.parameters()]
 
 
 @contextlib.contextmanager

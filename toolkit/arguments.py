@@ -63,34 +63,32 @@ def data_arguments() -> argparse.ArgumentParser:
 
 def training_arguments() -> argparse.ArgumentParser:
     """How to train, what to record and where to write."""
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group("training")
-    _add_sizes(group)
-    _add_optimization(group)
-    _add_output(parser.add_argument_group("output"))
+    parents = [step_arguments(), output_arguments()]
+    parser = argparse.ArgumentParser(add_help=False, parents=parents)
+    _add_optimization(parser.add_argument_group("optimization and evaluation"))
     return parser
 
 
-def _add_sizes(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+def step_arguments(default_max_train_steps: int = 400) -> argparse.ArgumentParser:
+    """How much to train at a time and in all; a part of ``training_arguments()``.
+
+    Args:
+        default_max_train_steps: what the recipe does if neither steps nor epochs are given.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument_group("steps").add_argument
     add(
         "--seed",
         type=non_negative_int,
         default=0,
         help="of the initial weights, the split of a bundled task and the order of the samples; "
-        "must be the same in both jobs",
+        "must be the same in jobs that train together",
     )
     add(
         "--per_device_train_batch_size",
         type=positive_int,
         default=32,
         help="samples per rank and micro-step",
-    )
-    add(
-        "--per_device_eval_batch_size",
-        type=positive_int,
-        default=256,
-        help="samples per rank in evaluation",
     )
     add(
         "--gradient_accumulation_steps",
@@ -101,7 +99,8 @@ def _add_sizes(group: argparse._ArgumentGroup) -> None:
     add(
         "--max_train_steps",
         type=positive_int,
-        help="optimizer steps; overrides --num_train_epochs; 400 if neither is given",
+        help="optimizer steps; overrides --num_train_epochs; "
+        f"{default_max_train_steps} if neither is given",
     )
     add("--num_train_epochs", type=positive_int, help="passes over this job's training data")
     add(
@@ -111,10 +110,17 @@ def _add_sizes(group: argparse._ArgumentGroup) -> None:
         help="optimizer steps between evaluations; the last step is always evaluated "
         "(default: %(default)s)",
     )
+    return parser
 
 
 def _add_optimization(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    add(
+        "--per_device_eval_batch_size",
+        type=positive_int,
+        default=256,
+        help="samples per rank in evaluation",
+    )
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="update rule")
     add(
         "--learning_rate",
@@ -158,15 +164,17 @@ def _add_optimization(group: argparse._ArgumentGroup) -> None:
         default="float32",
         help="of weights and images; float64 shows exactness",
     )
+
+
+def output_arguments() -> argparse.ArgumentParser:
+    """Precision, and where results, checkpoints and metrics go; a part of training_arguments()."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument_group("output").add_argument
     add(
         "--mixed_precision",
         choices=("no", "bf16", "fp16"),
         help="by default what `accelerate launch` says",
     )
-
-
-def _add_output(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
     add(
         "--output_dir",
         type=Path,
@@ -203,6 +211,20 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         default="tensorboard",
         help="where metrics go",
     )
+    return parser
+
+
+def check_output_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with the parser's error where the flags of ``output_arguments()`` make no sense.
+
+    Args:
+        parser: for the error.
+        args: what it parsed; ``report_to`` becomes ``none`` without tracking.
+    """
+    if args.checkpoints_total_limit is not None and args.checkpointing_steps is None:
+        parser.error("--checkpoints_total_limit needs --checkpointing_steps")
+    if not args.with_tracking:
+        args.report_to = "none"
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -230,9 +252,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         )
     if args.dtype == "float64" and args.mixed_precision not in (None, "no"):
         parser.error(f"--dtype float64 excludes --mixed_precision {args.mixed_precision}")
-    if args.checkpoints_total_limit is not None and args.checkpointing_steps is None:
-        parser.error("--checkpoints_total_limit needs --checkpointing_steps")
-    if not args.with_tracking:
-        args.report_to = "none"
+    check_output_arguments(parser, args)
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.max_train_steps = 400

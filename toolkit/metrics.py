@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional
 from torch.utils.tensorboard.summary import hparams
 
 
@@ -39,3 +41,21 @@ def start_tracking(
     for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
         writer.file_writer.add_summary(summary)
     writer.flush()
+
+
+def image_grid(images: Tensor, *, zoom: int = 5, gap: int = 8) -> Tensor:
+    """Lay small grey images out in rows and columns, enlarged, on white.
+
+    Args:
+        images: (rows, columns, H, W); what lies outside [0, 1] is clipped.
+        zoom: how much larger each gets, smoothly.
+        gap: pixels around each.
+
+    Returns:
+        (1, rows * (H * zoom + 2 * gap), columns * (W * zoom + 2 * gap)) in [0, 1].
+    """
+    large = functional.interpolate(images.clamp(0, 1), scale_factor=zoom, mode="bicubic").clamp(
+        0, 1
+    )
+    framed = functional.pad(large, (gap, gap, gap, gap), value=1.0)
+    return framed.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)[None]

@@ -1,4 +1,4 @@
-"""A small network of one backbone and several heads, for the recipes."""
+"""Small networks for the recipes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 NUM_FEATURES = 48
 _CHANNELS = (16, 32)
@@ -99,3 +100,40 @@ def _seeded(seed: int, part: str, build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{seed} {part}".encode()))
         return build()
+
+
+class ConditionalPerceptron(nn.Module):
+    """Two hidden layers, told a class beside their inputs.
+
+    Args:
+        in_features: F of the inputs (N, F).
+        num_classes: of the class numbers (N,).
+        hidden_size: width of both hidden layers.
+        out_features: K of the outputs (N, K).
+        last: further layers, such as an activation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        hidden_size: int,
+        out_features: int,
+        *last: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.layers = nn.Sequential(
+            nn.Linear(in_features + num_classes, hidden_size),
+            nn.LeakyReLU(0.2),
+            nn.Linear(hidden_size, hidden_size),
+            nn.LeakyReLU(0.2),
+            nn.Linear(hidden_size, out_features),
+            *last,
+        )
+
+    def forward(self, inputs: Tensor, classes: Tensor) -> Tensor:
+        """Outputs (N, K) for inputs (N, F) of the parameters' dtype and class numbers (N,)."""
+        told = functional.one_hot(classes, self.num_classes).to(inputs.dtype)
+        outputs: Tensor = self.layers(torch.cat([inputs, told], dim=1))
+        return outputs

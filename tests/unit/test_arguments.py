@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from toolkit.arguments import check_arguments, data_arguments, training_arguments
+from toolkit.arguments import (
+    check_arguments,
+    check_output_arguments,
+    data_arguments,
+    output_arguments,
+    step_arguments,
+    training_arguments,
+)
 
 
 def parse(*flags: str) -> argparse.Namespace:
@@ -59,3 +66,15 @@ def test_refused(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         parse(*flags.split())
     assert message in capsys.readouterr().err
+
+
+def test_that_a_recipe_can_take_steps_and_output_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser(parents=[step_arguments(7), output_arguments()])
+    args = parser.parse_args(["--no-with_tracking"])
+    check_output_arguments(parser, args)
+    assert args.report_to == "none"
+    assert not hasattr(args, "optimizer")
+    assert "7 if neither is given" in " ".join(parser.format_help().split())
+    with pytest.raises(SystemExit):
+        check_output_arguments(parser, parser.parse_args(["--checkpoints_total_limit", "1"]))
+    assert "needs --checkpointing_steps" in capsys.readouterr().err

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,14 +24,29 @@ def _fresh_state() -> Iterator[None]:
     reset()
 
 
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., DonorAlone]]:
+    jobs: list[DonorAlone] = []
+
+    def build(**settings: Any) -> DonorAlone:
+        jobs.append(DonorAlone(tmp_path / "runs", **settings))
+        return jobs[-1]
+
+    yield build
+    for job in jobs:
+        job.donor.close()
+
+
 def loader(job: DonorAlone, batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
     plain = DataLoader(build_dataset(Case(), "h2"), batch_size=batch_size)
     prepared: DataLoader[tuple[torch.Tensor, ...]] = job.accelerator.prepare(plain)
     return prepared
 
 
-def test_that_a_lone_donor_takes_exact_steps_up_to_its_bound(tmp_path: Path) -> None:
-    job = DonorAlone(tmp_path / "runs", accumulation=3)
+def test_that_a_lone_donor_takes_exact_steps_up_to_its_bound(
+    start: Callable[..., DonorAlone],
+) -> None:
+    job = start(accumulation=3)
     windows = 0
     with job.donor as donor:
         for inputs, labels in donor.follow(loader(job, 9), max_windows=3):  # 61 rows: 9, ..., 7
@@ -53,8 +69,8 @@ def test_that_a_lone_donor_takes_exact_steps_up_to_its_bound(tmp_path: Path) -> 
         assert torch.allclose(job.model.get_parameter(name), parameter, rtol=0, atol=1e-14), name
 
 
-def test_that_a_forgotten_publish_is_noticed(tmp_path: Path) -> None:
-    job = DonorAlone(tmp_path / "runs")
+def test_that_a_forgotten_publish_is_noticed(start: Callable[..., DonorAlone]) -> None:
+    job = start()
     with job.donor as donor:
         following = donor.follow(loader(job, 9))
         inputs, labels = next(following)
@@ -66,14 +82,16 @@ def test_that_a_forgotten_publish_is_noticed(tmp_path: Path) -> None:
             donor.backward(loss, len(labels))
 
 
-def test_that_an_empty_dataloader_is_refused(tmp_path: Path) -> None:
-    job = DonorAlone(tmp_path / "runs")
+def test_that_an_empty_dataloader_is_refused(start: Callable[..., DonorAlone]) -> None:
+    job = start()
     with pytest.raises(ValueError, match="is empty"), job.donor as donor:
         next(donor.follow(DataLoader([])))  # type: ignore[arg-type]
 
 
-def test_that_a_follower_publishes_exact_sums_and_forgets_them(tmp_path: Path) -> None:
-    job = DonorAlone(tmp_path / "runs")
+def test_that_a_follower_publishes_exact_sums_and_forgets_them(
+    start: Callable[..., DonorAlone],
+) -> None:
+    job = start()
     following = job.donor.follow(loader(job, 9))
     for step, fill in ((0, 0.1), (1, 0.2)):
         job.publish_weights(step, fill)
@@ -95,11 +113,10 @@ def test_that_a_follower_publishes_exact_sums_and_forgets_them(tmp_path: Path) -
     job.publish_weights(1, 0.3, kind="end")
     assert next(following, None) is None
     assert job.donor.stop_reason == "the receiver has ended"
-    job.donor.close()
 
 
-def test_that_a_window_that_is_not_used_is_not_lost(tmp_path: Path) -> None:
-    job = DonorAlone(tmp_path / "runs")
+def test_that_a_window_that_is_not_used_is_not_lost(start: Callable[..., DonorAlone]) -> None:
+    job = start()
     following = job.donor.follow(loader(job, 9))
     job.publish_weights(0, 0.1)
     next(following)  # as a loop that goes on to the next batch without a backward
@@ -109,8 +126,8 @@ def test_that_a_window_that_is_not_used_is_not_lost(tmp_path: Path) -> None:
     assert job.payload(0).header.receiver_step == 0
 
 
-def test_that_gradients_of_another_model_are_noticed(tmp_path: Path) -> None:
-    job = DonorAlone(tmp_path / "runs")
+def test_that_gradients_of_another_model_are_noticed(start: Callable[..., DonorAlone]) -> None:
+    job = start()
     other = build_network(Case(), ("h2",))
     job.publish_weights(0, 0.1)
     inputs, labels = next(job.donor.follow(loader(job, 9)))
@@ -119,8 +136,8 @@ def test_that_gradients_of_another_model_are_noticed(tmp_path: Path) -> None:
         job.donor.publish()
 
 
-def test_that_weights_are_not_loaded_under_autocast(tmp_path: Path) -> None:
-    job = DonorAlone(tmp_path / "runs")
+def test_that_weights_are_not_loaded_under_autocast(start: Callable[..., DonorAlone]) -> None:
+    job = start()
     following = job.donor.follow(loader(job, 9))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast"):
         next(following)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from toolkit.models import build_model
+from toolkit.models import ConditionalPerceptron, build_model
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 12, 12), (3, 28, 30), (1, 4, 5), (3, 33, 7)])
@@ -54,3 +55,15 @@ def test_samples_do_not_see_each_other() -> None:
 def test_images_too_small() -> None:
     with pytest.raises(ValueError, match="at least 4"):
         build_model((1, 3, 8), {"h1": 10}, seed=0)
+
+
+def test_that_a_conditional_perceptron_heeds_the_class() -> None:
+    torch.manual_seed(0)
+    model = ConditionalPerceptron(3, 4, 8, 2, nn.Tanh()).double()
+    inputs = torch.randn(1, 3, dtype=torch.float64).expand(4, 3)
+
+    outputs = model(inputs, torch.arange(4)).detach()
+
+    assert outputs.shape == (4, 2)
+    assert len({tuple(row) for row in outputs.tolist()}) == 4
+    assert float(outputs.abs().max()) < 1

@@ -164,7 +164,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]
     directory = tmp_path_factory.mktemp("uninterrupted")
     with Launcher(directory) as launcher:
         recipes = Recipes(launcher, directory)
-        jobs = [recipes(DONOR), recipes(RECEIVER, "--max_train_steps", 300)]
+        jobs = [recipes(DONOR), recipes(RECEIVER, "--max_train_steps", 400)]
         for job in jobs:
             job.wait(TIMEOUT)
     return recipes.weights("0001", "receiver")
@@ -174,10 +174,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]
 def test_a_resume_gives_the_uninterrupted_weights_bitwise(
     recipes: Recipes, uninterrupted: dict[str, Tensor], killed: str
 ) -> None:
-    receiver_flags = ["--max_train_steps", 300, *CHECKPOINTS]
+    receiver_flags = ["--max_train_steps", 400, *CHECKPOINTS]
     donor = recipes(DONOR, *CHECKPOINTS)
     receiver = recipes(
-        RECEIVER, *receiver_flags[2:], "--max_train_steps", 120 if killed == "neither" else 300
+        RECEIVER, *receiver_flags[2:], "--max_train_steps", 120 if killed == "neither" else 400
     )
     if killed == "neither":  # both come to an orderly end, and go on from there
         receiver.wait(TIMEOUT)
@@ -199,6 +199,6 @@ def test_a_resume_gives_the_uninterrupted_weights_bitwise(
     donor.wait(TIMEOUT)
     assert largest_difference(recipes.weights("0001", "receiver"), uninterrupted) == 0.0
     fates = recipes.results("0001", "receiver")["fates"]
-    assert fates["applied"] == 300
+    assert fates["applied"] == 400
     assert (fates["dropped"], fates["rejected"], fates["skipped"]) == (0, 0, 0)
     assert [path.name for path in recipes.path().iterdir()] == ["0001"]

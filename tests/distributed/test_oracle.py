@@ -151,7 +151,14 @@ def test_a_receiver_runs_ahead_of_a_slow_donor_by_the_allowed_steps_only(tmp_pat
 def test_bad_files_are_rejected_and_training_goes_on(tmp_path: Path) -> None:
     case = Case(mutation="bad_files", num_steps=20)
     trained = train(tmp_path, World(2, 2), [case])
-    check_trained_jointly(trained, case, lost_windows=frozenset({5}))
+    # The torn payload costs its window. The alien costs none, unless the receiver moves it aside
+    # in the very moment in which the donor publishes: then that payload counts as refused too.
+    weights, differences = trained.weights(case), []
+    for lost in ({5}, {5, 9}):
+        joint = train_jointly(case, 2, 2, lost_windows=frozenset(lost))
+        differences.append(largest_difference(weights, joint))
+    assert min(differences) <= 1e-12, differences
+    assert largest_difference(weights, trained.weights(case, rank=1)) == 0.0
     run = tmp_path / case.name / "runs" / "0001"
     fates = json.loads((run / "fates.json").read_bytes())
     assert fates == {

@@ -26,11 +26,11 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from toolkit.freezing_checks import (
+    check_gradients_averaged,
     check_gradients_not_needed,
     check_in_optimizers,
     check_ranks_agree,
     check_wrappers,
-    ddp_of,
     innermost_optimizers,
 )
 from toolkit.optimizer_state import complete_state, forget_state
@@ -114,11 +114,6 @@ class Freezing:
                 handles.append(hook)
         handles += [opt.register_step_pre_hook(self._before_step) for opt in self._optimizers]
         self._backward = -1  # the backward pass whose end is already waited for
-        self._reached: set[int] = set()  # parameters that the last backward passes reached
-        self._all_must_be_reached = False
-        ddp = ddp_of(self._model)
-        if ddp is not None and not (ddp.find_unused_parameters or ddp.static_graph):
-            handles.append(ddp.register_forward_pre_hook(self._before_forward))
         self._handles = handles
 
     def _release(self) -> None:
@@ -145,18 +140,11 @@ class Freezing:
         DistributedDataParallel queues its callback, which writes the averaged gradients, while the
         pass runs; one that is queued by a callback comes after it.
         """
-        self._reached.add(id(parameter))
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
             self._backward = backward
             queue = Variable._execution_engine.queue_callback
             queue(lambda: queue(self._drop_gradients))
-
-    def _before_forward(self, ddp: nn.Module, args: Any) -> None:
-        """Runs where DistributedDataParallel will wait for a gradient of every parameter."""
-        if torch.is_grad_enabled():
-            self._all_must_be_reached = bool(ddp.require_backward_grad_sync)
-            self._reached.clear()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """The last moment to prevent a step that moves what is frozen, or breaks the ranks apart.
@@ -164,19 +152,7 @@ class Freezing:
         Optimizers take what such a hook returns as their new arguments, so it returns nothing.
         """
         check_in_optimizers(self._selection, self._optimizers)
-        if self._all_must_be_reached:
-            unused = [
-                name
-                for name, parameter in self._selection.parameters.items()
-                if parameter.requires_grad and id(parameter) not in self._reached
-            ]
-            if unused:
-                raise RuntimeError(
-                    f"frozen parameters that the forward pass did not use: {listed(unused)}. "
-                    "DistributedDataParallel has therefore not averaged the gradients, and the "
-                    "ranks would drift apart: give it find_unused_parameters=True "
-                    "(accelerate.DistributedDataParallelKwargs), or use them in every forward"
-                )
+        check_gradients_averaged(self._model, self._selection)
         self._drop_gradients()
 
 

@@ -1,0 +1,222 @@
+"""Between backbone and heads: one node of the graph that sees all tasks' gradients together.
+
+Let z be the features (N rows of d), R_k the rotation of task k, r_k = z R_k^T what its head sees
+and Gr_k = dL_k / dr_k. Then G_k = Gr_k R_k is the gradient for z through task k, and its norm that
+of Gr_k. An ordinary backward of a sum of losses brings all Gr_k to this node at once.
+
+**Rotations.** The paper turns R_k so that task k's gradient points where those of all tasks point
+on average: it minimises -sum_n <R_k v_n, gr_kn> over R_k, where v_n = 1/K sum_k g_kn / sigma_k and
+gr are held constant. With R_k exp(A), A = tril(X, -1) - tril(X, -1)^T, a change dA at X = 0 changes
+that by -sum_n gr_kn^T R_k dA v_n = -<dA, G_k^T V>. So its gradient for X_k is
+
+    -tril(S_k - S_k^T, -1),    S_k = G_k^T V,    V = 1/K sum_k G_k / sigma_k.
+
+sigma_k = ||G_k|| / sqrt(N) is the root mean square of the samples' gradients. As losses are means
+over the batch, so is S_k, which neither grows nor shrinks with the batch. It is linear in the
+losses, and so the same after a loss scaler has unscaled it.
+
+The package ``rotograd`` has -2/N tril(...) up to version 0.1.5.2 and -2 tril(...) in 0.1.6.0, both
+with m / ||G_k|| for 1 / sigma_k, m = ||1/K sum_k G_k||. That m makes it quadratic in the losses,
+and 2/N takes a mean of what is a mean already. Here it is 0.1.5.2 without these two: its gradient
+times N^1.5 / (2 m), one factor for all tasks, which an optimizer like Adam does not see.
+
+**Ranks.** Rank w has G_k^w of its own mean loss, and DistributedDataParallel averages what the
+ranks make of it: the global gradient's rows are G_k^w / W. All inner products are summed over the
+ranks in one all-reduce; rank w returns sum_k weight_k G_k^w for z, and S_k from its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from toolkit.rotograd.rotations import rotate
+from toolkit.rotograd.weighting import Statistics, inverse
+
+
+class Weighting(Protocol):
+    """What decides on the tasks' weights when their gradients are known."""
+
+    coop_enabled: bool
+    measure_before_rotation: bool
+
+    def given_losses(self) -> Tensor | None:
+        """(K,), this rank's losses, if they are needed."""
+
+    def weigh(self, statistics: Statistics) -> tuple[Tensor, Tensor | None]:
+        """(K,) weights of the tasks' gradients, and the gradient for the trained weights if any."""
+
+
+_control: tuple[Any, Any] | None = None
+
+
+def control_group() -> Any:
+    """A process group of its own, so that its messages never mix with a reducer's; None if alone.
+
+    The first call creates it, on all ranks together.
+    """
+    global _control
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    if _control is None or _control[0] is not dist.group.WORLD:
+        _control = (dist.group.WORLD, dist.new_group())
+    return _control[1]
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    group = control_group()
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def num_ranks() -> int:
+    """Ranks that share a batch."""
+    return 1 if control_group() is None else dist.get_world_size()
+
+
+class Rotate(torch.autograd.Function):
+    """``Rotate.apply(rows, tangents, raw, matrices, weighting)``: the K rotated features.
+
+    rows (N, d), tangents and matrices (K, m, m), raw (K,) or None; returns K tensors like rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        tangents: Tensor,
+        raw: Tensor | None,
+        matrices: Tensor,
+        weighting: Weighting,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(matrices, *([rows] if weighting.coop_enabled else []))
+        ctx.weighting, ctx.shape, ctx.dtype, ctx.spent = weighting, rows.shape, rows.dtype, False
+        control_group()
+        return tuple(rotate(rows, matrix) for matrix in matrices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.spent:
+            raise RuntimeError(
+                "the features of this forward have had their backward: the tasks' gradients are "
+                "needed together, so sum the losses and call backward once"
+            )
+        ctx.spent = True
+        matrices, *kept = ctx.saved_tensors
+        with torch.autocast(matrices.device.type, enabled=False):
+            return _backward(ctx, grads, matrices, kept[0] if kept else None)
+
+
+def _backward(
+    ctx: Any, grads: Sequence[Tensor | None], matrices: Tensor, rows: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    weighting: Weighting = ctx.weighting
+    gradients = _unrotate(grads, matrices, ctx.shape)
+    before = None
+    if weighting.measure_before_rotation:
+        before = _gram(_unrotate(grads, torch.eye(len(matrices[0])).to(matrices), ctx.shape))
+    statistics = _reduce(gradients, before, weighting.given_losses())
+    weights, raw_grad = weighting.weigh(statistics)
+    num_tasks, num_rows, size = gradients.shape
+    tangent_grad = None
+    if ctx.needs_input_grad[1]:
+        tangent_grad = alignment_gradient(gradients, statistics, matrices.shape[-1])
+        if rows is not None:
+            own = gradient_at_identity(gradients, rows.to(gradients), matrices.shape[-1])
+            tangent_grad = _cooperate(own, tangent_grad)
+    rows_grad = None
+    if ctx.needs_input_grad[0]:
+        flat = gradients.view(num_tasks, num_rows * size)
+        rows_grad = (weights.to(flat) @ flat).view(num_rows, size).to(ctx.dtype)
+    return rows_grad, tangent_grad, raw_grad if ctx.needs_input_grad[2] else None, None, None
+
+
+def _unrotate(grads: Sequence[Tensor | None], matrices: Tensor, shape: torch.Size) -> Tensor:
+    """(K, N, d), G_k = Gr_k R_k; zeros for an absent task."""
+    size = matrices.shape[-1]
+    result = matrices.new_empty(len(grads), *shape)
+    for grad, matrix, out in zip(grads, matrices.expand(len(grads), -1, -1), result, strict=True):
+        if grad is None:
+            out.zero_()
+            continue
+        grad = grad.to(result.dtype)
+        if size == shape[1]:
+            torch.mm(grad, matrix, out=out)
+        else:
+            out[:, :size] = grad[:, :size] @ matrix
+            out[:, size:] = grad[:, size:]
+    return result
+
+
+def _gram(gradients: Tensor) -> Tensor:
+    flat = gradients.flatten(1)
+    return flat @ flat.mT
+
+
+def _reduce(gradients: Tensor, before: Tensor | None, losses: Tensor | None) -> Statistics:
+    """Inner products, losses and the number of rows of the global batch, in one all-reduce."""
+    num_tasks, num_rows, _ = gradients.shape
+    gram = _gram(gradients)
+    parts = [gram, gram.new_tensor([num_rows])]
+    parts += [part.to(gram) for part in (before, losses) if part is not None]
+    total = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
+    pieces = list(total.split([part.numel() for part in parts]))
+    world_size = num_ranks()
+    grams = [pieces[0], *(pieces[2:3] if before is not None else [])]
+    grams = [piece.view(num_tasks, num_tasks) / world_size**2 for piece in grams]
+    return Statistics(
+        gram=grams[0],
+        losses=pieces[-1] / world_size if losses is not None else None,
+        num_rows=pieces[1][0],
+        world_size=world_size,
+        gram_before=grams[1] if before is not None else None,
+    )
+
+
+def alignment_gradient(gradients: Tensor, statistics: Statistics, size: int) -> Tensor:
+    """(K, m, m), the gradient for X that aligns the tasks' gradients: see the top of the file.
+
+    Args:
+        gradients: (K, N, d), G_k of this rank.
+        statistics: of the global batch.
+        size: m, how many features are rotated.
+    """
+    num_present = statistics.present.sum().clamp(min=1)
+    factors = statistics.num_rows.sqrt() * inverse(statistics.norms)
+    factors = factors / (num_present * statistics.world_size)
+    directions = (factors @ gradients.flatten(1)).view(gradients.shape[1:])
+    return -gradient_at_identity(gradients, directions, size)
+
+
+def gradient_at_identity(gradients: Tensor, rows: Tensor, size: int) -> Tensor:
+    """tril(S - S^T, -1), S_k = G_k^T rows: the gradient at X = 0 of sum_n <R_k exp(A) x_n, gr_kn>.
+
+    Args:
+        gradients: (K, N, d), G_k.
+        rows: (N, d), x.
+        size: m, how many features are rotated.
+    """
+    products = gradients[..., :size].mT @ rows[:, :size]
+    return (products - products.mT).tril_(-1)
+
+
+def _cooperate(own: Tensor, alignment: Tensor) -> Tensor:
+    """||(h1 + h2) / 2|| (h1 / ||h1|| + h2 / ||h2||) for each task, of the ranks' mean gradients.
+
+    h1 is the gradient of the task's own loss for its rotation, h2 the one that aligns; without the
+    division the first drowns the second.
+    """
+    both = torch.stack([own, alignment])
+    both = sum_over_ranks(both) / num_ranks()
+    norms = torch.linalg.matrix_norm(both, keepdim=True)
+    length = torch.linalg.matrix_norm(both.mean(0), keepdim=True)
+    return length * (both * inverse(norms)).sum(0)

@@ -53,7 +53,8 @@ def torchjd_weights(name: str) -> Callable[[Tensor], Tensor]:
 
     torchjd compares with absolute thresholds (CAGrad returns zeros for gradients shorter than
     about 0.01), so the Gramian is divided by the mean of its diagonal first. That changes no
-    weight of these methods, except FairGrad's, which gets it as it is.
+    weight of these methods but FairGrad's, which are put right afterwards: its weights w solve
+    ``G w = w^(-1/alpha)``, so those of ``u G`` are ``u^(-alpha/(1 + alpha)) w``.
 
     Args:
         name: a key of ``TORCHJD_WEIGHTINGS``.
@@ -82,9 +83,12 @@ def torchjd_weights(name: str) -> Callable[[Tensor], Tensor]:
         raise ValueError(f"aggregate '{PREFIX}{name}': {error}") from None
 
     def weights(gramian: Tensor) -> Tensor:
-        unit = 1.0 if name == "FairGrad" else float(gramian.diagonal().mean())
+        unit = float(gramian.diagonal().mean())
         with torch.random.fork_rng(devices=[]), torch.no_grad():  # PCGrad draws an order
             found: Tensor = weighting(gramian / unit)
+        if name == "FairGrad":
+            alpha = TORCHJD_WEIGHTINGS[name]["alpha"]
+            found = found / unit ** (alpha / (1 + alpha))
         return found
 
     return weights

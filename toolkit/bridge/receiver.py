@@ -257,9 +257,7 @@ class GradientReceiver(BridgeJob):
         self.metrics |= aggregation_metrics(backbone, (own, donor))
         return own, donor
 
-    def _add_(
-        self, tensors: Mapping[str, Tensor], factor: float, backbone_weight: float = 1.0
-    ) -> None:
+    def _add_(self, tensors: Mapping[str, Tensor], factor: float, backbone_weight: float) -> None:
         """Add ``factor`` times the donor's sum to ``.grad``; identical on every rank.
 
         Args:

@@ -179,6 +179,11 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     network = tasks.build_model(args.seed)
     rotations = rotating_model(args, network, tasks.image_shape)
+    if rotations and args.task != PAIR and args.coop_after is None:
+        logger.warning(
+            "each sample has a label for one head: no two tasks' gradients meet in it, so that no "
+            "rotation turns but by rounding"
+        )
     model = (rotations or network).to(dtype)
     optimizer = build_optimizer(args, parameter_groups(args, network, rotations))
 
@@ -233,9 +238,11 @@ def main() -> None:
             # Times the ranks, because the mean over them is taken.
             if separate:
                 separate([loss * num_processes for loss in losses], seed=completed.value)
+            elif rotations:
+                total = rotations.total([loss * num_processes for loss in losses])
+                accelerator.backward(total)
             else:
-                total = rotations.total(losses) if rotations else sum(losses)
-                accelerator.backward(total * num_processes)
+                accelerator.backward(sum(losses) * num_processes)
         if args.max_grad_norm is not None:
             accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
         optimizer.step()

@@ -7,6 +7,10 @@
 ``pcgrad``, ``upgrad``, ``mgda``,        a rule of ``toolkit.aggregation`` that weighs the tasks'
 ``protect``, ``torchjd:NAME``            gradients of the backbone; a backward pass for each task
 ======================================== ==========================================================
+
+Rotations align the gradients that tasks have for the same sample. Where each sample has a label
+for one task only, as in the two jobs of a bridge, there is nothing to align: ``rotate`` is ``sum``
+then, and of ``rotograd`` the equal norms are left.
 """
 
 from __future__ import annotations

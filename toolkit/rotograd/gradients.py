@@ -126,17 +126,18 @@ def _backward(
         before = _gram(_unrotate(grads, torch.eye(len(matrices[0])).to(matrices), ctx.shape))
     statistics = _reduce(gradients, before, weighting.given_losses())
     weights, raw_grad = weighting.weigh(statistics)
-    num_tasks, num_rows, size = gradients.shape
     tangent_grad = None
     if ctx.needs_input_grad[1]:
-        tangent_grad = alignment_gradient(gradients, statistics, matrices.shape[-1])
-        if rows is not None:
-            own = gradient_at_identity(gradients, rows.to(gradients), matrices.shape[-1])
-            tangent_grad = _cooperate(own, tangent_grad)
+        size = matrices.shape[-1]
+        directions = _directions(gradients, statistics)
+        if rows is None:
+            tangent_grad = at_identity(_products(gradients, directions, size)).neg_()
+        else:
+            own = _products(gradients, rows.to(gradients), size)
+            tangent_grad = at_identity(_cooperate(own, gradients, directions, statistics))
     rows_grad = None
     if ctx.needs_input_grad[0]:
-        flat = gradients.view(num_tasks, num_rows * size)
-        rows_grad = (weights.to(flat) @ flat).view(num_rows, size).to(ctx.dtype)
+        rows_grad = (weights.to(gradients) @ gradients.flatten(1)).view(ctx.shape).to(ctx.dtype)
     return rows_grad, tangent_grad, raw_grad if ctx.needs_input_grad[2] else None, None, None
 
 
@@ -182,41 +183,47 @@ def _reduce(gradients: Tensor, before: Tensor | None, losses: Tensor | None) -> 
     )
 
 
-def alignment_gradient(gradients: Tensor, statistics: Statistics, size: int) -> Tensor:
-    """(K, m, m), the gradient for X that aligns the tasks' gradients: see the top of the file.
-
-    Args:
-        gradients: (K, N, d), G_k of this rank.
-        statistics: of the global batch.
-        size: m, how many features are rotated.
-    """
+def _directions(gradients: Tensor, statistics: Statistics) -> Tensor:
+    """(N, d), V of the top of this file: this rank's rows."""
     num_present = statistics.present.sum().clamp(min=1)
     factors = statistics.num_rows.sqrt() * inverse(statistics.norms)
     factors = factors / (num_present * statistics.world_size)
-    directions = (factors @ gradients.flatten(1)).view(gradients.shape[1:])
-    return -gradient_at_identity(gradients, directions, size)
+    return (factors @ gradients.flatten(1)).view(gradients.shape[1:])
 
 
-def gradient_at_identity(gradients: Tensor, rows: Tensor, size: int) -> Tensor:
-    """tril(S - S^T, -1), S_k = G_k^T rows: the gradient at X = 0 of sum_n <R_k exp(A) x_n, gr_kn>.
+def _products(gradients: Tensor, rows: Tensor, size: int) -> Tensor:
+    """(K, m, m), G_k^T rows, of the first m features."""
+    return gradients[..., :size].mT @ rows[:, :size]
 
-    Args:
-        gradients: (K, N, d), G_k.
-        rows: (N, d), x.
-        size: m, how many features are rotated.
-    """
-    products = gradients[..., :size].mT @ rows[:, :size]
+
+def at_identity(products: Tensor) -> Tensor:
+    """tril(P - P^T, -1): from a gradient P for exp(A) at A = 0 to that for X."""
     return (products - products.mT).tril_(-1)
 
 
-def _cooperate(own: Tensor, alignment: Tensor) -> Tensor:
-    """||(h1 + h2) / 2|| (h1 / ||h1|| + h2 / ||h2||) for each task, of the ranks' mean gradients.
+def _cooperate(
+    own: Tensor, gradients: Tensor, directions: Tensor, statistics: Statistics
+) -> Tensor:
+    """(K, m, m), ||(h1 + h2) / 2|| (h1 / ||h1|| + h2 / ||h2||) for each task.
 
-    h1 is the gradient of the task's own loss for its rotation, h2 the one that aligns; without the
-    division the first drowns the second.
+    h1 is the gradient of the task's own loss for its rotation matrix, h2 the one that aligns;
+    without the division the first drowns the second. As in the last version of the package that had
+    this, 0.1.4, h2 is that of ||R_k v_n - gr_kn||^2 / 2 with v scaled to ||V|| = m: on rotations
+    this differs by a constant from what is minimised else, so that only the lengths do.
+
+    Args:
+        own: h1 of this rank.
+        gradients: (K, N, d), G_k of this rank.
+        directions: (N, d), V of this rank.
+        statistics: of the global batch.
     """
-    both = torch.stack([own, alignment])
-    both = sum_over_ranks(both) / num_ranks()
+    size, world_size = own.shape[-1], statistics.world_size
+    num_present = statistics.present.sum().clamp(min=1)
+    mean_norm = statistics.gram.sum().clamp(min=0).sqrt() / num_present
+    rows = directions[:, :size]
+    inner = rows.mT @ rows * (world_size * mean_norm / statistics.num_rows.sqrt())
+    both = torch.stack([own, inner - _products(gradients, directions, size)])
+    both = sum_over_ranks(both) / world_size
     norms = torch.linalg.matrix_norm(both, keepdim=True)
     length = torch.linalg.matrix_norm(both.mean(0), keepdim=True)
     return length * (both * inverse(norms)).sum(0)

@@ -176,8 +176,9 @@ def freeze(
 
     Their present gradients are dropped, so freeze at the end of an accumulation window, not inside
     one. Frozen modules (all of whose parameters are frozen) are in eval mode, whatever
-    ``model.train()`` says, so that BatchNorm's statistics rest too and dropout is off. All else
-    trains as if the frozen part had no gradients. A collective: every rank calls it.
+    ``model.train()`` says, so that BatchNorm's statistics rest too and dropout is off; recurrent
+    layers keep their mode, as cuDNN wants it. All else trains as if the frozen part had no
+    gradients. A collective: every rank calls it.
 
     Args:
         model: as it is called in the loop: prepared, wrapped, compiled or plain.

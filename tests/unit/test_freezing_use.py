@@ -238,3 +238,11 @@ def test_tied_parameters_rest_together() -> None:
         optimizer.step()
     assert torch.equal(model["decoder"].weight, weight)
     assert not torch.equal(model["decoder"].bias, bias)
+
+
+def test_present_gradients_are_dropped_at_once() -> None:
+    net, optimizer = warmed_up()
+    squared_error(net(*next(batches(1, seed=4))[:2]), torch.zeros(5, 2).double()).backward()
+    with frozen(net, REST, optimizer=optimizer):
+        assert net.get_parameter(f"{REST}.0.weight").grad is None
+        assert net.output.weight.grad is not None

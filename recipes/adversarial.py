@@ -16,7 +16,6 @@ import math
 import time
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
@@ -44,7 +43,7 @@ from toolkit.training import (
     banner,
     configure_logging,
     find_checkpoint,
-    new_output_dir,
+    output_directory,
     save_checkpoint,
     write_results,
 )
@@ -83,15 +82,6 @@ def parse_arguments() -> argparse.Namespace:
     if args.resume_from_checkpoint == "latest" and args.output_dir is None:
         parser.error("--resume_from_checkpoint latest needs the --output_dir of the earlier job")
     return args
-
-
-def output_directory(args: argparse.Namespace) -> Path:
-    """The one asked for, that of the checkpoint to resume from, or ``runs/adversarial-N``."""
-    if args.output_dir is not None:
-        return Path(args.output_dir)
-    if args.resume_from_checkpoint is not None:
-        return Path(args.resume_from_checkpoint).resolve().parent
-    return new_output_dir(Path("runs"), "adversarial")
 
 
 def build_generator(args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -190,7 +180,7 @@ def main() -> None:
     )
     configure_logging(accelerator)
     set_seed(args.seed)
-    output_dir = output_directory(args)
+    output_dir = output_directory(args, "adversarial")
 
     # -- data, models ---------------------------------------------------------------------------
     generator, generator_optimizer = build_generator(args)

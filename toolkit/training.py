@@ -173,6 +173,24 @@ def new_output_dir(runs_dir: Path, recipe: str) -> Path:
     return result
 
 
+def output_directory(args: argparse.Namespace, recipe: str) -> Path:
+    """Where a recipe writes that belongs to no run of the bridge. A collective.
+
+    Args:
+        args: with the flags of ``output_arguments()``.
+        recipe: its name.
+
+    Returns:
+        The directory asked for, that of the checkpoint to resume from, or a new
+        ``runs/<recipe>-NNNN``.
+    """
+    if args.output_dir is not None:
+        return Path(args.output_dir)
+    if args.resume_from_checkpoint is not None:
+        return Path(args.resume_from_checkpoint).resolve().parent
+    return new_output_dir(Path("runs"), recipe)
+
+
 class CompletedSteps:
     """A counter that travels with checkpoints (``accelerator.register_for_checkpointing``)."""
 

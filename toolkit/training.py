@@ -130,11 +130,16 @@ def configure_logging(accelerator: Accelerator) -> None:
 def clean_errors(*kinds: type[Exception]) -> Iterator[None]:
     """End the process with the message alone where a user, and not the code, can mend an error.
 
+    Interrupted by Ctrl-C, it ends with one line too, and status 130.
+
     Args:
         kinds: errors to treat so, beside the bridge's.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if not isinstance(error, (BridgeError, *kinds)):
             raise

@@ -29,6 +29,8 @@ class RotoGrad(RotateOnly):
     The other arguments, and what it raises: as for :class:`RotateOnly`.
     """
 
+    _weights_follow_norms = True
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -68,6 +70,8 @@ class RotoGradNorm(RotoGrad):
         RuntimeError: (in backward) if losses are needed and were not given.
         ValueError: (in backward) for a first loss of 0, or a negative one with a fractional alpha.
     """
+
+    _weights_follow_norms = False
 
     def __init__(
         self,

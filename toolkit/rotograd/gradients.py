@@ -35,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from toolkit.rotograd.accumulation import Window
 from toolkit.rotograd.rotations import rotate
 from toolkit.rotograd.weighting import Statistics, inverse
 
@@ -43,10 +44,14 @@ class Weighting(Protocol):
     """What decides on the tasks' weights when their gradients are known."""
 
     coop_enabled: bool
+    exact_accumulation: bool
     measure_before_rotation: bool
 
     def given_losses(self) -> Tensor | None:
         """(K,), this rank's losses, if they are needed."""
+
+    def open_window(self) -> Window | None:
+        """What earlier micro-batches of this step left, if it matters."""
 
     def weigh(self, statistics: Statistics) -> tuple[Tensor, Tensor | None]:
         """(K,) weights of the tasks' gradients, and the gradient for the trained weights if any."""
@@ -99,6 +104,7 @@ class Rotate(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(matrices, *([rows] if weighting.coop_enabled else []))
         ctx.weighting, ctx.shape, ctx.dtype, ctx.spent = weighting, rows.shape, rows.dtype, False
+        ctx.features = rows if weighting.exact_accumulation else None
         control_group()
         return tuple(rotate(rows, matrix) for matrix in matrices)
 
@@ -125,20 +131,34 @@ def _backward(
     if weighting.measure_before_rotation:
         before = _gram(_unrotate(grads, torch.eye(len(matrices[0])).to(matrices), ctx.shape))
     statistics = _reduce(gradients, before, weighting.given_losses())
+    window = weighting.open_window()
+    every = gradients
+    if window is not None:
+        statistics, every, rows = window.extend(statistics, gradients, rows)
     weights, raw_grad = weighting.weigh(statistics)
     tangent_grad = None
     if ctx.needs_input_grad[1]:
-        size = matrices.shape[-1]
-        directions = _directions(gradients, statistics)
-        if rows is None:
-            tangent_grad = at_identity(_products(gradients, directions, size)).neg_()
-        else:
-            own = _products(gradients, rows.to(gradients), size)
-            tangent_grad = at_identity(_cooperate(own, gradients, directions, statistics))
+        tangent_grad = _tangent_gradient(every, rows, statistics, matrices.shape[-1])
+    if window is not None:
+        tangent_grad = window.rest("tangents", tangent_grad)
+        raw_grad = window.rest("raw", raw_grad)
+        if ctx.needs_input_grad[0]:
+            window.correct(weights, ctx.features, gradients)
     rows_grad = None
     if ctx.needs_input_grad[0]:
         rows_grad = (weights.to(gradients) @ gradients.flatten(1)).view(ctx.shape).to(ctx.dtype)
     return rows_grad, tangent_grad, raw_grad if ctx.needs_input_grad[2] else None, None, None
+
+
+def _tangent_gradient(
+    gradients: Tensor, rows: Tensor | None, statistics: Statistics, size: int
+) -> Tensor:
+    """(K, m, m), this rank's gradient for X; with ``rows`` (N, d), the features, in cooperation."""
+    directions = _directions(gradients, statistics)
+    if rows is None:
+        return at_identity(_products(gradients, directions, size)).neg_()
+    own = _products(gradients, rows.to(gradients), size)
+    return at_identity(_cooperate(own, gradients, directions, statistics))
 
 
 def _unrotate(grads: Sequence[Tensor | None], matrices: Tensor, shape: torch.Size) -> Tensor:

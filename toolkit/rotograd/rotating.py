@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from toolkit.rotograd.accumulation import Window
 from toolkit.rotograd.gradients import Rotate, num_ranks, sum_over_ranks
 from toolkit.rotograd.history import History, reference
 from toolkit.rotograd.multitask import VanillaMTL, sum_of
@@ -44,10 +45,15 @@ class RotateOnly(VanillaMTL):
         burn_in_period: optimizer steps after which first losses and norms are taken anew.
         init: "identity" leaves the outputs of a pretrained model as they are; or "random".
         normalize_losses: have :meth:`total` divide each loss by its first one.
+        exact_accumulation: measure accumulated micro-batches as one batch, instead of each by
+            itself. It costs a backward of the backbone for each task (in :class:`RotoGrad` only),
+            their sums, and the features' gradients of all micro-batches.
 
     Raises:
         ValueError: for sizes that do not fit, an unknown ``init``, or no heads.
     """
+
+    _weights_follow_norms = False
 
     def __init__(
         self,
@@ -59,6 +65,7 @@ class RotateOnly(VanillaMTL):
         burn_in_period: int = 20,
         init: Literal["identity", "random"] = "identity",
         normalize_losses: bool = False,
+        exact_accumulation: bool = False,
     ) -> None:
         super().__init__(backbone, heads)
         size = size_z if size_rotation is None else size_rotation
@@ -66,12 +73,14 @@ class RotateOnly(VanillaMTL):
             raise ValueError(f"size_rotation is {size}, but there are only {size_z} features")
         self.size_z, self.burn_in_period = size_z, burn_in_period
         self.normalize_losses = normalize_losses
+        self.exact_accumulation = exact_accumulation
         self.rotations = Rotations(len(self), size, init)
         self.coop_enabled = self.measure_before_rotation = False
         self._history = History.empty(len(self))
         self._losses: Tensor | None = None
         self._last: tuple[Statistics, Tensor] | None = None
         self._pending: History | None = None
+        self._window: Window | None = None
 
     @property
     def completed_steps(self) -> int:
@@ -148,6 +157,16 @@ class RotateOnly(VanillaMTL):
         losses, self._losses = self._losses, None
         return losses
 
+    def open_window(self) -> Window | None:
+        if not self.exact_accumulation:
+            return None
+        reached_last = [self.rotations.tangents, *self.backbone.parameters()]
+        if not any(one.grad is not None and bool(one.grad.any()) for one in reached_last):
+            self._window = None  # gradients were cleared: a step or a skipped one has passed
+        if self._window is None:
+            self._window = Window(self.backbone, reweigh=self._weights_follow_norms)
+        return self._window
+
     def weigh(self, statistics: Statistics) -> tuple[Tensor, Tensor | None]:
         norms, present = statistics.norms, statistics.present
         again, history = self._history.step == self.burn_in_period, self._history
@@ -169,7 +188,7 @@ class RotateOnly(VanillaMTL):
         return self.rotations.tangents
 
     def after_step(self, *, skipped: bool) -> None:
-        pending, self._pending = self._pending, None
+        pending, self._pending, self._window = self._pending, None, None
         self.rotations.fold()
         if pending is None or self._last is None or skipped:
             return
@@ -185,7 +204,7 @@ class RotateOnly(VanillaMTL):
             raise ValueError(f"the checkpoint is not of a model of {len(self)} tasks")
         self.coop_enabled = bool(state[0])
         self._history = History.from_tensor(state[1:])
-        self._pending = self._losses = None
+        self._pending = self._losses = self._window = None
 
     def measures(self) -> dict[str, float]:
         """How the tasks' gradients agreed in the last backward, by names fit for TensorBoard.

@@ -50,7 +50,7 @@ class RotoGrad(RotateOnly):
         self.alpha = float(alpha)
 
     def _weigh(self, statistics: Statistics, history: History) -> tuple[Tensor, Tensor | None]:
-        return rotograd_weights(statistics.norms, history.initial_norms), None
+        return rotograd_weights(statistics, history.initial_norms), None
 
 
 class RotoGradNorm(RotoGrad):

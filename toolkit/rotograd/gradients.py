@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from toolkit.rotograd.accumulation import Window
-from toolkit.rotograd.rotations import rotate
+from toolkit.rotograd.rotations import pack, rotate
 from toolkit.rotograd.weighting import Statistics, inverse
 
 
@@ -89,7 +89,7 @@ def num_ranks() -> int:
 class Rotate(torch.autograd.Function):
     """``Rotate.apply(rows, tangents, raw, matrices, weighting)``: the K rotated features.
 
-    rows (N, d), tangents and matrices (K, m, m), raw (K,) or None; returns K tensors like rows.
+    rows (N, d), tangents packed, raw (K,) or None, matrices (K, m, m); returns K tensors like rows.
     """
 
     @staticmethod
@@ -106,7 +106,7 @@ class Rotate(torch.autograd.Function):
         ctx.weighting, ctx.shape, ctx.dtype, ctx.spent = weighting, rows.shape, rows.dtype, False
         ctx.features = rows if weighting.exact_accumulation else None
         control_group()
-        return tuple(rotate(rows, matrix) for matrix in matrices)
+        return tuple(rotate(rows, matrices))
 
     @staticmethod
     @once_differentiable
@@ -153,12 +153,12 @@ def _backward(
 def _tangent_gradient(
     gradients: Tensor, rows: Tensor | None, statistics: Statistics, size: int
 ) -> Tensor:
-    """(K, m, m), this rank's gradient for X; with ``rows`` (N, d), the features, in cooperation."""
+    """Packed, this rank's gradient for X; with ``rows`` (N, d), the features, in cooperation."""
     directions = _directions(gradients, statistics)
     if rows is None:
-        return at_identity(_products(gradients, directions, size)).neg_()
+        return pack(_products(gradients, directions, size)).neg_()
     own = _products(gradients, rows.to(gradients), size)
-    return at_identity(_cooperate(own, gradients, directions, statistics))
+    return pack(_cooperate(own, gradients, directions, statistics))
 
 
 def _unrotate(grads: Sequence[Tensor | None], matrices: Tensor, shape: torch.Size) -> Tensor:
@@ -187,6 +187,8 @@ def _reduce(gradients: Tensor, before: Tensor | None, losses: Tensor | None) -> 
     """Inner products, losses and the number of rows of the global batch, in one all-reduce."""
     num_tasks, num_rows, _ = gradients.shape
     gram = _gram(gradients)
+    if num_ranks() == 1:
+        return Statistics(gram, losses, gram.new_tensor(num_rows), 1, before)
     parts = [gram, gram.new_tensor([num_rows])]
     parts += [part.to(gram) for part in (before, losses) if part is not None]
     total = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
@@ -206,19 +208,14 @@ def _reduce(gradients: Tensor, before: Tensor | None, losses: Tensor | None) -> 
 def _directions(gradients: Tensor, statistics: Statistics) -> Tensor:
     """(N, d), V of the top of this file: this rank's rows."""
     num_present = statistics.present.sum().clamp(min=1)
-    factors = statistics.num_rows.sqrt() * inverse(statistics.norms)
-    factors = factors / (num_present * statistics.world_size)
+    factors = statistics.inverse_norms * statistics.num_rows.sqrt()
+    factors /= num_present * statistics.world_size
     return (factors @ gradients.flatten(1)).view(gradients.shape[1:])
 
 
 def _products(gradients: Tensor, rows: Tensor, size: int) -> Tensor:
     """(K, m, m), G_k^T rows, of the first m features."""
     return gradients[..., :size].mT @ rows[:, :size]
-
-
-def at_identity(products: Tensor) -> Tensor:
-    """tril(P - P^T, -1): from a gradient P for exp(A) at A = 0 to that for X."""
-    return (products - products.mT).tril_(-1)
 
 
 def _cooperate(

@@ -16,6 +16,7 @@ from toolkit.rotograd.rotations import Rotation, Rotations, as_rows, rotate
 from toolkit.rotograd.steps import watch
 from toolkit.rotograd.weighting import Statistics
 
+_STEPS_PER_MEND = 8
 _Model = TypeVar("_Model", bound="RotateOnly")
 
 
@@ -106,7 +107,7 @@ class RotateOnly(VanillaMTL):
             watch(self)
             rotated = Rotate.apply(rows, tangents, self._raw_weights(), matrices, self)
         else:
-            rotated = [rotate(rows, matrix) for matrix in matrices]
+            rotated = rotate(rows, matrices)
         return [one.view(features.shape) for one in rotated]
 
     def rotation_of(self, index: int) -> nn.Module:
@@ -189,7 +190,7 @@ class RotateOnly(VanillaMTL):
 
     def after_step(self, *, skipped: bool) -> None:
         pending, self._pending, self._window = self._pending, None, None
-        self.rotations.fold()
+        self.rotations.fold(mend=self._history.step % _STEPS_PER_MEND == 0)
         if pending is None or self._last is None or skipped:
             return
         if bool(self._last[0].gram.isfinite().all()):

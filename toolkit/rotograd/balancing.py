@@ -109,7 +109,7 @@ class RotoGradNorm(RotoGrad):
             )
         present, initial = statistics.present, history.initial_losses
         relative = torch.where(present, statistics.losses / initial, 0)
-        relative = relative / (relative.sum() / present.sum())
+        relative = relative / (relative.sum() / statistics.num_present)
         checks = torch.stack([present & (initial == 0), present & (relative < 0)]).tolist()
         for index, (zero, negative) in enumerate(zip(*checks, strict=True)):
             if zero:

@@ -207,9 +207,8 @@ def _reduce(gradients: Tensor, before: Tensor | None, losses: Tensor | None) -> 
 
 def _directions(gradients: Tensor, statistics: Statistics) -> Tensor:
     """(N, d), V of the top of this file: this rank's rows."""
-    num_present = statistics.present.sum().clamp(min=1)
     factors = statistics.inverse_norms * statistics.num_rows.sqrt()
-    factors /= num_present * statistics.world_size
+    factors /= statistics.num_present * statistics.world_size
     return (factors @ gradients.flatten(1)).view(gradients.shape[1:])
 
 
@@ -235,8 +234,7 @@ def _cooperate(
         statistics: of the global batch.
     """
     size, world_size = own.shape[-1], statistics.world_size
-    num_present = statistics.present.sum().clamp(min=1)
-    mean_norm = statistics.gram.sum().clamp(min=0).sqrt() / num_present
+    mean_norm = statistics.gram.sum().clamp(min=0).sqrt() / statistics.num_present
     rows = directions[:, :size]
     inner = rows.mT @ rows * (world_size * mean_norm / statistics.num_rows.sqrt())
     both = torch.stack([own, inner - _products(gradients, directions, size)])

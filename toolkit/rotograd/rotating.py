@@ -26,7 +26,8 @@ class RotateOnly(VanillaMTL):
     An ordinary module: ``accelerator.backward(sum(losses))``, once for each forward, does it all.
     In training, a task's loss reaches its head and, turned back, the backbone; the rotations get
     the gradient that aligns (see :mod:`toolkit.rotograd.gradients`). In evaluation the heads see
-    the rotated features and nothing else is different.
+    the rotated features and nothing else is different. Steps are counted by the optimizer that
+    holds :meth:`rotation_parameters`.
 
     Under DistributedDataParallel everything is measured on the global batch, the processes of which
     must be all that there are. Every rank must run the same backward passes, and what DDP asks for
@@ -124,10 +125,9 @@ class RotateOnly(VanillaMTL):
         """
         self.check_losses(losses)
         if self.training and torch.is_grad_enabled():
-            matrices = self.rotations.matrices
-            values = [0.0 if loss is None else loss.detach().to(matrices) for loss in losses]
-            zero = matrices.new_zeros(())
-            self._losses = torch.stack([zero + value for value in values]).reshape(-1)
+            zero = self.rotations.matrices.new_zeros(())
+            values = [zero if loss is None else loss.detach().to(zero) for loss in losses]
+            self._losses = torch.stack([value.reshape(()) for value in values])
         if self.normalize_losses:
             initial = self._initial_losses(losses)
             losses = [
@@ -171,11 +171,13 @@ class RotateOnly(VanillaMTL):
     def weigh(self, statistics: Statistics) -> tuple[Tensor, Tensor | None]:
         norms, present = statistics.norms, statistics.present
         again, history = self._history.step == self.burn_in_period, self._history
-        initial_norms = reference(history.initial_norms, norms, present, again=again)
+        initial_norms = history.initial_norms.to(norms)
         initial_losses = history.initial_losses.to(norms)
-        if statistics.losses is not None:
-            initial_losses = reference(initial_losses, statistics.losses, present, again=again)
-        self._pending = History(history.step + 1, initial_norms, initial_losses)
+        if again or not history.complete:
+            initial_norms = reference(initial_norms, norms, present, again=again)
+            if statistics.losses is not None:
+                initial_losses = reference(initial_losses, statistics.losses, present, again=again)
+        self._pending = History(history.step + 1, initial_norms, initial_losses, history.complete)
         weights, raw_grad = self._weigh(statistics, self._pending)
         self._last = (statistics, weights)
         return weights, raw_grad
@@ -190,11 +192,13 @@ class RotateOnly(VanillaMTL):
 
     def after_step(self, *, skipped: bool) -> None:
         pending, self._pending, self._window = self._pending, None, None
-        self.rotations.fold(mend=self._history.step % _STEPS_PER_MEND == 0)
-        if pending is None or self._last is None or skipped:
+        if skipped:
             return
-        if bool(self._last[0].gram.isfinite().all()):
-            self._history = pending
+        self.rotations.fold(mend=self._history.step % _STEPS_PER_MEND == 0)
+        if pending is None or self._last is None or not self._last[0].gram.isfinite().all():
+            return
+        pending.note_completeness()
+        self._history = pending
 
     def get_extra_state(self) -> Tensor:
         coop = torch.tensor([float(self.coop_enabled)], dtype=torch.float64)

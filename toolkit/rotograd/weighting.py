@@ -39,6 +39,11 @@ class Statistics:
         return inverse(self.norms)
 
     @functools.cached_property
+    def num_present(self) -> Tensor:
+        """Tasks that are present, at least 1."""
+        return self.present.sum().clamp(min=1)
+
+    @functools.cached_property
     def present(self) -> Tensor:
         """(K,), whether the task has a gradient here."""
         return self.gram.diagonal() != 0
@@ -81,7 +86,7 @@ def gradnorm_weights(
     shares = torch.softmax(raw.to(statistics.gram), 0)
     weights = len(raw) * shares
     present = statistics.present
-    total = (weights @ statistics.gram @ weights).clamp(min=0).sqrt() / present.sum().clamp(min=1)
+    total = (weights @ statistics.gram @ weights).clamp(min=0).sqrt() / statistics.num_present
     targets = total if rates is None else total * rates
     norms = statistics.norms
     slopes = torch.where(present, torch.sign(weights * norms - targets) * norms, 0)

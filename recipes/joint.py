@@ -15,7 +15,6 @@ import argparse
 import time
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -43,7 +42,7 @@ from toolkit.training import (
     describe_accuracies,
     evaluate,
     find_checkpoint,
-    new_output_dir,
+    output_directory,
     save_checkpoint,
     write_results,
 )
@@ -85,15 +84,6 @@ def parse_arguments() -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-def output_directory(args: argparse.Namespace) -> Path:
-    """The one asked for, the one of the checkpoint to resume from, or the next ``runs/joint-N``."""
-    if args.output_dir is not None:
-        return Path(args.output_dir)
-    if args.resume_from_checkpoint is not None:
-        return Path(args.resume_from_checkpoint).resolve().parent
-    return new_output_dir(Path("runs"), "joint")
 
 
 def joint_windows(
@@ -147,7 +137,7 @@ def main() -> None:
     configure_logging(accelerator)
     set_seed(args.seed)
     rank, num_processes = accelerator.process_index, accelerator.num_processes
-    output_dir = output_directory(args)
+    output_dir = output_directory(args, "joint")
 
     # -- data, model ----------------------------------------------------------------------------
     with clean_errors(ValueError, OSError), accelerator.main_process_first():

@@ -33,6 +33,7 @@ class Case:
     dtype: str = "float64"
     rescale: RescaleRule = "match"
     loss_reduction: LossReduction = "mean"
+    aggregate: str = "sum"  # or "pcgrad" or "mgda"
     scope: Scope = "all"
     donor_weight: float = 0.7
     accumulation: int = 1  # the receiver's
@@ -157,6 +158,33 @@ def summed_loss(model: nn.Module, dataset: TensorDataset, indices: list[int], he
     return F.cross_entropy(model(features, head), labels, reduction="sum")
 
 
+def combine_by_hand(rule: str, own: Tensor, donor: Tensor) -> Tensor:
+    """One gradient of two, as vectors, by the rule's definition."""
+    if rule == "mgda":  # the point of the segment between them that is nearest to the origin
+        across = own - donor
+        share = float(-(donor @ across) / (across @ across))
+        return donor + min(max(share, 0.0), 1.0) * across
+    assert rule == "pcgrad"
+    if own @ donor >= 0:
+        return own + donor
+    own_projected = own - (own @ donor) / (donor @ donor) * donor
+    return own_projected + donor - (donor @ own) / (own @ own) * own
+
+
+def _take_grads(parameters: list[nn.Parameter]) -> Tensor:
+    """All gradients as one vector; afterwards there are none."""
+    vector = nn.utils.parameters_to_vector([p.grad for p in parameters if p.grad is not None])
+    for parameter in parameters:
+        parameter.grad = None
+    return vector
+
+
+def _put_grads(parameters: list[nn.Parameter], vector: Tensor) -> None:
+    pieces = vector.split([parameter.numel() for parameter in parameters])
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        parameter.grad = piece.view_as(parameter).clone()
+
+
 def train_jointly(
     case: Case,
     num_receiver: int = 1,
@@ -194,6 +222,8 @@ def train_jointly(
             ("pool", "mean"): (1 / (n_r + n_d), lam / (n_r + n_d)),
         }[case.rescale, case.loss_reduction]
         optimizer.zero_grad()
+        backbone = list(model.backbone.parameters())
+        vectors = []
         for head, indices, weight in (("h1", own, weights[0]), ("h2", donor, weights[1])):
             for part in range(splits):
                 if indices[part::splits]:
@@ -203,6 +233,10 @@ def train_jointly(
                         loss.backward(inputs=parameters)
                     else:
                         loss.backward()
+            if case.aggregate != "sum":
+                vectors.append(_take_grads(backbone))
+        if vectors:
+            _put_grads(backbone, combine_by_hand(case.aggregate, *vectors))
         if case.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), case.max_grad_norm)
         optimizer.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def innermost_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Opt
         ValueError: for one whose steps mix the parameters.
     """
     found = []
-    for candidate in [optimizer] if isinstance(optimizer, Optimizer) else optimizer:
+    for candidate in optimizer if isinstance(optimizer, Iterable) else [optimizer]:
         inner: Any = candidate
         while isinstance(getattr(inner, "optimizer", None), Optimizer):
             inner = inner.optimizer
@@ -119,6 +119,31 @@ def check_gradients_not_needed(model: nn.Module, selection: Selection) -> None:
             f"requires_grad=False is not safe here: {reason}. Leave requires_grad=True, which "
             "freezes as well and costs the backward pass of the frozen part"
         )
+
+
+def check_gradients_averaged(model: nn.Module, selection: Selection) -> None:
+    """Refuse a step with gradients that DistributedDataParallel has not averaged.
+
+    It waits for every parameter that it expects a gradient of, and would itself complain in the
+    next forward only, after a step that has moved the ranks apart.
+
+    Raises:
+        RuntimeError: naming what is frozen; torch's own error, its cause, has the numbers of the
+            parameters that got no gradient.
+    """
+    ddp = ddp_of(model)
+    if ddp is None:
+        return
+    frozen = listed(list(selection.parameters))
+    try:
+        ddp._check_reducer_finalized()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "DistributedDataParallel has not averaged the gradients of this step, as some "
+            f"parameters took no part in the forward pass; frozen are {frozen}. Use all in every "
+            "forward, or give DistributedDataParallel find_unused_parameters=True without "
+            "static_graph (accelerate.DistributedDataParallelKwargs)"
+        ) from error
 
 
 def check_ranks_agree(what: str, names: Sequence[str] = ()) -> None:

@@ -31,6 +31,8 @@ EVERY_WORLD = [
     Case(loss_reduction="sum"),
     Case(rescale="append", loss_reduction="sum"),
     Case(scope="head"),
+    Case(aggregate="pcgrad", accumulation=3, num_steps=20),
+    Case(aggregate="mgda", donor_accumulation=3, rescale="append", num_steps=20),
     Case(accumulation=3),
     Case(donor_accumulation=3),
     Case(accumulation=3, donor_accumulation=3, rescale="pool", optimizer="momentum"),
@@ -56,6 +58,7 @@ MUTATIONS = [
         "mean_of_means",
     )
 ]
+MUTATIONS.append(dataclasses.replace(MUTATIONS[0], mutation="other_weights", aggregate="pcgrad"))
 
 
 class World(NamedTuple):
@@ -124,6 +127,13 @@ def test_bridge_equals_joint_training(trained: Trained, case: Case) -> None:
     }
     assert moved == set(weights), "a parameter did not train: equality would say nothing"
     check_trained_jointly(trained, case)
+
+
+def test_that_the_gradients_of_these_cases_conflict() -> None:
+    for case in EVERY_WORLD:
+        if case.aggregate != "sum":
+            summed = train_jointly(dataclasses.replace(case, aggregate="sum"))
+            assert largest_difference(train_jointly(case), summed) > 1e-3, case.name
 
 
 @pytest.mark.parametrize("world", [World(2, 1), World(1, 2)], ids="{0[0]}x{0[1]}".format)

@@ -101,6 +101,7 @@ def donate(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Mod
 # -- deliberate faults: each makes the bridge wrong in one way --------------------------------
 
 _add = GradientReceiver._add_
+_weigh = GradientReceiver._weigh
 _load = GradientDonor._load
 _close = accumulation.WindowAccumulator.close
 _backward = accumulation.WindowAccumulator.backward
@@ -109,25 +110,32 @@ _publish = DirectoryTransport.publish
 
 
 def _scaled(factor: Callable[[GradientReceiver], float]) -> Callable[..., None]:
-    def add(self: GradientReceiver, tensors: Any, donor_factor: float) -> None:
-        _add(self, tensors, donor_factor * factor(self))
+    def add(self: GradientReceiver, tensors: Any, donor_factor: float, weight: float) -> None:
+        _add(self, tensors, donor_factor * factor(self), weight)
 
     return add
 
 
-def _twice(self: GradientReceiver, tensors: Any, factor: float) -> None:
-    _add(self, tensors, factor)
-    _add(self, tensors, factor)
+def _twice(self: GradientReceiver, tensors: Any, factor: float, weight: float) -> None:
+    _add(self, tensors, factor, weight)
+    _add(self, tensors, factor, weight)
 
 
-def _on_one_rank(self: GradientReceiver, tensors: Any, factor: float) -> None:
+def _on_one_rank(self: GradientReceiver, tensors: Any, factor: float, weight: float) -> None:
     if self.accelerator.is_main_process:
-        _add(self, tensors, factor)
+        _add(self, tensors, factor, weight)
 
 
-def _drop_tensor(self: GradientReceiver, tensors: dict[str, Tensor], factor: float) -> None:
+def _drop_tensor(
+    self: GradientReceiver, tensors: dict[str, Tensor], factor: float, weight: float
+) -> None:
     name = next(iter(self.shared.head))
-    _add(self, {**tensors, name: torch.zeros_like(tensors[name])}, factor)
+    _add(self, {**tensors, name: torch.zeros_like(tensors[name])}, factor, weight)
+
+
+def _other_weights(self: GradientReceiver, backbone: Tensor) -> tuple[float, float]:
+    own, donor = _weigh(self, backbone)
+    return donor, own
 
 
 def _stale_by_one(self: GradientDonor, record: Record) -> None:
@@ -188,6 +196,7 @@ MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     ),
     "forget_world_size": (accumulation.WindowAccumulator, "close", _forget("num_processes")),
     "mean_for_sum": (GradientDonor, "_publish_window", _mean_for_sum),
+    "other_weights": (GradientReceiver, "_weigh", _other_weights),
     "bad_files": (DirectoryTransport, "publish", _bad_files),
     "mean_of_means": (accumulation.WindowAccumulator, "backward", _mean_of_means),
 }  # fmt: skip
@@ -213,6 +222,7 @@ def main() -> None:
             runs_dir=args.output / case.name / "runs",
             scope=case.scope,
             rescale=case.rescale,
+            aggregate=case.aggregate,
             donor_weight=case.donor_weight,
             loss_reduction=case.loss_reduction,
             require_peer=True,

@@ -61,6 +61,7 @@ CASES = [
     Case(name="find-unused", ddp=("find_unused_parameters",), accumulation=2),
     Case(name="bucket-view", ddp=("gradient_as_bucket_view",), accumulation=2),
     Case(name="accumulated", accumulation=3),
+    Case(name="exact", accumulation=3, options={"exact_accumulation": True}),
     Case(name="absent", absent=True),
     Case(name="coop", coop=True),
     Case(name="scaler", precision="fp16", accumulation=2),

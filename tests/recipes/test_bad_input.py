@@ -45,6 +45,8 @@ def test_settings_that_make_no_sense(recipes: Recipes) -> None:
     negative = recipes(RECEIVER, "--max_staleness", -1)
     pooled_sum = recipes(RECEIVER, "--rescale", "pool", "--loss_reduction", "sum")
     check_refused(negative, "receiver.py: error: max_staleness must not be negative, got -1")
+    headless = recipes(RECEIVER, "--aggregate", "pcgrad", "--scope", "head")
+    check_refused(headless, "receiver.py: error: aggregate 'pcgrad' weighs two", "scope 'all'")
     check_refused(pooled_sum, "receiver.py: error: rescale rule 'pool'", "use 'append'")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from toolkit.rotograd import RotateOnly, RotoGrad, RotoGradNorm
+from toolkit.rotograd.rotations import unpack
 
 Losses = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
 IN, SIZE = 5, 6
@@ -49,6 +50,15 @@ def losses_of(predictions: Sequence[Tensor], inputs: Tensor) -> list[Tensor]:
         10.0 ** (k - 1) * F.mse_loss(one[:, 0], torch.sin((k + 1) * inputs[:, k]) + k)
         for k, one in enumerate(predictions)
     ]
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
+    """By parameter name; for the rotations as matrices with a strictly lower triangle."""
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    packed = grads["rotations.tangents"]
+    if packed is not None:
+        grads["rotations.tangents"] = unpack(packed).tril(-1)
+    return grads
 
 
 def exponential(matrix: Tensor, tangent: Tensor) -> Tensor:
@@ -96,7 +106,7 @@ class Oracle:
         grads |= {f"backbone.{n}": g for n, g in zip(named, own, strict=True)}
         sigma = {k: norms[k] / len(z) ** 0.5 for k in tasks}
         mean = sum(at_z[k] / sigma[k] for k in tasks) / len(tasks)
-        tangents = torch.zeros_like(rotations, requires_grad=True)
+        tangents = torch.zeros_like(rotations).requires_grad_()
         objective = torch.zeros(())
         for k in tasks:
             turned = mean[:, :size] @ exponential(rotations[k], tangents[k]).T

@@ -14,6 +14,7 @@ def test_that_the_defaults_train_as_one_job_would() -> None:
     config = BridgeConfig()
 
     assert (config.scope, config.max_staleness, config.rescale) == ("all", 0, "match")
+    assert config.aggregate == "sum"
     assert (config.donor_weight, config.loss_reduction, config.unit) == (1.0, "mean", "samples")
     assert (config.peer_wait, config.require_peer) == (60.0, False)
 
@@ -38,6 +39,7 @@ def test_that_settings_have_names() -> None:
     [
         {"scope": "head", "max_staleness": 8, "rescale": "pool", "donor_weight": 0},
         {"rescale": "append", "loss_reduction": "sum", "peer_wait": 0.1},
+        {"aggregate": "protect", "max_staleness": 8, "rescale": "pool"},
         {"checkpoint_interval": 1, "checkpoints_kept": 1, "payload_budget_files": 1},
         {"run": "mine"},
         {"resume_from_checkpoint": "runs/0001/receiver/step_1"},
@@ -56,6 +58,9 @@ def test_that_sensible_settings_are_taken(settings: dict[str, Any]) -> None:
         ({"rescale": "plain"}, "'plain' is unknown"),
         ({"loss_reduction": "none"}, "'none' is unknown"),
         ({"rescale": "pool", "loss_reduction": "sum"}, "'pool'"),
+        ({"aggregate": "pcgard"}, "aggregate 'pcgard' is unknown; choose one of .*'protect'"),
+        ({"aggregate": "torchjd:NashMTL"}, "'torchjd:NashMTL' is unknown"),
+        ({"aggregate": "mgda", "scope": "head"}, "'mgda' weighs two .* scope 'head'.*use scope"),
         ({"max_staleness": -1}, "max_staleness must not be negative, got -1"),
         ({"donor_weight": -0.1}, "donor_weight must be finite, not negative: got -0.1"),
         ({"donor_weight": math.nan}, "donor_weight.*nan"),

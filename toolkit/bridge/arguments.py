@@ -106,6 +106,14 @@ def receiver_arguments() -> argparse.ArgumentParser:
         metavar="STEPS",
         help="receiver steps that the weights of a donor's gradient may be old; 0: lockstep, exact",
     )
+    group.add_argument(
+        "--aggregate",
+        default=_DEFAULTS.aggregate,
+        metavar="RULE",
+        help="what becomes of the two gradients of the backbone, after rescaling: sum (joint "
+        "training); for gradients that conflict pcgrad, upgrad, mgda, protect (the receiver's own "
+        "is untouched); or torchjd:NAME, a weighting of that package. Heads are not concerned",
+    )
     return parser
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Literal, get_args
 
+from toolkit.aggregation import find_rule
 from toolkit.bridge.rescaling import LossReduction, RescaleRule, check_rule
 
 Scope = Literal["all", "head"]
@@ -30,6 +31,7 @@ class BridgeConfig:
     max_staleness: int = 0  # receiver steps that a gradient's weights may be old; 0: lockstep
     rescale: RescaleRule = "match"  # how the donor's sum meets the receiver's batch
     donor_weight: float = 1.0  # lambda, the weight of the donor's loss
+    aggregate: str = "sum"  # receiver: how both gradients of the backbone become one
     loss_reduction: LossReduction = "mean"  # what the loss is, and what the step uses
     unit: str = "samples"  # what num_samples counts
     peer_wait: float = 60.0  # seconds without a sign of life from the other job; then go on alone
@@ -43,6 +45,12 @@ class BridgeConfig:
         check_rule(self.rescale, self.loss_reduction)
         if self.scope not in SCOPES:
             raise ValueError(f"scope {self.scope!r} is unknown; choose one of {list(SCOPES)}")
+        find_rule(self.aggregate)
+        if self.aggregate != "sum" and self.scope == "head":
+            raise ValueError(
+                f"aggregate {self.aggregate!r} weighs two gradients of the backbone, and with "
+                "scope 'head' the donor's does not cross: use scope 'all', or aggregate 'sum'"
+            )
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
         if not 0 <= self.donor_weight < math.inf:

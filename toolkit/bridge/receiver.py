@@ -16,13 +16,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from toolkit.aggregation import find_rule, guarded_weights
 from toolkit.bridge.accumulation import scale_grads_
 from toolkit.bridge.config import Role
 from toolkit.bridge.errors import PayloadError, PeerError
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger
-from toolkit.bridge.measures import injection_metrics
+from toolkit.bridge.measures import aggregation_metrics, injection_metrics, inner_products
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.rescaling import rescale_factors
 from toolkit.bridge.retention import CheckpointCursors
@@ -83,6 +84,8 @@ class GradientReceiver(BridgeJob):
             max_staleness=self.config.max_staleness,
         )
         self._retention = CheckpointCursors(self.run_id)
+        aggregate = self.config.aggregate
+        self._rule = None if aggregate == "sum" else find_rule(aggregate)
 
     def _check_head_rests(self) -> None:
         """Refuse a donor's head that DDP would wait for in every backward.
@@ -116,8 +119,10 @@ class GradientReceiver(BridgeJob):
     def inject(self) -> None:
         """At the synchronised micro-step: make ``.grad`` the gradient of the joint step.
 
-        Waits for the donor's gradient (lockstep), rescales both sums, and adds. Call it after
-        :meth:`backward` and before clipping. A collective.
+        Waits for the donor's gradient (lockstep), rescales both sums, and adds; on the backbone
+        with the weights that ``config.aggregate`` finds, where that is not ``sum``. Without a
+        gradient of the donor the receiver's own is left as it is. Call it after :meth:`backward`
+        and before clipping. A collective.
 
         Raises:
             RuntimeError: if called twice in a window, or without a backward.
@@ -148,15 +153,18 @@ class GradientReceiver(BridgeJob):
             "bridge/samples own (samples)": window.count,
         }
         if record is not None:
-            own = {
-                name: parameter.grad / window.scale
-                for name, parameter in self.model.named_parameters()
-                if parameter.grad is not None
+            tensors = {
+                name: record.tensors[name].to(device=parameter.device, dtype=parameter.dtype)
+                for name, parameter in self.gradient_parameters.items()
             }
-            self.metrics |= injection_metrics(
-                own, window, record, donor_factor, self.shared.backbone
+            backbone, heads = inner_products(
+                self.model, self.shared.backbone, tensors, 1 / window.scale, donor_factor
             )
-            self._add_(record.tensors, donor_factor * window.scale)
+            self.metrics |= injection_metrics(backbone, heads, window, record, donor_factor)
+            own_weight, donor_weight = self._weigh(backbone)
+            if own_weight != 1.0:
+                scale_grads_(self.shared.backbone.values(), own_weight)
+            self._add_(tensors, donor_factor * window.scale, donor_weight)
             self.metrics["bridge/staleness (receiver steps)"] = float(verdict.staleness)
 
     def commit(self) -> bool:
@@ -235,14 +243,35 @@ class GradientReceiver(BridgeJob):
         )  # fmt: skip
         return verdict
 
-    def _add_(self, tensors: Mapping[str, Tensor], factor: float) -> None:
-        """Add ``factor`` times the donor's sum to ``.grad``; identical on every rank."""
+    def _weigh(self, backbone: Tensor) -> tuple[float, float]:
+        """Weights of both parts on the backbone, from their Gramian. A collective but for sums.
+
+        The parts are what a sum would add: rescaled, the donor's times ``donor_weight``. The
+        heads, of which each has one part only, keep it as it is, as is usual for parameters of
+        one task. The main process decides, so that ranks cannot differ by rounding.
+        """
+        if self._rule is None:
+            return 1.0, 1.0
+        rule = self._rule
+        own, donor = self.control.on_main(lambda: guarded_weights(rule, backbone).tolist())
+        self.metrics |= aggregation_metrics(backbone, (own, donor))
+        return own, donor
+
+    def _add_(self, tensors: Mapping[str, Tensor], factor: float, backbone_weight: float) -> None:
+        """Add ``factor`` times the donor's sum to ``.grad``; identical on every rank.
+
+        Args:
+            tensors: the sum, by name, like the parameters in device and dtype.
+            factor: of all of it.
+            backbone_weight: a further factor of the backbone's.
+        """
         for name, parameter in self.gradient_parameters.items():
-            part = tensors[name].to(device=parameter.device, dtype=parameter.dtype)
+            weight = factor * backbone_weight if name in self.shared.backbone else factor
             if parameter.grad is None:
-                parameter.grad = part * factor  # a copy: after a skipped step the sum is used again
+                # a copy: after a skipped step the sum is used again
+                parameter.grad = tensors[name] * weight
             else:
-                parameter.grad.add_(part, alpha=factor)
+                parameter.grad.add_(tensors[name], alpha=weight)
 
     def _step_was_skipped(self, scale_before: float) -> bool:
         """Whether the loss scaler skipped the step; a fused optimizer's own flag is unreliable."""

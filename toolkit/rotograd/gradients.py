@@ -35,7 +35,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from toolkit.rotograd.rotations import rotate
+from toolkit.rotograd.accumulation import Window
+from toolkit.rotograd.rotations import pack, rotate
 from toolkit.rotograd.weighting import Statistics, inverse
 
 
@@ -43,10 +44,14 @@ class Weighting(Protocol):
     """What decides on the tasks' weights when their gradients are known."""
 
     coop_enabled: bool
+    exact_accumulation: bool
     measure_before_rotation: bool
 
     def given_losses(self) -> Tensor | None:
         """(K,), this rank's losses, if they are needed."""
+
+    def open_window(self) -> Window | None:
+        """What earlier micro-batches of this step left, if it matters."""
 
     def weigh(self, statistics: Statistics) -> tuple[Tensor, Tensor | None]:
         """(K,) weights of the tasks' gradients, and the gradient for the trained weights if any."""
@@ -84,7 +89,7 @@ def num_ranks() -> int:
 class Rotate(torch.autograd.Function):
     """``Rotate.apply(rows, tangents, raw, matrices, weighting)``: the K rotated features.
 
-    rows (N, d), tangents and matrices (K, m, m), raw (K,) or None; returns K tensors like rows.
+    rows (N, d), tangents packed, raw (K,) or None, matrices (K, m, m); returns K tensors like rows.
     """
 
     @staticmethod
@@ -99,8 +104,9 @@ class Rotate(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(matrices, *([rows] if weighting.coop_enabled else []))
         ctx.weighting, ctx.shape, ctx.dtype, ctx.spent = weighting, rows.shape, rows.dtype, False
+        ctx.features = rows if weighting.exact_accumulation else None
         control_group()
-        return tuple(rotate(rows, matrix) for matrix in matrices)
+        return tuple(rotate(rows, matrices))
 
     @staticmethod
     @once_differentiable
@@ -125,20 +131,34 @@ def _backward(
     if weighting.measure_before_rotation:
         before = _gram(_unrotate(grads, torch.eye(len(matrices[0])).to(matrices), ctx.shape))
     statistics = _reduce(gradients, before, weighting.given_losses())
+    window = weighting.open_window()
+    every = gradients
+    if window is not None:
+        statistics, every, rows = window.extend(statistics, gradients, rows)
     weights, raw_grad = weighting.weigh(statistics)
     tangent_grad = None
     if ctx.needs_input_grad[1]:
-        size = matrices.shape[-1]
-        directions = _directions(gradients, statistics)
-        if rows is None:
-            tangent_grad = at_identity(_products(gradients, directions, size)).neg_()
-        else:
-            own = _products(gradients, rows.to(gradients), size)
-            tangent_grad = at_identity(_cooperate(own, gradients, directions, statistics))
+        tangent_grad = _tangent_gradient(every, rows, statistics, matrices.shape[-1])
+    if window is not None:
+        tangent_grad = window.rest("tangents", tangent_grad)
+        raw_grad = window.rest("raw", raw_grad)
+        if ctx.needs_input_grad[0]:
+            window.correct(weights, ctx.features, gradients)
     rows_grad = None
     if ctx.needs_input_grad[0]:
         rows_grad = (weights.to(gradients) @ gradients.flatten(1)).view(ctx.shape).to(ctx.dtype)
     return rows_grad, tangent_grad, raw_grad if ctx.needs_input_grad[2] else None, None, None
+
+
+def _tangent_gradient(
+    gradients: Tensor, rows: Tensor | None, statistics: Statistics, size: int
+) -> Tensor:
+    """Packed, this rank's gradient for X; with ``rows`` (N, d), the features, in cooperation."""
+    directions = _directions(gradients, statistics)
+    if rows is None:
+        return pack(_products(gradients, directions, size)).neg_()
+    own = _products(gradients, rows.to(gradients), size)
+    return pack(_cooperate(own, gradients, directions, statistics))
 
 
 def _unrotate(grads: Sequence[Tensor | None], matrices: Tensor, shape: torch.Size) -> Tensor:
@@ -167,6 +187,8 @@ def _reduce(gradients: Tensor, before: Tensor | None, losses: Tensor | None) -> 
     """Inner products, losses and the number of rows of the global batch, in one all-reduce."""
     num_tasks, num_rows, _ = gradients.shape
     gram = _gram(gradients)
+    if num_ranks() == 1:
+        return Statistics(gram, losses, gram.new_tensor(num_rows), 1, before)
     parts = [gram, gram.new_tensor([num_rows])]
     parts += [part.to(gram) for part in (before, losses) if part is not None]
     total = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
@@ -185,20 +207,14 @@ def _reduce(gradients: Tensor, before: Tensor | None, losses: Tensor | None) -> 
 
 def _directions(gradients: Tensor, statistics: Statistics) -> Tensor:
     """(N, d), V of the top of this file: this rank's rows."""
-    num_present = statistics.present.sum().clamp(min=1)
-    factors = statistics.num_rows.sqrt() * inverse(statistics.norms)
-    factors = factors / (num_present * statistics.world_size)
+    factors = statistics.inverse_norms * statistics.num_rows.sqrt()
+    factors /= statistics.num_present * statistics.world_size
     return (factors @ gradients.flatten(1)).view(gradients.shape[1:])
 
 
 def _products(gradients: Tensor, rows: Tensor, size: int) -> Tensor:
     """(K, m, m), G_k^T rows, of the first m features."""
     return gradients[..., :size].mT @ rows[:, :size]
-
-
-def at_identity(products: Tensor) -> Tensor:
-    """tril(P - P^T, -1): from a gradient P for exp(A) at A = 0 to that for X."""
-    return (products - products.mT).tril_(-1)
 
 
 def _cooperate(
@@ -218,8 +234,7 @@ def _cooperate(
         statistics: of the global batch.
     """
     size, world_size = own.shape[-1], statistics.world_size
-    num_present = statistics.present.sum().clamp(min=1)
-    mean_norm = statistics.gram.sum().clamp(min=0).sqrt() / num_present
+    mean_norm = statistics.gram.sum().clamp(min=0).sqrt() / statistics.num_present
     rows = directions[:, :size]
     inner = rows.mT @ rows * (world_size * mean_norm / statistics.num_rows.sqrt())
     both = torch.stack([own, inner - _products(gradients, directions, size)])

@@ -15,12 +15,9 @@ import argparse
 import math
 import time
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.data_loader import DataLoaderShard
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from sklearn.datasets import load_digits
@@ -30,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from toolkit.arguments import check_output_arguments, output_arguments, step_arguments
+from toolkit.data import endless_batches
 from toolkit.flag_types import (
     DefaultsFormatter,
     non_negative_float,
@@ -42,9 +40,10 @@ from toolkit.models import ConditionalPerceptron
 from toolkit.training import (
     CompletedSteps,
     banner,
+    clean_errors,
     configure_logging,
     find_checkpoint,
-    new_output_dir,
+    output_directory,
     save_checkpoint,
     write_results,
 )
@@ -85,15 +84,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def output_directory(args: argparse.Namespace) -> Path:
-    """The one asked for, that of the checkpoint to resume from, or ``runs/adversarial-N``."""
-    if args.output_dir is not None:
-        return Path(args.output_dir)
-    if args.resume_from_checkpoint is not None:
-        return Path(args.resume_from_checkpoint).resolve().parent
-    return new_output_dir(Path("runs"), "adversarial")
-
-
 def build_generator(args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
     """From latents (N, LATENT_SIZE) to images (N, 64); the article's model2, and its optimizer."""
     sizes = (LATENT_SIZE, NUM_CLASSES, HIDDEN_SIZE, SIDE * SIDE)
@@ -119,24 +109,6 @@ def random_inputs(size: int, *key: int, device: torch.device) -> tuple[Tensor, T
     generator = torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
     latents = torch.randn(size, LATENT_SIZE, generator=generator)
     return latents.to(device), torch.rand(size, 1, generator=generator).to(device)
-
-
-def endless_batches(
-    accelerator: Accelerator, dataloader: DataLoaderShard, completed_steps: int
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Number of the micro-step, images and digits, from after ``completed_steps`` on."""
-    if len(dataloader) == 0:
-        raise ValueError("no full batch: give a smaller --per_device_train_batch_size")
-    accumulation = accelerator.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(dataloader) / accumulation)
-    epoch, steps_done = divmod(completed_steps, steps_per_epoch)
-    skipped = steps_done * accumulation
-    while True:
-        dataloader.set_epoch(epoch)
-        batches = skip_first_batches(dataloader, skipped) if skipped else dataloader
-        for number, (images, digits) in enumerate(batches, start=skipped):
-            yield epoch * len(dataloader) + number, images, digits
-        epoch, skipped = epoch + 1, 0
 
 
 def penalty(critic: nn.Module, images: Tensor, digits: Tensor) -> Tensor:
@@ -190,7 +162,7 @@ def main() -> None:
     )
     configure_logging(accelerator)
     set_seed(args.seed)
-    output_dir = output_directory(args)
+    output_dir = output_directory(args, "adversarial")
 
     # -- data, models ---------------------------------------------------------------------------
     generator, generator_optimizer = build_generator(args)
@@ -232,7 +204,9 @@ def main() -> None:
         disable=not accelerator.is_main_process,
     )
 
-    for micro_step, real, digits in endless_batches(accelerator, dataloader, first_step):
+    with clean_errors(ValueError):
+        batches = endless_batches(accelerator, dataloader, first_step)
+    for micro_step, (real, digits) in batches:
         if completed.value >= max_train_steps:
             break
         checked = completed.value - first_step < args.leak_check_steps

@@ -20,7 +20,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -53,7 +52,7 @@ from toolkit.training import (
     configure_logging,
     evaluate,
     find_checkpoint,
-    new_output_dir,
+    output_directory,
     save_checkpoint,
     write_results,
 )
@@ -110,15 +109,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def output_directory(args: argparse.Namespace) -> Path:
-    """The one asked for, the one of the checkpoint to resume from, or the next ``runs/joint-N``."""
-    if args.output_dir is not None:
-        return Path(args.output_dir)
-    if args.resume_from_checkpoint is not None:
-        return Path(args.resume_from_checkpoint).resolve().parent
-    return new_output_dir(Path("runs"), "joint")
-
-
 def joint_windows(
     args: argparse.Namespace, num_samples: Sequence[int]
 ) -> tuple[Iterator[tuple[list[int], ...]], int]:
@@ -170,7 +160,7 @@ def main() -> None:
     configure_logging(accelerator)
     set_seed(args.seed)
     rank, num_processes = accelerator.process_index, accelerator.num_processes
-    output_dir = output_directory(args)
+    output_dir = output_directory(args, "joint")
 
     # -- data, model ----------------------------------------------------------------------------
     with clean_errors(ValueError, OSError), accelerator.main_process_first():

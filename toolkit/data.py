@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler
 from datasets import Array3D, Dataset, Features, Value
 from sklearn.datasets import load_digits
 from torch.utils.data import BatchSampler, TensorDataset
@@ -227,3 +228,38 @@ def window_indices(
                 for batch in rank_batches[window]
                 for index in batch
             ]
+
+
+def endless_batches(
+    accelerator: Accelerator, dataloader: DataLoaderShard, completed_steps: int
+) -> Iterator[tuple[int, Any]]:
+    """The micro-batches of a prepared dataloader, epoch after epoch, as if never interrupted.
+
+    Args:
+        accelerator: made with ``DataLoaderConfiguration(use_seedable_sampler=True)``, so that the
+            order of an epoch follows from its number.
+        dataloader: prepared.
+        completed_steps: optimizer steps whose micro-batches are left out.
+
+    Returns:
+        Number of the micro-step, from 0 at the start of the training, and the batch; without end.
+
+    Raises:
+        ValueError: if the dataloader has no batch.
+    """
+    if len(dataloader) == 0:
+        raise ValueError("no full batch: give a smaller --per_device_train_batch_size")
+    accumulation = accelerator.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(dataloader) / accumulation)
+    epoch, steps_done = divmod(completed_steps, steps_per_epoch)
+    return _batches_from(dataloader, epoch, steps_done * accumulation)
+
+
+def _batches_from(
+    dataloader: DataLoaderShard, epoch: int, skipped: int
+) -> Iterator[tuple[int, Any]]:
+    while True:
+        dataloader.set_epoch(epoch)
+        batches = skip_first_batches(dataloader, skipped) if skipped else dataloader
+        yield from enumerate(batches, start=epoch * len(dataloader) + skipped)
+        epoch, skipped = epoch + 1, 0

@@ -15,6 +15,7 @@ clips or steps. The graph stays as it is, which is what DistributedDataParallel 
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -68,20 +69,21 @@ class Freezing:
         # cuDNN computes no gradients for a recurrent layer in eval mode.
         self._modules = [m for m in selection.modules.values() if not isinstance(m, nn.RNNBase)]
 
-    def state_dict(self) -> dict[str, list[str]]:
-        """What a checkpoint holds: the names, none if they are not frozen now."""
-        return {"frozen": self.names if self.is_active else []}
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds: the names, and whether they are frozen now."""
+        return {"names": self.names, "is_active": self.is_active}
 
-    def load_state_dict(self, state: Mapping[str, list[str]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Freeze or unfreeze as it was in a checkpoint. Optimizer state is left alone.
 
         Raises:
-            ValueError: if the checkpoint is of a freezing of other parameters.
+            ValueError: if other parameters were frozen in the checkpoint, or if some of these are
+                frozen already by another freezing.
         """
-        frozen = state["frozen"]
-        if frozen and frozen != self.names:
+        frozen: bool = state["is_active"]
+        if frozen and state["names"] != self.names:
             raise ValueError(
-                f"the checkpoint has frozen {listed(frozen)}, this freezing is of "
+                f"the checkpoint has frozen {listed(state['names'])}, this freezing is of "
                 f"{listed(self.names)}: freeze the same parameters before loading"
             )
         if self.is_active and not frozen:
@@ -95,17 +97,21 @@ class Freezing:
         self.is_active = True
         _ACTIVE.add(self)
         self._drop_gradients()
-        self._trainable = [param for param in self._parameters if param.requires_grad]
+        self._switched_off: list[nn.Parameter] = []
         if not self._requires_grad:
-            for parameter in self._trainable:
+            self._switched_off = [param for param in self._parameters if param.requires_grad]
+            for parameter in self._switched_off:
                 parameter.requires_grad_(False)
-        # Modules in another mode than the model, by the user's will, keep it when unfrozen.
-        mode = self._plain_model.training
-        self._followers = [module for module in self._modules if module.training == mode]
-        handles: list[Any] = []
-        for module in self._modules:
-            _stay_in_eval_mode(module)
-            handles.append(module.register_forward_pre_hook(_stay_in_eval_mode))
+        self._mode = self._plain_model.training
+        self._modes = [module.training for module in self._modules]
+        # Before other hooks, some of which look at the mode. The model's own hook is for code that
+        # was compiled before the others existed, and for layers whose forward is called directly.
+        _to_eval_mode(self._modules)
+        pairs = [(self._model, self._modules), *((module, [module]) for module in self._modules)]
+        handles: list[Any] = [
+            module.register_forward_pre_hook(functools.partial(_to_eval_mode, held), prepend=True)
+            for module, held in pairs
+        ]
         # All parameters of the model: where the ranks use different layers, this rank's backward
         # may reach none of the frozen ones and still get their gradients from another rank.
         for parameter in self._plain_model.parameters():
@@ -123,10 +129,14 @@ class Freezing:
         for handle in self._handles:
             handle.remove()
         self._drop_gradients()
-        for parameter in self._trainable:
+        for parameter in self._switched_off:
             parameter.requires_grad_(True)
-        for module in self._followers:
-            module.training = self._plain_model.training
+        # Modules in another mode than the model, by the user's will, have theirs again. Of a model
+        # that is frozen as a whole, train() and eval() have left no trace.
+        whole = any(module is self._plain_model for module in self._modules)
+        mode = self._mode if whole else self._plain_model.training
+        for module, before in zip(self._modules, self._modes, strict=True):
+            module.training = mode if before == self._mode else before
         for optimizer in self._optimizers:
             complete_state(optimizer, self._parameters)
 
@@ -166,8 +176,9 @@ def freeze(
 
     Their present gradients are dropped, so freeze at the end of an accumulation window, not inside
     one. Frozen modules (all of whose parameters are frozen) are in eval mode, whatever
-    ``model.train()`` says, so that BatchNorm's statistics rest too and dropout is off. All else
-    trains as if the frozen part had no gradients. A collective: every rank calls it.
+    ``model.train()`` says, so that BatchNorm's statistics rest too and dropout is off; recurrent
+    layers keep their mode, as cuDNN wants it. All else trains as if the frozen part had no
+    gradients. A collective: every rank calls it.
 
     Args:
         model: as it is called in the loop: prepared, wrapped, compiled or plain.
@@ -191,7 +202,8 @@ def freeze(
     try:
         optimizers = innermost_optimizers(optimizer)
         check_wrappers(model)
-        selection = select(extract_model_from_parallel(model, keep_torch_compile=False), targets)
+        plain = extract_model_from_parallel(model, keep_torch_compile=False)
+        selection = select(plain, [plain if target is model else target for target in targets])
         check_in_optimizers(selection, optimizers)
         _check_no_overlap(selection)
         if not requires_grad:
@@ -254,22 +266,25 @@ def has_gradients(optimizer: Optimizer) -> bool:
     """Whether a step would do anything.
 
     ``GradScaler`` fails with "No inf checks were recorded" for an optimizer all of whose parameters
-    are frozen: ``if has_gradients(optimizer): scaler.step(optimizer)``. The same goes for
-    ``optimizer.step()`` of Accelerate under fp16. Without a scaler it is not needed.
+    are frozen: ``if has_gradients(optimizer): scaler.step(optimizer)``. So does its ``update()``
+    after no step at all, and ``optimizer.step()`` of Accelerate under fp16. Without a scaler it is
+    not needed.
     """
     return any(
         param.grad is not None for group in optimizer.param_groups for param in group["params"]
     )
 
 
-def _stay_in_eval_mode(module: nn.Module, args: Any = ()) -> None:
-    """A forward pre-hook: ``model.train()`` reaches frozen modules too."""
-    module.training = False
+def _to_eval_mode(modules: Sequence[nn.Module], *hook_args: Any) -> None:
+    """Part of a forward pre-hook: ``model.train()`` reaches frozen modules too."""
+    for module in modules:
+        module.training = False
 
 
 def _check_no_overlap(selection: Selection) -> None:
-    held = {id(parameter) for other in _ACTIVE for parameter in other._parameters}
-    if taken := [name for name, param in selection.parameters.items() if id(param) in held]:
+    held = {id(part) for other in _ACTIVE for part in [*other._parameters, *other._modules]}
+    taken = [name for name, param in selection.parameters.items() if id(param) in held]
+    if taken := taken or [name for name, part in selection.modules.items() if id(part) in held]:
         raise ValueError(
             f"frozen already: {listed(taken)}. Unfreeze the other freezing first, or leave them out"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def innermost_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Opt
         ValueError: for one whose steps mix the parameters.
     """
     found = []
-    for candidate in [optimizer] if isinstance(optimizer, Optimizer) else optimizer:
+    for candidate in optimizer if isinstance(optimizer, Iterable) else [optimizer]:
         inner: Any = candidate
         while isinstance(getattr(inner, "optimizer", None), Optimizer):
             inner = inner.optimizer

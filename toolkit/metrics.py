@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def start_tracking(
         for name, value in config.items()
     }
     writer = accelerator.get_tracker("tensorboard", unwrap=True)
+    atexit.register(writer.flush)  # a job that is interrupted leaves all its curves
     rows = [f"| `{name}` | `{value}` |" for name, value in plain.items()]
     writer.add_text("configuration", "\n".join(["| setting | value |", "|---|---|", *rows]))
     for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):

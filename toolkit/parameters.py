@@ -165,3 +165,13 @@ def check_only_shared_trains(model: nn.Module, shared: SharedParameters) -> None
 def squared_norm(tensors: Iterable[Tensor]) -> float:
     """Sum of squares over all tensors, accumulated in float64."""
     return float(sum(float(tensor.detach().double().square().sum()) for tensor in tensors))
+
+
+def same_bits(first: object, second: object) -> bool:
+    """Whether two tensors have the same shape, type and bits; two other things, are equal."""
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return first == second
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
+    return torch.equal(*bits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -23,7 +23,7 @@ class Selection:
         parameters: by plain name; a tied one once, under its first name.
         modules: by name, every module of which nothing lies outside the selection: those whose
             parameters are all selected, those without parameters that were asked for, and all
-            modules inside of these.
+            modules inside of these that are not used elsewhere too (a shared dropout).
     """
 
     parameters: dict[str, nn.Parameter]
@@ -47,22 +47,30 @@ def select(model: nn.Module, targets: Sequence[Target]) -> Selection:
     if not targets:
         raise ValueError("no target: name at least one parameter, module or pattern")
     parameters: dict[int, nn.Parameter] = {}
-    modules: set[int] = set()
+    whole: set[int] = set()
     for target in targets:
         for found in _find(model, target):
             if isinstance(found, nn.Module):
-                modules.update(id(module) for module in found.modules())
+                whole.add(id(found))
                 parameters.update((id(parameter), parameter) for parameter in found.parameters())
             else:
                 parameters[id(found)] = found
     for module in model.modules():
         own = [id(parameter) in parameters for parameter in module.parameters()]
         if own and all(own):
-            modules.update(id(inner) for inner in module.modules())
+            whole.add(id(module))
+    outside = _reached_without(model, whole)
     return Selection(
         {name: param for name, param in model.named_parameters() if id(param) in parameters},
-        {name: module for name, module in model.named_modules() if id(module) in modules},
+        {name: module for name, module in model.named_modules() if id(module) not in outside},
     )
+
+
+def _reached_without(module: nn.Module, whole: Set[int]) -> set[int]:
+    """Ids of ``module`` and its parts to which a way leads that avoids the modules ``whole``."""
+    if id(module) in whole:
+        return set()
+    return {id(module)}.union(*(_reached_without(child, whole) for child in module.children()))
 
 
 def _find(model: nn.Module, target: Target) -> list[nn.Module | nn.Parameter]:
@@ -85,15 +93,24 @@ def _find(model: nn.Module, target: Target) -> list[nn.Module | nn.Parameter]:
             f"target {target!r} is a {type(target).__name__}; give a name, a pattern, a module or "
             "a parameter"
         )
-    named: dict[str, nn.Module | nn.Parameter] = dict(model.named_modules())
+    named: dict[str, nn.Module | nn.Parameter] = dict(model.named_modules(remove_duplicate=False))
     named |= dict(model.named_parameters(remove_duplicate=False))
+    del named[""]  # "*" means all, a string that is empty by mistake does not
+    if target in named:
+        return [named[target]]
     found = [named[name] for name in named if fnmatchcase(name, target)]
     if not found:
         raise ValueError(
             f"{target!r} is no parameter and no module of the model, and no pattern that matches "
-            f"one; {_near(target, [name for name in named if name])}"
+            f"one; {_near(target, list(named))}"
         )
-    return found
+    # A dropout that is shared with another part is not meant by a pattern for this one.
+    others = {id(named[name]) for name in named if not fnmatchcase(name, target)}
+    return [part for part in found if id(part) not in others or _has_parameters(part)] or found
+
+
+def _has_parameters(part: nn.Module | nn.Parameter) -> bool:
+    return isinstance(part, nn.Parameter) or any(True for _ in part.parameters())
 
 
 def _near(target: str, names: Collection[str]) -> str:

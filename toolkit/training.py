@@ -136,11 +136,16 @@ def configure_logging(accelerator: Accelerator) -> None:
 def clean_errors(*kinds: type[Exception]) -> Iterator[None]:
     """End the process with the message alone where a user, and not the code, can mend an error.
 
+    Interrupted by Ctrl-C, it ends with one line too, and status 130.
+
     Args:
         kinds: errors to treat so, beside the bridge's.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if not isinstance(error, (BridgeError, *kinds)):
             raise
@@ -177,6 +182,24 @@ def new_output_dir(runs_dir: Path, recipe: str) -> Path:
     broadcast_object_list(found)
     result: Path = found[0]
     return result
+
+
+def output_directory(args: argparse.Namespace, recipe: str) -> Path:
+    """Where a recipe writes that belongs to no run of the bridge. A collective.
+
+    Args:
+        args: with the flags of ``output_arguments()``.
+        recipe: its name.
+
+    Returns:
+        The directory asked for, that of the checkpoint to resume from, or a new
+        ``runs/<recipe>-NNNN``.
+    """
+    if args.output_dir is not None:
+        return Path(args.output_dir)
+    if args.resume_from_checkpoint is not None:
+        return Path(args.resume_from_checkpoint).resolve().parent
+    return new_output_dir(Path("runs"), recipe)
 
 
 class CompletedSteps:

@@ -6,23 +6,43 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.launching import ROOT
 
 
-def test_isolation(tmp_path: Path) -> None:
-    output = tmp_path / "figures.json"
-    command = [sys.executable, str(ROOT / "recipes" / "benchmark.py"), "isolation"]
-    sizes = ["--repeats", "3", "--hidden_size", "8", "--batch_size", "4"]
+def measure(directory: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+    """What ``recipes/benchmark.py`` prints, and its figures."""
+    output = directory / "figures.json"
+    command = [sys.executable, str(ROOT / "recipes" / "benchmark.py"), *arguments]
     done = subprocess.run(
-        [*command, *sizes, "--output", str(output)], capture_output=True, text=True, cwd=ROOT
+        [*command, "--repeats", "3", "--output", str(output)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
-    assert "One step of two models" in done.stdout
     figures = json.loads(output.read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == figures
+    return done.stdout, figures
+
+
+def test_isolation(tmp_path: Path) -> None:
+    printed, figures = measure(tmp_path, "isolation", "--hidden_size", "8", "--batch_size", "4")
+    assert "One step of two models" in printed
     rows = {row["variant"]: row for row in figures["rows"]}
     assert len(rows) == 4
     for row in rows.values():
         baseline = rows[row["against"] or row["variant"]]
         assert row["ratio"] == row["median_ms"] / baseline["median_ms"] > 0
+
+
+def test_rotograd(tmp_path: Path) -> None:
+    sizes = ["--num_tasks", "2", "3", "--sizes", "4", "--batch_size", "6"]
+    printed, figures = measure(tmp_path, "rotograd", *sizes)
+    assert "plain sum of losses" in printed
+    settings = {(row["network"], row["num_tasks"], row["size"]) for row in figures["rows"]}
+    assert settings == {("mlp", 2, 4), ("mlp", 3, 4), ("cnn", 2, 4), ("cnn", 3, 4)}
+    for row in figures["rows"]:
+        assert row["rotograd time ratio"] > 0
+        assert row["sum (MiB)"] > 0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from toolkit.rotograd import RotateOnly, RotoGrad, RotoGradNorm
+from toolkit.rotograd.rotations import unpack
 
 Losses = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
 IN, SIZE = 5, 6
@@ -33,8 +34,9 @@ def build(
 ) -> Any:
     """A small model with non-trivial rotations, always the same."""
     torch.manual_seed(0)
-    model = kind(backbone(), heads(num_tasks), SIZE, init=init, **options)
-    return model.to(dtype).train()
+    model = kind(backbone(), heads(num_tasks), SIZE, init=init, **options).to(dtype).train()
+    model.rotations.fold()  # as orthogonal as this precision allows
+    return model
 
 
 def data(step: int, size: int = 16, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -48,6 +50,15 @@ def losses_of(predictions: Sequence[Tensor], inputs: Tensor) -> list[Tensor]:
         10.0 ** (k - 1) * F.mse_loss(one[:, 0], torch.sin((k + 1) * inputs[:, k]) + k)
         for k, one in enumerate(predictions)
     ]
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
+    """By parameter name; for the rotations as matrices with a strictly lower triangle."""
+    grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+    packed = grads["rotations.tangents"]
+    if packed is not None:
+        grads["rotations.tangents"] = unpack(packed).tril(-1)
+    return grads
 
 
 def exponential(matrix: Tensor, tangent: Tensor) -> Tensor:
@@ -95,14 +106,15 @@ class Oracle:
         grads |= {f"backbone.{n}": g for n, g in zip(named, own, strict=True)}
         sigma = {k: norms[k] / len(z) ** 0.5 for k in tasks}
         mean = sum(at_z[k] / sigma[k] for k in tasks) / len(tasks)
-        tangents = torch.zeros_like(rotations, requires_grad=True)
+        tangents = torch.zeros_like(rotations).requires_grad_()
         objective = torch.zeros(())
         for k in tasks:
             turned = mean[:, :size] @ exponential(rotations[k], tangents[k]).T
             objective = objective - (turned * at_r[k][:, :size]).sum()
         (alignment,) = torch.autograd.grad(objective, tangents)
         if model.coop_enabled:
-            alignment = self._cooperate(alignment, z.detach(), at_r)
+            mean_norm = torch.stack([at_z[k] for k in tasks]).mean(0).norm()
+            alignment = self._cooperate(mean, mean_norm, z.detach(), at_r)
         grads["rotations.tangents"] = alignment
         self.step += 1
         return grads
@@ -135,13 +147,20 @@ class Oracle:
             return {k: fixed[k] for k in tasks}
         return {k: torch.ones(()) for k in tasks}
 
-    def _cooperate(self, alignment: Tensor, z: Tensor, at_r: dict[int, Tensor]) -> Tensor:
-        result = []
+    def _cooperate(
+        self, mean: Tensor, mean_norm: Tensor, z: Tensor, at_r: dict[int, Tensor]
+    ) -> Tensor:
+        result: list[Tensor] = []
+        root = len(z) ** 0.5
         for k, matrix in enumerate(self.model.rotations.matrices):
+            size = len(matrix)
+            free = matrix.clone().requires_grad_()
+            target = at_r[k][:, :size]
+            (own,) = torch.autograd.grad((z[:, :size] @ free.T * target).sum(), free)
+            distance = (mean[:, :size] * mean_norm / root @ free.T - target).square().sum()
+            (other,) = torch.autograd.grad(distance * root / (2 * mean_norm), free)
+            length = ((own + other) / 2).norm()
             tangent = torch.zeros_like(matrix, requires_grad=True)
-            rotated = z[:, : len(matrix)] @ exponential(matrix, tangent).T
-            objective = (rotated * at_r[k][:, : len(matrix)]).sum()
-            (own,) = torch.autograd.grad(objective, tangent)
-            length = ((own + alignment[k]) / 2).norm()
-            result.append(length * (own / own.norm() + alignment[k] / alignment[k].norm()))
+            combined = length * (own / own.norm() + other / other.norm())
+            result += torch.autograd.grad(exponential(matrix, tangent), tangent, combined)
         return torch.stack(result)

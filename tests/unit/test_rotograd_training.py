@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.unit.jobs import reset
 from tests.unit.rotograd_oracle import build, data, losses_of
 from toolkit.rotograd import RotateOnly, RotoGrad, RotoGradNorm, total
+from toolkit.rotograd.rotations import pack, unpack
 
 
 @pytest.fixture(autouse=True)
@@ -62,27 +63,45 @@ def test_that_an_overflow_moves_nothing(kind: type[RotateOnly], fused: bool) -> 
     results = []
     for scaled in (False, True):
         reset()
-        accelerator = Accelerator(cpu=True, mixed_precision="fp16" if scaled else "no")
+        precision = "fp16" if scaled else "no"
+        accelerator = Accelerator(
+            cpu=True, mixed_precision=precision, gradient_accumulation_steps=2
+        )
         if scaled:
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         model = accelerator.prepare(build(kind, dtype=torch.float32, burn_in_period=2))
         accelerator.native_amp = scaled
         optimizer = accelerator.prepare(adam(model, fused=fused))
         for step in range(5):
-            inputs = data(step, dtype=torch.float32)
             for overflow in (True, False) if scaled and step != 3 else (False,):
                 before = state(model)
-                losses = losses_of(model(inputs), inputs)
-                if overflow:
-                    losses[1] = losses[1] * torch.inf
-                accelerator.backward(total(model, losses))
-                optimizer.step()
-                optimizer.zero_grad()
+                for part in range(2):
+                    inputs = data(10 * step + part, dtype=torch.float32)
+                    with accelerator.accumulate(model):
+                        losses = losses_of(model(inputs), inputs)
+                        if overflow and part == step % 2:
+                            losses[1] = losses[1] * torch.inf
+                        accelerator.backward(total(model, losses))
+                        optimizer.step()
+                        optimizer.zero_grad()
                 assert same(before, state(model)) == overflow
         assert model.completed_steps == 5
         results.append(state(model))
         del results[-1]["_extra_state"]  # first norms are those of scaled gradients
     assert same(*results)
+
+
+def test_that_norms_that_are_not_finite_are_not_remembered() -> None:
+    model = build(RotoGrad)
+    optimizer = torch.optim.SGD(model.heads.parameters(), lr=0.1)
+    optimizer.add_param_group({"params": model.rotation_parameters(), "lr": 0.0})
+    for factor, steps in ((torch.inf, 0), (1.0, 1)):
+        predictions = model(data(0))
+        model.backward([factor * loss for loss in losses_of(predictions, data(0))])
+        optimizer.zero_grad()
+        model.rotations.tangents.grad = torch.zeros_like(model.rotations.tangents)
+        optimizer.step()  # by a user who clears gradients that are not finite
+        assert model.completed_steps == steps
 
 
 def test_that_bf16_keeps_rotations_in_float32() -> None:
@@ -176,13 +195,13 @@ def test_that_large_steps_leave_rotations() -> None:
     optimizer = torch.optim.SGD([model.rotations.tangents], lr=1.0)
     model(data(0, dtype=torch.float32))
     for size in (1e-3, 0.1, 0.4, 1.0, 30.0):
-        model.rotations.tangents.grad = size * torch.randn(3, 6, 6)
+        model.rotations.tangents.grad = pack(size * torch.randn(3, 6, 6))
         before = model.rotations.matrices.clone()
-        lower = -model.rotations.tangents.grad.tril(-1)
+        skew = -unpack(model.rotations.tangents.grad)
         optimizer.step()
         assert model.rotations.orthogonality_error() < 2e-6
         if size < 0.2 or size > 0.9:
-            expected = before @ torch.linalg.matrix_exp(lower - lower.mT)
+            expected = before @ torch.linalg.matrix_exp(skew)
             torch.testing.assert_close(
                 model.rotations.matrices, expected, rtol=0, atol=max(size**3 * 5, 1e-5)
             )

@@ -23,6 +23,7 @@ from toolkit.training import (
     evaluate,
     find_checkpoint,
     new_output_dir,
+    output_directory,
     save_checkpoint,
     write_results,
 )
@@ -113,6 +114,19 @@ def test_output_dirs_are_numbered(tmp_path: Path) -> None:
     (tmp_path / "runs" / "joint-0002").mkdir(parents=True)
     names = [new_output_dir(tmp_path / "runs", "joint").name for _ in range(2)]
     assert names == ["joint-0001", "joint-0003"]
+
+
+def test_where_a_recipe_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Accelerator(cpu=True)
+    monkeypatch.chdir(tmp_path)
+    asked, checkpoint = tmp_path / "asked", str(tmp_path / "earlier" / "step_3")
+    for output_dir, resumed, expected in (
+        (asked, checkpoint, asked),
+        (None, checkpoint, tmp_path / "earlier"),
+        (None, None, Path("runs/joint-0001")),
+    ):
+        args = argparse.Namespace(output_dir=output_dir, resume_from_checkpoint=resumed)
+        assert output_directory(args, "joint") == expected
 
 
 def test_checkpoints(tmp_path: Path) -> None:

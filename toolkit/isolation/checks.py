@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from toolkit.parameters import same_bits
 
 _NAMES_SHOWN = 20  # in an error message
 
@@ -99,7 +100,7 @@ def no_leak(
             leaks.append(f"{what} appeared")
         elif what not in after:
             leaks.append(f"{what} vanished")
-        elif not _same(before[what], after[what]):
+        elif not same_bits(before[what], after[what]):
             leaks.append(f"{what} changed")
     if leaks:
         raise LeakError(f"{type(plain).__name__} was to rest, but {enumerate_names(leaks)}")
@@ -120,15 +121,6 @@ def _snapshot(module: nn.Module, optimizer: Optimizer | None) -> dict[str, objec
         what: value.detach().clone() if isinstance(value, Tensor) else value
         for what, value in found.items()
     }
-
-
-def _same(first: object, second: object) -> bool:
-    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-        return first == second
-    if (first.shape, first.dtype) != (second.shape, second.dtype):
-        return False
-    bits = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)]
-    return torch.equal(*bits)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -29,6 +29,8 @@ class RotoGrad(RotateOnly):
     The other arguments, and what it raises: as for :class:`RotateOnly`.
     """
 
+    _weights_follow_norms = True
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -48,7 +50,7 @@ class RotoGrad(RotateOnly):
         self.alpha = float(alpha)
 
     def _weigh(self, statistics: Statistics, history: History) -> tuple[Tensor, Tensor | None]:
-        return rotograd_weights(statistics.norms, history.initial_norms), None
+        return rotograd_weights(statistics, history.initial_norms), None
 
 
 class RotoGradNorm(RotoGrad):
@@ -68,6 +70,8 @@ class RotoGradNorm(RotoGrad):
         RuntimeError: (in backward) if losses are needed and were not given.
         ValueError: (in backward) for a first loss of 0, or a negative one with a fractional alpha.
     """
+
+    _weights_follow_norms = False
 
     def __init__(
         self,
@@ -105,7 +109,7 @@ class RotoGradNorm(RotoGrad):
             )
         present, initial = statistics.present, history.initial_losses
         relative = torch.where(present, statistics.losses / initial, 0)
-        relative = relative / (relative.sum() / present.sum())
+        relative = relative / (relative.sum() / statistics.num_present)
         checks = torch.stack([present & (initial == 0), present & (relative < 0)]).tolist()
         for index, (zero, negative) in enumerate(zip(*checks, strict=True)):
             if zero:

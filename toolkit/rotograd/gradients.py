@@ -35,7 +35,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from toolkit.rotograd.rotations import rotate
+from toolkit.rotograd.accumulation import Window
+from toolkit.rotograd.rotations import pack, rotate
 from toolkit.rotograd.weighting import Statistics, inverse
 
 
@@ -43,10 +44,14 @@ class Weighting(Protocol):
     """What decides on the tasks' weights when their gradients are known."""
 
     coop_enabled: bool
+    exact_accumulation: bool
     measure_before_rotation: bool
 
     def given_losses(self) -> Tensor | None:
         """(K,), this rank's losses, if they are needed."""
+
+    def open_window(self) -> Window | None:
+        """What earlier micro-batches of this step left, if it matters."""
 
     def weigh(self, statistics: Statistics) -> tuple[Tensor, Tensor | None]:
         """(K,) weights of the tasks' gradients, and the gradient for the trained weights if any."""
@@ -84,7 +89,7 @@ def num_ranks() -> int:
 class Rotate(torch.autograd.Function):
     """``Rotate.apply(rows, tangents, raw, matrices, weighting)``: the K rotated features.
 
-    rows (N, d), tangents and matrices (K, m, m), raw (K,) or None; returns K tensors like rows.
+    rows (N, d), tangents packed, raw (K,) or None, matrices (K, m, m); returns K tensors like rows.
     """
 
     @staticmethod
@@ -99,8 +104,9 @@ class Rotate(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(matrices, *([rows] if weighting.coop_enabled else []))
         ctx.weighting, ctx.shape, ctx.dtype, ctx.spent = weighting, rows.shape, rows.dtype, False
+        ctx.features = rows if weighting.exact_accumulation else None
         control_group()
-        return tuple(rotate(rows, matrix) for matrix in matrices)
+        return tuple(rotate(rows, matrices))
 
     @staticmethod
     @once_differentiable
@@ -125,19 +131,34 @@ def _backward(
     if weighting.measure_before_rotation:
         before = _gram(_unrotate(grads, torch.eye(len(matrices[0])).to(matrices), ctx.shape))
     statistics = _reduce(gradients, before, weighting.given_losses())
+    window = weighting.open_window()
+    every = gradients
+    if window is not None:
+        statistics, every, rows = window.extend(statistics, gradients, rows)
     weights, raw_grad = weighting.weigh(statistics)
-    num_tasks, num_rows, size = gradients.shape
     tangent_grad = None
     if ctx.needs_input_grad[1]:
-        tangent_grad = alignment_gradient(gradients, statistics, matrices.shape[-1])
-        if rows is not None:
-            own = gradient_at_identity(gradients, rows.to(gradients), matrices.shape[-1])
-            tangent_grad = _cooperate(own, tangent_grad)
+        tangent_grad = _tangent_gradient(every, rows, statistics, matrices.shape[-1])
+    if window is not None:
+        tangent_grad = window.rest("tangents", tangent_grad)
+        raw_grad = window.rest("raw", raw_grad)
+        if ctx.needs_input_grad[0]:
+            window.correct(weights, ctx.features, gradients)
     rows_grad = None
     if ctx.needs_input_grad[0]:
-        flat = gradients.view(num_tasks, num_rows * size)
-        rows_grad = (weights.to(flat) @ flat).view(num_rows, size).to(ctx.dtype)
+        rows_grad = (weights.to(gradients) @ gradients.flatten(1)).view(ctx.shape).to(ctx.dtype)
     return rows_grad, tangent_grad, raw_grad if ctx.needs_input_grad[2] else None, None, None
+
+
+def _tangent_gradient(
+    gradients: Tensor, rows: Tensor | None, statistics: Statistics, size: int
+) -> Tensor:
+    """Packed, this rank's gradient for X; with ``rows`` (N, d), the features, in cooperation."""
+    directions = _directions(gradients, statistics)
+    if rows is None:
+        return pack(_products(gradients, directions, size)).neg_()
+    own = _products(gradients, rows.to(gradients), size)
+    return pack(_cooperate(own, gradients, directions, statistics))
 
 
 def _unrotate(grads: Sequence[Tensor | None], matrices: Tensor, shape: torch.Size) -> Tensor:
@@ -166,6 +187,8 @@ def _reduce(gradients: Tensor, before: Tensor | None, losses: Tensor | None) -> 
     """Inner products, losses and the number of rows of the global batch, in one all-reduce."""
     num_tasks, num_rows, _ = gradients.shape
     gram = _gram(gradients)
+    if num_ranks() == 1:
+        return Statistics(gram, losses, gram.new_tensor(num_rows), 1, before)
     parts = [gram, gram.new_tensor([num_rows])]
     parts += [part.to(gram) for part in (before, losses) if part is not None]
     total = sum_over_ranks(torch.cat([part.flatten() for part in parts]))
@@ -182,41 +205,40 @@ def _reduce(gradients: Tensor, before: Tensor | None, losses: Tensor | None) -> 
     )
 
 
-def alignment_gradient(gradients: Tensor, statistics: Statistics, size: int) -> Tensor:
-    """(K, m, m), the gradient for X that aligns the tasks' gradients: see the top of the file.
+def _directions(gradients: Tensor, statistics: Statistics) -> Tensor:
+    """(N, d), V of the top of this file: this rank's rows."""
+    factors = statistics.inverse_norms * statistics.num_rows.sqrt()
+    factors /= statistics.num_present * statistics.world_size
+    return (factors @ gradients.flatten(1)).view(gradients.shape[1:])
+
+
+def _products(gradients: Tensor, rows: Tensor, size: int) -> Tensor:
+    """(K, m, m), G_k^T rows, of the first m features."""
+    return gradients[..., :size].mT @ rows[:, :size]
+
+
+def _cooperate(
+    own: Tensor, gradients: Tensor, directions: Tensor, statistics: Statistics
+) -> Tensor:
+    """(K, m, m), ||(h1 + h2) / 2|| (h1 / ||h1|| + h2 / ||h2||) for each task.
+
+    h1 is the gradient of the task's own loss for its rotation matrix, h2 the one that aligns;
+    without the division the first drowns the second. As in the last version of the package that had
+    this, 0.1.4, h2 is that of ||R_k v_n - gr_kn||^2 / 2 with v scaled to ||V|| = m: on rotations
+    this differs by a constant from what is minimised else, so that only the lengths do.
 
     Args:
+        own: h1 of this rank.
         gradients: (K, N, d), G_k of this rank.
+        directions: (N, d), V of this rank.
         statistics: of the global batch.
-        size: m, how many features are rotated.
     """
-    num_present = statistics.present.sum().clamp(min=1)
-    factors = statistics.num_rows.sqrt() * inverse(statistics.norms)
-    factors = factors / (num_present * statistics.world_size)
-    directions = (factors @ gradients.flatten(1)).view(gradients.shape[1:])
-    return -gradient_at_identity(gradients, directions, size)
-
-
-def gradient_at_identity(gradients: Tensor, rows: Tensor, size: int) -> Tensor:
-    """tril(S - S^T, -1), S_k = G_k^T rows: the gradient at X = 0 of sum_n <R_k exp(A) x_n, gr_kn>.
-
-    Args:
-        gradients: (K, N, d), G_k.
-        rows: (N, d), x.
-        size: m, how many features are rotated.
-    """
-    products = gradients[..., :size].mT @ rows[:, :size]
-    return (products - products.mT).tril_(-1)
-
-
-def _cooperate(own: Tensor, alignment: Tensor) -> Tensor:
-    """||(h1 + h2) / 2|| (h1 / ||h1|| + h2 / ||h2||) for each task, of the ranks' mean gradients.
-
-    h1 is the gradient of the task's own loss for its rotation, h2 the one that aligns; without the
-    division the first drowns the second.
-    """
-    both = torch.stack([own, alignment])
-    both = sum_over_ranks(both) / num_ranks()
+    size, world_size = own.shape[-1], statistics.world_size
+    mean_norm = statistics.gram.sum().clamp(min=0).sqrt() / statistics.num_present
+    rows = directions[:, :size]
+    inner = rows.mT @ rows * (world_size * mean_norm / statistics.num_rows.sqrt())
+    both = torch.stack([own, inner - _products(gradients, directions, size)])
+    both = sum_over_ranks(both) / world_size
     norms = torch.linalg.matrix_norm(both, keepdim=True)
     length = torch.linalg.matrix_norm(both.mean(0), keepdim=True)
     return length * (both * inverse(norms)).sum(0)

@@ -16,11 +16,19 @@ class History:
         step: optimizer steps that have happened.
         initial_norms: (K,), n0_k; nan for a task that has had no gradient so far.
         initial_losses: (K,), L0_k; nan likewise, or where losses were not given.
+        complete: whether it is known that none of them is nan.
     """
 
     step: int
     initial_norms: Tensor
     initial_losses: Tensor
+    complete: bool = False
+
+    def note_completeness(self) -> None:
+        """Look for what is missing, until nothing is."""
+        if not self.complete:
+            both = torch.stack([self.initial_norms, self.initial_losses.to(self.initial_norms)])
+            self.complete = not both.isnan().any()
 
     @classmethod
     def empty(cls, num_tasks: int) -> History:
@@ -48,6 +56,5 @@ def reference(initial: Tensor, now: Tensor, usable: Tensor, *, again: bool) -> T
         usable: (K,), whether ``now`` may be recorded.
         again: replace what was recorded.
     """
-    initial = initial.to(now)
     due = usable & now.isfinite()
     return torch.where(due if again else due & initial.isnan(), now, initial)

@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from toolkit.rotograd.accumulation import Window
 from toolkit.rotograd.gradients import Rotate, num_ranks, sum_over_ranks
 from toolkit.rotograd.history import History, reference
 from toolkit.rotograd.multitask import VanillaMTL, sum_of
@@ -15,6 +16,7 @@ from toolkit.rotograd.rotations import Rotation, Rotations, as_rows, rotate
 from toolkit.rotograd.steps import watch
 from toolkit.rotograd.weighting import Statistics
 
+_STEPS_PER_MEND = 8
 _Model = TypeVar("_Model", bound="RotateOnly")
 
 
@@ -24,7 +26,8 @@ class RotateOnly(VanillaMTL):
     An ordinary module: ``accelerator.backward(sum(losses))``, once for each forward, does it all.
     In training, a task's loss reaches its head and, turned back, the backbone; the rotations get
     the gradient that aligns (see :mod:`toolkit.rotograd.gradients`). In evaluation the heads see
-    the rotated features and nothing else is different.
+    the rotated features and nothing else is different. Steps are counted by the optimizer that
+    holds :meth:`rotation_parameters`.
 
     Under DistributedDataParallel everything is measured on the global batch, the processes of which
     must be all that there are. Every rank must run the same backward passes, and what DDP asks for
@@ -44,10 +47,15 @@ class RotateOnly(VanillaMTL):
         burn_in_period: optimizer steps after which first losses and norms are taken anew.
         init: "identity" leaves the outputs of a pretrained model as they are; or "random".
         normalize_losses: have :meth:`total` divide each loss by its first one.
+        exact_accumulation: measure accumulated micro-batches as one batch, instead of each by
+            itself. It costs a backward of the backbone for each task (in :class:`RotoGrad` only),
+            their sums, and the features' gradients of all micro-batches.
 
     Raises:
         ValueError: for sizes that do not fit, an unknown ``init``, or no heads.
     """
+
+    _weights_follow_norms = False
 
     def __init__(
         self,
@@ -59,6 +67,7 @@ class RotateOnly(VanillaMTL):
         burn_in_period: int = 20,
         init: Literal["identity", "random"] = "identity",
         normalize_losses: bool = False,
+        exact_accumulation: bool = False,
     ) -> None:
         super().__init__(backbone, heads)
         size = size_z if size_rotation is None else size_rotation
@@ -66,12 +75,14 @@ class RotateOnly(VanillaMTL):
             raise ValueError(f"size_rotation is {size}, but there are only {size_z} features")
         self.size_z, self.burn_in_period = size_z, burn_in_period
         self.normalize_losses = normalize_losses
+        self.exact_accumulation = exact_accumulation
         self.rotations = Rotations(len(self), size, init)
         self.coop_enabled = self.measure_before_rotation = False
         self._history = History.empty(len(self))
         self._losses: Tensor | None = None
         self._last: tuple[Statistics, Tensor] | None = None
         self._pending: History | None = None
+        self._window: Window | None = None
 
     @property
     def completed_steps(self) -> int:
@@ -97,7 +108,7 @@ class RotateOnly(VanillaMTL):
             watch(self)
             rotated = Rotate.apply(rows, tangents, self._raw_weights(), matrices, self)
         else:
-            rotated = [rotate(rows, matrix) for matrix in matrices]
+            rotated = rotate(rows, matrices)
         return [one.view(features.shape) for one in rotated]
 
     def rotation_of(self, index: int) -> nn.Module:
@@ -114,10 +125,9 @@ class RotateOnly(VanillaMTL):
         """
         self.check_losses(losses)
         if self.training and torch.is_grad_enabled():
-            matrices = self.rotations.matrices
-            values = [0.0 if loss is None else loss.detach().to(matrices) for loss in losses]
-            zero = matrices.new_zeros(())
-            self._losses = torch.stack([zero + value for value in values]).reshape(-1)
+            zero = self.rotations.matrices.new_zeros(())
+            values = [zero if loss is None else loss.detach().to(zero) for loss in losses]
+            self._losses = torch.stack([value.reshape(()) for value in values])
         if self.normalize_losses:
             initial = self._initial_losses(losses)
             losses = [
@@ -148,14 +158,26 @@ class RotateOnly(VanillaMTL):
         losses, self._losses = self._losses, None
         return losses
 
+    def open_window(self) -> Window | None:
+        if not self.exact_accumulation:
+            return None
+        reached_last = [self.rotations.tangents, *self.backbone.parameters()]
+        if not any(one.grad is not None and bool(one.grad.any()) for one in reached_last):
+            self._window = None  # gradients were cleared: a step or a skipped one has passed
+        if self._window is None:
+            self._window = Window(self.backbone, reweigh=self._weights_follow_norms)
+        return self._window
+
     def weigh(self, statistics: Statistics) -> tuple[Tensor, Tensor | None]:
         norms, present = statistics.norms, statistics.present
         again, history = self._history.step == self.burn_in_period, self._history
-        initial_norms = reference(history.initial_norms, norms, present, again=again)
+        initial_norms = history.initial_norms.to(norms)
         initial_losses = history.initial_losses.to(norms)
-        if statistics.losses is not None:
-            initial_losses = reference(initial_losses, statistics.losses, present, again=again)
-        self._pending = History(history.step + 1, initial_norms, initial_losses)
+        if again or not history.complete:
+            initial_norms = reference(initial_norms, norms, present, again=again)
+            if statistics.losses is not None:
+                initial_losses = reference(initial_losses, statistics.losses, present, again=again)
+        self._pending = History(history.step + 1, initial_norms, initial_losses, history.complete)
         weights, raw_grad = self._weigh(statistics, self._pending)
         self._last = (statistics, weights)
         return weights, raw_grad
@@ -169,12 +191,14 @@ class RotateOnly(VanillaMTL):
         return self.rotations.tangents
 
     def after_step(self, *, skipped: bool) -> None:
-        pending, self._pending = self._pending, None
-        self.rotations.fold()
-        if pending is None or self._last is None or skipped:
+        pending, self._pending, self._window = self._pending, None, None
+        if skipped:
             return
-        if bool(self._last[0].gram.isfinite().all()):
-            self._history = pending
+        self.rotations.fold(mend=self._history.step % _STEPS_PER_MEND == 0)
+        if pending is None or self._last is None or not self._last[0].gram.isfinite().all():
+            return
+        pending.note_completeness()
+        self._history = pending
 
     def get_extra_state(self) -> Tensor:
         coop = torch.tensor([float(self.coop_enabled)], dtype=torch.float64)
@@ -185,7 +209,7 @@ class RotateOnly(VanillaMTL):
             raise ValueError(f"the checkpoint is not of a model of {len(self)} tasks")
         self.coop_enabled = bool(state[0])
         self._history = History.from_tensor(state[1:])
-        self._pending = self._losses = None
+        self._pending = self._losses = self._window = None
 
     def measures(self) -> dict[str, float]:
         """How the tasks' gradients agreed in the last backward, by names fit for TensorBoard.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -18,15 +18,17 @@ _NUM_PROBES = 4
 class Rotations(nn.Module):
     """A rotation R_k of d features for each of K tasks, trained through a tangent.
 
-    R_k exp(A_k) with A_k = tril(X_k, -1) - tril(X_k, -1)^T is a rotation for any X_k. X is what
-    the optimizer holds. It is 0 whenever a gradient is taken, which makes that gradient closed
-    form; after the optimizer's step :meth:`fold` moves the base, R <- R exp(A) to second order,
-    and X <- 0. All of it stays in float32 or better, whatever the rest of the model is cast to.
+    R_k exp(A_k) is a rotation for any skew-symmetric A_k, given by its strictly lower triangle X_k.
+    X is what the optimizer holds. It is 0 whenever a gradient is taken, which makes that gradient
+    closed form; after the optimizer's step :meth:`fold` moves the base, R <- R exp(A) to second
+    order, and X <- 0. All of it stays in float32 or better, whatever the rest of the model is cast
+    to.
 
     Attributes:
         matrices: R, of shape (K, d, d). A parameter only so that it is no buffer, which
             DistributedDataParallel would send at every forward; it must stay frozen.
-        tangents: X, of shape (K, d, d), of which the strictly lower triangles count.
+        tangents: X, of shape (K, d, ceil(d / 2)), in which two triangles fill a rectangle: see
+            :func:`pack`.
 
     Args:
         num_tasks: K.
@@ -53,7 +55,7 @@ class Rotations(nn.Module):
         else:
             raise ValueError(f'init must be "identity" or "random", got {init!r}')
         self.matrices = nn.Parameter(matrices, requires_grad=False)
-        self.tangents = nn.Parameter(torch.zeros_like(matrices))
+        self.tangents = nn.Parameter(matrices.new_zeros(num_tasks, size, (size + 1) // 2))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """``to``, ``half``, ``bfloat16``...: follow to devices, but to no lower precision."""
@@ -67,16 +69,18 @@ class Rotations(nn.Module):
         return super()._apply(keep_precision, recurse)
 
     @torch.no_grad()
-    def fold(self) -> None:
+    def fold(self, *, mend: bool = True) -> None:
         """Move the base by the tangent, R <- R (I + A + A^2 / 2), and set the tangent to 0.
 
-        The factor's singular values are sqrt(1 + s^4 / 4) for each singular value s of A: what is
-        lost of orthogonality is of fourth order, and is mended before it is seen. A large A goes
-        through the matrix exponential.
+        The factor's singular values are sqrt(1 + s^4 / 4) for each singular value s of A, so that
+        orthogonality is lost in fourth order only. A large A goes through the matrix exponential.
+
+        Args:
+            mend: look for what was lost, and mend it. After a fold that may have lost more than is
+                tolerated this happens in any case.
         """
-        lower = self.tangents.tril(-1)
-        skew = lower - lower.mT
-        square = skew @ skew
+        skew = unpack(self.tangents)
+        square = torch.bmm(skew, skew)
         size = float(torch.linalg.matrix_norm(square).max())
         if _LARGE < size < math.inf:
             self.matrices.copy_(self.matrices @ torch.linalg.matrix_exp(skew))
@@ -84,13 +88,17 @@ class Rotations(nn.Module):
             step = skew.add_(square, alpha=0.5)
             self.matrices.copy_(torch.baddbmm(self.matrices, self.matrices, step))
         self.tangents.zero_()
-        self._mend()
+        lost = size**2 / 4 / math.sqrt(skew.shape[-1])  # at most, by orthogonality_error's measure
+        if mend or not lost < self._tolerance():
+            self._mend()
+
+    def _tolerance(self) -> float:
+        return 32 * torch.finfo(self.matrices.dtype).eps
 
     def _mend(self) -> None:
-        """Newton-Schulz steps R <- R (3 I - R^T R) / 2 until R is orthogonal up to rounding."""
-        tolerance = 10 * torch.finfo(self.matrices.dtype).eps
+        """Newton-Schulz steps R <- R (3 I - R^T R) / 2 until R is orthogonal."""
         for _ in range(_MAX_NEWTON_SCHULZ):
-            if self.orthogonality_error() <= tolerance:
+            if self.orthogonality_error() <= self._tolerance():
                 return
             gram = self.matrices.mT @ self.matrices
             mended = torch.baddbmm(self.matrices, self.matrices, gram, beta=1.5, alpha=-0.5)
@@ -107,17 +115,61 @@ class Rotations(nn.Module):
         return float(torch.linalg.matrix_norm(errors).max() / torch.linalg.matrix_norm(probes))
 
 
-def rotate(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Rotate the first features of each row, as many as ``matrix`` has, in the matrix's precision.
+def pack(products: Tensor) -> Tensor:
+    """(K, d, h), the strictly lower triangle of P - P^T for each of K matrices P, h = ceil(d / 2).
+
+    That is the gradient for X at 0 where P is the one for exp(A). Of the triangle, the rows from h
+    on of the first h columns lie in the same place of the result, and the triangle above them too;
+    the last triangle lies transposed above the diagonal, which is unused.
 
     Args:
-        rows: (N, d) of any floating point type, which the result has too.
-        matrix: (m, m) with m <= d.
+        products: (K, d, d).
     """
-    size = len(matrix)
+    half = (products.shape[-1] + 1) // 2
+    first, last = products[:, :half, :half], products[:, half:, half:]
+    result = products.new_empty(*products.shape[:2], half)
+    torch.sub(products[:, half:, :half], products[:, :half, half:].mT, out=result[:, half:])
+    top = result[:, :half]
+    torch.sub(first, first.mT, out=top)
+    top.tril_(-1)
+    rest = last.shape[-1]
+    top[:, :rest, :rest] += (last.mT - last).triu_(1)
+    return result
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """(K, d, d), the skew-symmetric matrices of what :func:`pack` gives.
+
+    Args:
+        packed: (K, d, ceil(d / 2)).
+    """
+    num_tasks, size, half = packed.shape
+    rest = size - half
+    top, bottom = packed[:, :half], packed[:, half:]
+    result = packed.new_empty(num_tasks, size, size)
+    result[:, half:, :half] = bottom
+    torch.neg(bottom.mT, out=result[:, :half, half:])
+    lower, upper = top.tril(-1), top[:, :rest, :rest].triu(1)
+    torch.sub(lower, lower.mT, out=result[:, :half, :half])
+    torch.sub(upper.mT, upper, out=result[:, half:, half:])
+    return result
+
+
+def rotate(rows: Tensor, matrices: Iterable[Tensor]) -> list[Tensor]:
+    """Rotate the first features of each row, as many as a matrix has, in the matrix's precision.
+
+    Args:
+        rows: (N, d) of any floating point type, which the results have too.
+        matrices: (m, m) each, with m <= d; a result for each.
+    """
+    results = []
     with torch.autocast(rows.device.type, enabled=False):
-        rotated = nn.functional.linear(rows[:, :size].to(matrix.dtype), matrix).to(rows.dtype)
-    return rotated if size == rows.shape[1] else torch.cat([rotated, rows[:, size:]], 1)
+        for matrix in matrices:
+            size = len(matrix)
+            rotated = nn.functional.linear(rows[:, :size].to(matrix.dtype), matrix).to(rows.dtype)
+            whole = size == rows.shape[1]
+            results.append(rotated if whole else torch.cat([rotated, rows[:, size:]], 1))
+    return results
 
 
 def as_rows(features: Tensor, size: int) -> Tensor:
@@ -149,7 +201,8 @@ class Rotation(nn.Module):
         self.matrix, self.size_z = nn.Parameter(matrix.detach(), requires_grad=False), size_z
 
     def forward(self, features: Tensor) -> Tensor:
-        return rotate(as_rows(features, self.size_z), self.matrix).view(features.shape)
+        (rotated,) = rotate(as_rows(features, self.size_z), [self.matrix])
+        return rotated.view(features.shape)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

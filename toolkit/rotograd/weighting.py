@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Statistics:
     """What one backward says about its K tasks, over the whole global batch.
 
@@ -27,12 +28,22 @@ class Statistics:
     world_size: int
     gram_before: Tensor | None = None
 
-    @property
+    @functools.cached_property
     def norms(self) -> Tensor:
         """(K,), ||G_k||."""
         return self.gram.diagonal().sqrt()
 
-    @property
+    @functools.cached_property
+    def inverse_norms(self) -> Tensor:
+        """(K,), 1 / ||G_k||; 0 for an absent task."""
+        return inverse(self.norms)
+
+    @functools.cached_property
+    def num_present(self) -> Tensor:
+        """Tasks that are present, at least 1."""
+        return self.present.sum().clamp(min=1)
+
+    @functools.cached_property
     def present(self) -> Tensor:
         """(K,), whether the task has a gradient here."""
         return self.gram.diagonal() != 0
@@ -43,19 +54,19 @@ def inverse(values: Tensor) -> Tensor:
     return torch.where(values == 0, 0, 1 / values)
 
 
-def rotograd_weights(norms: Tensor, initial: Tensor) -> Tensor:
+def rotograd_weights(statistics: Statistics, initial: Tensor) -> Tensor:
     """Factors C / n_k that give all tasks the same share, C = sum_k a_k n_k.
 
     a_k = (n_k / n0_k) / sum_i (n_i / n0_i): tasks whose gradients have shrunk less since n0 say how
     long the step is. Paper, equations 6 and 7. All factors 0 if all norms are.
 
     Args:
-        norms: (K,), n_k; 0 for an absent task.
+        statistics: of this backward.
         initial: (K,), n0_k.
     """
-    ratios = torch.where(norms == 0, 0, norms / initial)
-    shares = ratios * inverse(ratios.sum())
-    return (shares * norms).sum() * inverse(norms)
+    norms = statistics.norms
+    ratios = torch.where(statistics.present, norms / initial, 0)
+    return ratios @ norms * inverse(ratios.sum()) * statistics.inverse_norms
 
 
 def gradnorm_weights(
@@ -75,7 +86,7 @@ def gradnorm_weights(
     shares = torch.softmax(raw.to(statistics.gram), 0)
     weights = len(raw) * shares
     present = statistics.present
-    total = (weights @ statistics.gram @ weights).clamp(min=0).sqrt() / present.sum().clamp(min=1)
+    total = (weights @ statistics.gram @ weights).clamp(min=0).sqrt() / statistics.num_present
     targets = total if rates is None else total * rates
     norms = statistics.norms
     slopes = torch.where(present, torch.sign(weights * norms - targets) * norms, 0)

@@ -1,0 +1,1 @@
+"""What parts of this toolkit cost or save, measured side by side."""

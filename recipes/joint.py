@@ -2,36 +2,47 @@
 
     accelerate launch recipes/joint.py
     accelerate launch recipes/joint.py --task overlap --rescale pool
+    accelerate launch recipes/joint.py --task pair --method rotograd --learning_rate 1e-3
 
 Every optimizer step takes the samples that the receiver's step and the donor's step would have
 taken, sums the losses of h1 over the first and of h2 over the second, and weighs the two sums as
 ``--rescale``, ``--donor_weight`` and ``--loss_reduction`` say. The flags for both jobs' batch
 sizes, accumulation and ranks repeat any pair of runs here, on however many ranks this job has.
+
+``--method`` says what becomes of the tasks' gradients where they meet: ``sum`` is what a donor and
+a receiver do. ``--task pair`` is one silo whose samples have labels for five tasks.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import set_seed
-from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from toolkit.arguments import check_arguments, data_arguments, training_arguments
 from toolkit.bridge.arguments import rescaling_arguments
 from toolkit.bridge.rescaling import check_rule, rescale_factors
-from toolkit.data import in_memory, window_indices, windows_per_epoch
+from toolkit.data import TASKS, window_indices, windows_per_epoch
 from toolkit.flag_types import DefaultsFormatter, positive_int
+from toolkit.methods import (
+    check_method_arguments,
+    find_method,
+    method_arguments,
+    parameter_groups,
+    rotating_model,
+)
 from toolkit.metrics import start_tracking
-from toolkit.models import build_model
+from toolkit.multitask import CLASSES, PAIR, PAIR_TASKS, digit_pair, two_heads
 from toolkit.silos import load_data
+from toolkit.task_gradients import ByName, RuleBackward, conflict_metrics
 from toolkit.training import (
     CompletedSteps,
     banner,
@@ -39,7 +50,6 @@ from toolkit.training import (
     build_scheduler,
     clean_errors,
     configure_logging,
-    describe_accuracies,
     evaluate,
     find_checkpoint,
     output_directory,
@@ -49,14 +59,23 @@ from toolkit.training import (
 
 logger = get_logger(__name__)
 
-OWN_HEAD, DONOR_HEAD = HEADS = ("h1", "h2")
+HEADS = ("h1", "h2")  # the receiver's own, and the donor's
+OF_TWO_JOBS = (
+    *("rescale", "donor_weight", "receiver_processes", "donor_processes"),
+    *("donor_batch_size", "donor_accumulation_steps"),
+)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line and end with a message where it makes no sense."""
     parser = argparse.ArgumentParser(
         description="Train both heads in one job, as a donor and a receiver would together.",
-        parents=[data_arguments(), training_arguments(), rescaling_arguments()],
+        parents=[
+            data_arguments((*TASKS, PAIR)),
+            training_arguments(),
+            rescaling_arguments(),
+            method_arguments(),
+        ],
         formatter_class=DefaultsFormatter,
     )
     group = parser.add_argument_group(
@@ -75,6 +94,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--donor_label_column", default="label", help="the donor's class numbers")
     args = parser.parse_args()
     check_arguments(parser, args)
+    check_method_arguments(parser, args, len(PAIR_TASKS if args.task == PAIR else HEADS))
+    for name in ("dataset_name", *OF_TWO_JOBS):
+        if args.task == PAIR and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is about two jobs' data; --task {PAIR} is one set of samples")
     if (args.dataset_name is None) != (args.donor_dataset_name is None):
         parser.error("give both --dataset_name (labels for h1) and --donor_dataset_name (h2)")
     if args.resume_from_checkpoint == "latest" and args.output_dir is None:
@@ -87,43 +110,43 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def joint_windows(
-    args: argparse.Namespace, num_own: int, num_donor: int
-) -> tuple[Iterator[tuple[list[int], list[int]]], int]:
-    """For every optimizer step, the receiver's and the donor's samples; and the steps per epoch.
+    args: argparse.Namespace, num_samples: Sequence[int]
+) -> tuple[Iterator[tuple[list[int], ...]], int]:
+    """For every optimizer step, the samples of each job; and the steps per epoch.
 
     Args:
         args: with both jobs' sizes.
-        num_own: rows of the receiver's data.
-        num_donor: rows of the donor's data.
+        num_samples: rows of the receiver's data, and of the donor's if there is a donor.
 
     Returns:
-        Pairs of lists of row numbers, without end; and how many of them are one epoch of the
-        receiver.
+        Row numbers for each job, without end; and how many steps are one epoch of the receiver.
     """
     receiver = (
-        num_own,
         args.per_device_train_batch_size,
         args.gradient_accumulation_steps,
         args.receiver_processes,
     )
-    donor = (
-        num_donor,
-        args.donor_batch_size,
-        args.donor_accumulation_steps,
-        args.donor_processes,
-    )
-    own_windows = window_indices(*receiver, seed=args.seed)
-    donor_windows = window_indices(*donor, seed=args.seed)
-    return zip(own_windows, donor_windows, strict=True), windows_per_epoch(*receiver)
+    donor = (args.donor_batch_size, args.donor_accumulation_steps, args.donor_processes)
+    jobs = [(rows, *job) for rows, job in zip(num_samples, (receiver, donor), strict=False)]
+    windows = [window_indices(*job, seed=args.seed) for job in jobs]
+    return zip(*windows, strict=True), windows_per_epoch(*jobs[0])
 
 
-def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over samples of the cross-entropy of logits (N, K) and labels (N,); 0 if N is 0."""
-    return F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+def loss_factors(args: argparse.Namespace, num_labels: Sequence[int]) -> Sequence[float]:
+    """What the sum of each task's losses is multiplied by.
+
+    Args:
+        args: with the rules for it.
+        num_labels: for each task, the samples of this step that have a label for it.
+    """
+    if args.task == PAIR:
+        return [1.0 if args.loss_reduction == "sum" else 1.0 / number for number in num_labels]
+    own, donor = num_labels
+    return rescale_factors(args.rescale, args.loss_reduction, own, donor, args.donor_weight)
 
 
 def main() -> None:
-    """Train both heads."""
+    """Train all heads."""
     args = parse_arguments()
     start_time = time.monotonic()
 
@@ -141,23 +164,32 @@ def main() -> None:
 
     # -- data, model ----------------------------------------------------------------------------
     with clean_errors(ValueError, OSError), accelerator.main_process_first():
-        task = load_data(args, OWN_HEAD, DONOR_HEAD)
-    own_data, donor_data = (in_memory(task.train[head], head) for head in HEADS)
-    windows, steps_per_epoch = joint_windows(args, len(own_data), len(donor_data))
+        tasks = digit_pair(args.seed) if args.task == PAIR else two_heads(load_data(args, *HEADS))
+    windows, steps_per_epoch = joint_windows(args, [len(silo) for silo in tasks.silos])
     dtype = getattr(torch, args.dtype)
-    model = build_model(task.image_shape, task.num_classes, seed=args.seed).to(dtype)
-    optimizer = build_optimizer(args, model.parameters())
+    network = tasks.build_model(args.seed)
+    rotations = rotating_model(args, network, tasks.image_shape)
+    if rotations and args.task != PAIR and args.coop_after is None:
+        logger.warning(
+            "each sample has a label for one head: no two tasks' gradients meet in it, so that no "
+            "rotation turns but by rounding"
+        )
+    model = (rotations or network).to(dtype)
+    optimizer = build_optimizer(args, parameter_groups(args, network, rotations))
 
     # -- prepare --------------------------------------------------------------------------------
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
     scheduler = build_scheduler(args, optimizer, max_train_steps)
     completed = CompletedSteps()
     model, optimizer = accelerator.prepare(model, optimizer)
+    predict = ByName(model, tasks.names) if rotations else model
+    rule = find_method(args.method, len(tasks.names))
+    separate = RuleBackward(accelerator, network.backbone, network.heads, rule) if rule else None
     accelerator.register_for_checkpointing(scheduler, completed)
     checkpointing_steps = args.checkpointing_steps
     if checkpointing_steps == "epoch":
         checkpointing_steps = steps_per_epoch
-    start_tracking(accelerator, output_dir, vars(args), [f"accuracy/{head} (%)" for head in HEADS])
+    start_tracking(accelerator, output_dir, vars(args), tasks.tags)
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
         accelerator.load_state(str(checkpoint))
@@ -165,11 +197,10 @@ def main() -> None:
 
     # -- train ----------------------------------------------------------------------------------
     facts = {
-        "Num examples with labels for h1": len(own_data),
-        "Num examples with labels for h2": len(donor_data),
-        "Num processes": num_processes,
-        "Total optimization steps": max_train_steps,
+        f"Num examples with labels for {' '.join(names)}": len(silo)
+        for names, silo in zip(tasks.silo_tasks, tasks.silos, strict=True)
     }
+    facts |= {"Num processes": num_processes, "Total optimization steps": max_train_steps}
     logger.info(banner("Running training", facts))
     progress = tqdm(
         total=max_train_steps,
@@ -179,24 +210,31 @@ def main() -> None:
     )
 
     def measure() -> dict[str, float]:
-        return evaluate(accelerator, model, task.evaluation, HEADS, args.per_device_eval_batch_size)
+        size = args.per_device_eval_batch_size
+        return evaluate(accelerator, predict, tasks.evaluation, tasks.names, size, tasks.kinds)
 
-    for own, donor in islice(windows, completed.value, max_train_steps):
+    loss_names = tasks.names if args.task == PAIR else ("own", "donor")
+    for window in islice(windows, completed.value, max_train_steps):
         # This rank's share of the samples of both jobs; either may be empty.
-        own_images, own_labels = own_data[own[rank::num_processes]]
-        donor_images, donor_labels = donor_data[donor[rank::num_processes]]
-        images = torch.cat([own_images, donor_images]).to(accelerator.device, dtype)
-        logits = model(images, HEADS)
-        own_loss = summed_loss(logits[OWN_HEAD][: len(own_labels)], own_labels)
-        donor_loss = summed_loss(logits[DONOR_HEAD][len(own_labels) :], donor_labels)
-        own_factor, donor_factor = rescale_factors(
-            args.rescale, args.loss_reduction, len(own), len(donor), args.donor_weight
-        )
-        # Times the ranks, because DistributedDataParallel takes the mean over them.
-        loss = (own_factor * own_loss + donor_factor * donor_loss) * num_processes
-        accelerator.backward(loss)
+        batch = tasks.batch(window, rank, num_processes)
+        num_labels = tasks.num_labels(window)
+        if rotations and args.coop_after is not None:
+            rotations.coop(completed.value >= args.coop_after)
+        with accelerator.no_sync(model) if separate else contextlib.nullcontext():
+            predictions = predict(batch.images.to(accelerator.device, dtype), tasks.names)
+            sums = tasks.summed_losses(predictions, batch)
+            factors = loss_factors(args, num_labels)
+            losses = [factor * loss for factor, loss in zip(factors, sums, strict=True)]
+            # Times the ranks, because the mean over them is taken.
+            if separate:
+                separate([loss * num_processes for loss in losses], seed=completed.value)
+            elif rotations:
+                total = rotations.total([loss * num_processes for loss in losses])
+                accelerator.backward(total)
+            else:
+                accelerator.backward(sum(losses) * num_processes)
         if args.max_grad_norm is not None:
-            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         completed.value += 1
@@ -204,12 +242,12 @@ def main() -> None:
         if not accelerator.optimizer_step_was_skipped:
             scheduler.step()
         if accelerator.log_with:
-            sums = torch.stack([own_loss.detach(), donor_loss.detach()])
-            own_sum, donor_sum = accelerator.reduce(sums, reduction="sum").tolist()
-            metrics["loss/own (per sample)"] = own_sum / len(own)
-            metrics["loss/donor (per sample)"] = donor_sum / len(donor)
+            reduced = accelerator.reduce(torch.stack(sums).detach(), reduction="sum").tolist()
+            for name, value, number in zip(loss_names, reduced, num_labels, strict=True):
+                metrics[f"loss/{name} (per sample)"] = value / number
+            metrics |= conflict_metrics(rotations or separate, tasks.names)
         if completed.value % args.eval_steps == 0 or completed.value == max_train_steps:
-            metrics |= {f"accuracy/{head} (%)": value for head, value in measure().items()}
+            metrics |= tasks.tagged(measure())
         accelerator.log(metrics, step=completed.value)
         progress.update()
         if checkpointing_steps and completed.value % checkpointing_steps == 0:
@@ -217,16 +255,18 @@ def main() -> None:
 
     # -- results --------------------------------------------------------------------------------
     progress.close()
-    accuracies = measure()
+    found = measure()
     results = {
         "recipe": "joint",
-        "accuracies (%)": accuracies,
+        "accuracies (%)": {name: found[name] for name in found if tasks.kinds[name] is CLASSES},
+        "metrics": tasks.tagged(found),
         "completed_steps": completed.value,
         "num_processes": num_processes,
         "seconds": time.monotonic() - start_time,
     }
     write_results(output_dir, results, accelerator.get_state_dict(model))
-    logger.info(f"accuracy: {describe_accuracies(accuracies)}")
+    described = [f"{tag} {value:.4g}" for tag, value in tasks.tagged(found).items()]
+    logger.info(", ".join(described) or "no labels")
     logger.info(f"results: {output_dir}; curves: tensorboard --logdir {output_dir}")
     accelerator.free_memory()
     accelerator.wait_for_everyone()

@@ -6,6 +6,7 @@ The names are those of the Hugging Face example scripts.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit.data import TASKS
@@ -18,18 +19,27 @@ from toolkit.flag_types import (
 )
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+_TASK_HELP = {
+    "digits": "'digits': h1 tells the digit and has few labels, h2 tells a pair of digits",
+    "overlap": "'overlap': two overlaid digits, one for each head",
+    "pair": "'pair': two digits side by side and five tasks: both digits, their sum, whether their "
+    "product is odd, the share of bright pixels",
+}
 
 
-def data_arguments() -> argparse.ArgumentParser:
-    """What to learn from: a bundled task, or data of one's own."""
+def data_arguments(tasks: Sequence[str] = TASKS) -> argparse.ArgumentParser:
+    """What to learn from: a bundled task, or data of one's own.
+
+    Args:
+        tasks: the bundled tasks that the recipe can train.
+    """
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("data")
     group.add_argument(
         "--task",
-        choices=TASKS,
+        choices=tasks,
         default="digits",
-        help="bundled data; 'digits': h1 tells the digit and has few labels, h2 tells a pair of "
-        "digits; 'overlap': two overlaid digits, one for each head",
+        help="bundled data; " + "; ".join(_TASK_HELP[task] for task in tasks),
     )
     group.add_argument(
         "--dataset_name",

@@ -125,14 +125,14 @@ def _overlay(
     return np.minimum(canvas, 1.0), labels
 
 
-def make_dataset(images: FloatArray, labels: Mapping[str, IntArray]) -> Dataset:
+def make_dataset(images: FloatArray, labels: Mapping[str, FloatArray | IntArray]) -> Dataset:
     """A ``Dataset`` in this package's columns, giving torch tensors.
 
     Args:
         images: (N, C, H, W).
         labels: by head, (N,).
     """
-    label_features = {head: Value("int64") for head in labels}
+    label_features = {head: Value(str(column.dtype)) for head, column in labels.items()}
     features = Features({"image": Array3D(images.shape[1:], "float32"), **label_features})
     columns: dict[str, Any] = {"image": list(images), **labels}
     return Dataset.from_dict(columns, features=features).with_format("torch")

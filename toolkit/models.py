@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 NUM_FEATURES = 48
+_NUM_LENET_FEATURES = 50
 _CHANNELS = (16, 32)
 _GRID = 4  # the feature map is pooled to at most 4 x 4 (to fewer than 8 for odd sizes)
 
@@ -75,6 +76,41 @@ def build_model(
         for name, size in num_classes.items()
     }
     return MultiHeadModel(backbone, heads)
+
+
+def build_lenet(
+    image_shape: tuple[int, int, int], out_features: dict[str, int], seed: int
+) -> MultiHeadModel:
+    """Two convolutions (10 and 20 channels), each halved, and 50 features; heads that are linear.
+
+    No BatchNorm, and a seed of its own for every part, as in :func:`build_model`.
+
+    Args:
+        image_shape: (C, H, W) in pixels, multiples of 4.
+        out_features: by head.
+        seed: of the initial weights.
+    """
+    backbone = _seeded(seed, "backbone", partial(_build_lenet_backbone, image_shape))
+    heads = {
+        name: _seeded(seed, f"heads.{name}", partial(nn.Linear, _NUM_LENET_FEATURES, size))
+        for name, size in out_features.items()
+    }
+    return MultiHeadModel(backbone, heads)
+
+
+def _build_lenet_backbone(image_shape: tuple[int, int, int]) -> nn.Module:
+    channels, height, width = image_shape
+    return nn.Sequential(
+        nn.Conv2d(channels, 10, kernel_size=3, padding=1),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Conv2d(10, 20, kernel_size=3, padding=1),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(20 * (height // 4) * (width // 4), _NUM_LENET_FEATURES),
+        nn.ReLU(),
+    )
 
 
 def _build_backbone(image_shape: tuple[int, int, int]) -> nn.Module:

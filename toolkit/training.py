@@ -24,12 +24,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from toolkit.bridge.errors import BridgeError
 from toolkit.data import NO_LABEL
+from toolkit.multitask import CLASSES, Kind
 
 _SAVING = ".saving-"  # prefix of a checkpoint that is not complete yet
 
 
 def build_optimizer(
-    args: argparse.Namespace, params: Iterable[nn.Parameter]
+    args: argparse.Namespace, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 ) -> torch.optim.Optimizer:
     """The optimizer that ``training_arguments()`` describe, over ``params``."""
     if args.optimizer == "sgd":
@@ -75,8 +76,9 @@ def evaluate(
     dataset: Dataset,
     heads: Sequence[str],
     batch_size: int,
+    kinds: Mapping[str, Kind] | None = None,
 ) -> dict[str, float]:
-    """Accuracy of every head, in percent of the images that have a label for it. A collective.
+    """The metric of every head over the images that have a label for it. A collective.
 
     Every image counts once, however many ranks there are, and every rank calls the model equally
     often, as wrappers with collectives of their own need.
@@ -87,12 +89,15 @@ def evaluate(
         dataset: columns ``image`` and one per head, with ``NO_LABEL`` where there is none.
         heads: to evaluate.
         batch_size: images per rank and call.
+        kinds: by head, what its metric is; without, the accuracy in percent.
 
     Returns:
         By head; heads without any label in ``dataset`` are absent.
     """
+    kinds = dict.fromkeys(heads, CLASSES) if kinds is None else kinds
     parameter = next(model.parameters())
-    counts = torch.zeros(len(heads), 2, dtype=torch.int64, device=accelerator.device)
+    # By head: the sums that its metric is made of, at most three, and how many labels there are.
+    totals = torch.zeros(len(heads), 4, dtype=torch.float64, device=accelerator.device)
     was_training = model.training
     model.eval()
     for start in range(0, len(dataset), batch_size * accelerator.num_processes):
@@ -102,18 +107,19 @@ def evaluate(
         batch = dataset[mine or [start]]
         images = batch["image"].to(parameter.device, parameter.dtype)
         with torch.no_grad():
-            logits = model(images, heads)
+            predictions = model(images, heads)
         for number, head in enumerate(heads):
             labels = batch[head][: len(mine)].to(parameter.device)
-            predictions = logits[head][: len(mine)].argmax(dim=1)
-            counts[number, 0] += (predictions == labels).sum()
-            counts[number, 1] += (labels != NO_LABEL).sum()
+            labelled = labels != NO_LABEL
+            sums = kinds[head].sums(predictions[head][: len(mine)][labelled], labels[labelled])
+            totals[number, : len(sums)] += sums
+            totals[number, -1] += labelled.sum()
     model.train(was_training)
-    totals: list[list[int]] = accelerator.reduce(counts, reduction="sum").tolist()
+    rows: list[list[float]] = accelerator.reduce(totals, reduction="sum").tolist()
     return {
-        head: 100.0 * correct / total
-        for head, (correct, total) in zip(heads, totals, strict=True)
-        if total
+        head: kinds[head].metric(sums)
+        for head, (*sums, num_labels) in zip(heads, rows, strict=True)
+        if num_labels
     }
 
 

@@ -1,0 +1,75 @@
+"""Flags of the methods for several tasks."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from toolkit.methods import (
+    check_method_arguments,
+    find_method,
+    method_arguments,
+    parameter_groups,
+    rotating_model,
+)
+from toolkit.models import build_model
+from toolkit.rotograd import RotoGradNorm
+
+
+def parsed(*flags: str, num_tasks: int = 2) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(parents=[method_arguments()])
+    parser.add_argument("--learning_rate", type=float, default=0.01)
+    parser.set_defaults(report_to="none")
+    args = parser.parse_args(flags)
+    check_method_arguments(parser, args, num_tasks)
+    return args
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method=rotagrad"], "'rotagrad' is neither 'sum' nor one of"),
+        (["--coop_after=5"], "--coop_after is of --method rotate or rotograd or rotogradnorm"),
+        (["--method=pcgrad", "--learning_rate_rotation=1"], "--learning_rate_rotation is of"),
+        (["--method=rotograd", "--alpha=1"], "--alpha is of --method rotogradnorm, not of 'roto"),
+        (["--method=rotate", "--burn_in_period=3"], "--burn_in_period is of --method rotograd or"),
+        (["--method=rotogradnorm", "--alpha=nan"], "--alpha must be finite, got nan"),
+        (["--method=rotograd", "--coop_after=-1"], "expected a whole number of at least 0"),
+    ],
+)
+def test_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(*flags)
+    assert message in capsys.readouterr().err
+
+
+def test_protect_is_for_two_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    parsed("--method=protect")
+    with pytest.raises(SystemExit):
+        parsed("--method=protect", num_tasks=5)
+    assert "'protect' is a rule for two gradients, got 5" in capsys.readouterr().err
+
+
+def test_defaults() -> None:
+    args = parsed("--method=rotogradnorm")
+    assert (args.alpha, args.burn_in_period, args.coop_after) == (1.0, 20, None)
+    assert args.learning_rate_rotation == 0.005
+    assert find_method("sum", 5) is find_method("rotate", 5) is None
+
+
+def test_model_and_groups() -> None:
+    network = build_model((1, 8, 8), {"h1": 10, "h2": 5}, seed=0)
+    args = parsed("--method=rotogradnorm", "--alpha=0.5", "--burn_in_period=3")
+    model = rotating_model(args, network, (1, 8, 8))
+    assert isinstance(model, RotoGradNorm)
+    assert model.backbone is network.backbone
+    assert list(model.heads) == list(network.heads.values())
+    assert (model.size_z, model.burn_in_period, model.alpha) == (48, 3, 0.5)
+    groups = parameter_groups(args, network, model)
+    assert [group["lr"] for group in groups] == [0.01, 0.005]
+    assert groups[1]["params"] == model.rotation_parameters()
+    assert set(groups[0]["params"]) == set(network.parameters())
+    args = parsed("--method=pcgrad")
+    assert rotating_model(args, network, (1, 8, 8)) is None
+    assert parameter_groups(args, network, None) == [{"params": list(network.parameters())}]

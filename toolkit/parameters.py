@@ -60,22 +60,31 @@ def shared_parameters(model: nn.Module, backbone: str, head: str) -> SharedParam
             raise ValueError(f"{backbone!r} and {head!r} overlap in {name!r}; name disjoint ones")
     persistent = model.state_dict(keep_vars=True)
     buffers = {
-        name: buffer
+        plain_name(name): buffer
         for name, buffer in model.named_buffers()
-        if name in persistent and name.startswith((f"{backbone}.", f"{head}."))
+        if name in persistent and plain_name(name).startswith((f"{backbone}.", f"{head}."))
     }
     return SharedParameters(parts[0], parts[1], buffers)
 
 
+def plain_name(name: str) -> str:
+    """The name that a parameter, buffer or module has where no module is compiled.
+
+    ``torch.compile`` puts a module below a wrapper, as ``_orig_mod``.
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def _parameters_below(model: nn.Module, module_name: str) -> dict[str, nn.Parameter]:
-    modules = dict(model.named_modules())
+    modules = {plain_name(name) for name, _ in model.named_modules()}
     if not module_name or module_name not in modules:
         known = sorted(name for name in modules if name and name.count(".") < 2)
         raise ValueError(f"the model has no module {module_name!r}; it has {', '.join(known)}")
     # A tied tensor has several names, some of which may lie outside this module: take the first
     # one inside.
     found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for full_name, parameter in model.named_parameters(remove_duplicate=False):
+        name = plain_name(full_name)
         if name.startswith(f"{module_name}."):
             found.setdefault(id(parameter), (name, parameter))
     if not found:

@@ -30,6 +30,14 @@ class SharedParameters:
         return self.backbone | self.head
 
     @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Those that the job's optimizer is to step: all but frozen ones of the backbone.
+
+        The donor's head is one of them, frozen or not: a receiver freezes it for DDP's sake.
+        """
+        return {name: p for name, p in self.backbone.items() if p.requires_grad} | self.head
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         """What the receiver publishes: shared parameters and buffers."""
         return {**self.parameters, **self.buffers}

@@ -40,7 +40,8 @@ class GradientReceiver(BridgeJob):
         accelerator: the job's accelerator.
         model: the prepared model. The donor's head must not be managed by DDP: call
             ``requires_grad_(False)`` on it before ``prepare``, and give all parameters to the
-            optimizer.
+            optimizer. A parameter of the backbone that does not require a gradient rests: the
+            donor's does not move it either.
         optimizer: its optimizer, with the shared parameters in its groups.
         config: the settings; by default lockstep in ``runs``.
         backbone: name of the backbone's submodule.
@@ -156,6 +157,7 @@ class GradientReceiver(BridgeJob):
             tensors = {
                 name: record.tensors[name].to(device=parameter.device, dtype=parameter.dtype)
                 for name, parameter in self.gradient_parameters.items()
+                if name in self.shared.trained
             }
             backbone, heads = inner_products(
                 self.model, self.shared.backbone, tensors, 1 / window.scale, donor_factor
@@ -265,13 +267,14 @@ class GradientReceiver(BridgeJob):
             factor: of all of it.
             backbone_weight: a further factor of the backbone's.
         """
-        for name, parameter in self.gradient_parameters.items():
+        for name, tensor in tensors.items():
+            parameter = self.gradient_parameters[name]
             weight = factor * backbone_weight if name in self.shared.backbone else factor
             if parameter.grad is None:
                 # a copy: after a skipped step the sum is used again
-                parameter.grad = tensors[name] * weight
+                parameter.grad = tensor * weight
             else:
-                parameter.grad.add_(tensors[name], alpha=weight)
+                parameter.grad.add_(tensor, alpha=weight)
 
     def _step_was_skipped(self, scale_before: float) -> bool:
         """Whether the loss scaler skipped the step; a fused optimizer's own flag is unreliable."""

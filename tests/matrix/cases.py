@@ -1,6 +1,7 @@
 """Which settings the matrix trains: every pair of values that can meet.
 
-``rows.csv`` holds the rows; ``python -m tests.matrix.cases`` generates them anew.
+``rows.csv`` holds the rows; ``python -m tests.matrix.cases`` generates them anew. A further value
+(``fsdp2`` as a wrapper, say) is added to its dimension here and to ``job.py``.
 """
 
 from __future__ import annotations
@@ -108,9 +109,9 @@ EXTRA: dict[str, Setting] = {
     # A compiled backbone made other names of its parameters, and another schema.
     "compiled receiver, plain donor": Setting(receiver=Side(forward="inductor")),
     # A layer that both jobs froze moved by weight decay, on the donor's zeros.
-    "frozen layer under weight decay": Setting(frozen="receiver", weight_decay=True),
+    "frozen layer under weight decay": Setting(frozen="both", weight_decay=True),
     # A short last window, where the divisor stays the configured number of micro-steps.
-    "window of two of four": Setting(
+    "short windows of four": Setting(
         receiver=Side(ranks=2, accumulation=4), donor=Side(ranks=2, accumulation=4)
     ),
     # Tokens counted by rank: each rank's mean had the same weight.

@@ -90,7 +90,7 @@ class Job:
             network.heads["h2"].requires_grad_(False)
         else:
             del network.heads["h1"]
-        if setting.frozen == self.role:
+        if setting.frozen in (self.role, "both"):
             network.get_parameter(FROZEN).requires_grad_(False)
         network.backbone.is_checkpointed = side.forward == "checkpointed"
         if side.forward in ("compiled", "inductor"):  # the first: captured, but not generated

@@ -63,20 +63,23 @@ def count(setting: Setting, silo: Silo, indices: Sequence[int]) -> float:
 
 
 def gradient_sum(
-    setting: Setting, role: Role, model: Network, silo: Silo, indices: list[int], split: int
+    setting: Setting, role: Role, model: Network, silo: Silo, indices: list[int], splits: int
 ) -> dict[str, Tensor]:
-    """Sum over ``indices`` of the gradient of each sample's loss, by name."""
+    """Sum over ``indices`` of the gradient of each sample's loss, by name.
+
+    Parts are divided by their number, as accumulated micro-batches are: low precision rounds the
+    gradient of the logits, and otherwise if they are divided by three.
+    """
     precision = setting.side(role).precision
-    scale = INIT_SCALE if precision == "fp16" else 1.0
+    scale = (INIT_SCALE if precision == "fp16" else 1.0) / splits
     parameters = {
         name: p
         for name, p in model.named_parameters()
         if name.startswith(("backbone.", f"heads.{HEAD[role]}."))
     }
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    ordered, parts = indices[:: -1 if split % 2 else 1], split // 2 + 1
-    for part in range(parts):
-        batch = silo.collate(ordered[part::parts])
+    for part in range(splits):
+        batch = silo.collate(indices[part::splits])
         if not len(batch["keys"]):
             continue
         with torch.autocast("cpu", PRECISIONS.get(precision), enabled=precision in PRECISIONS):
@@ -110,15 +113,14 @@ def factors(setting: Setting, n_r: float, n_d: float) -> tuple[float, float]:
 
 
 def train_jointly(
-    setting: Setting, pairs: Sequence[Pair], split: int = 0, stream_seed: int | None = None
+    setting: Setting, pairs: Sequence[Pair], splits: int = 1, stream_seed: int | None = None
 ) -> dict[str, Tensor]:
     """Final weights (and their moving average, under ``ema.``) of training on both silos.
 
     Args:
         setting: the case.
         pairs: the windows of both jobs that each step takes.
-        split: a way to split every batch, for the noise floor: whole, whole and reversed, in two
-            parts, in two parts and reversed, and so on.
+        splits: parts that every batch is split into, for the noise floor.
         stream_seed: of Dropout's random stream, where another one is wanted.
     """
     model = build_network(setting)
@@ -142,15 +144,15 @@ def train_jointly(
         )
         own_factor, donor_factor = factors(setting, n_r, n_d)
         grads = _scaled(
-            gradient_sum(setting, "receiver", model, silos["receiver"], own, split), own_factor
+            gradient_sum(setting, "receiver", model, silos["receiver"], own, splits), own_factor
         )
         if donor:
-            part = gradient_sum(setting, "donor", model, silos["donor"], donor, split)
+            part = gradient_sum(setting, "donor", model, silos["donor"], donor, splits)
             for name, grad in _scaled(part, donor_factor).items():
                 crosses = setting.scope == "all" or name.startswith("heads.h2.")
                 if crosses and not (setting.frozen == "donor" and name == FROZEN):
                     grads[name] = grads[name] + grad if name in grads else grad
-        if setting.frozen == "receiver":
+        if setting.frozen in ("receiver", "both"):
             del grads[FROZEN]
         if setting.clip:
             norm = torch.stack([grad.norm() for grad in grads.values()]).norm()

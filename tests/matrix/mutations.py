@@ -24,13 +24,25 @@ _publish_window = GradientDonor._publish_window
 
 @dataclasses.dataclass(frozen=True)
 class Mutation:
-    """A method that is replaced in one job, and the settings in which that changes anything."""
+    """A method that is replaced in one job, and the settings in which that changes anything.
+
+    One that multiplies a job's whole gradient by a constant changes nothing under Adafactor, which
+    takes such a factor out again, where no gradient is a sum of both jobs' and none is clipped.
+    """
 
     role: Role
     owner: type
     method: str
     replacement: Callable[..., Any]
-    has_effect: Callable[[Setting], bool] = lambda setting: True
+    matters: Callable[[Setting], bool] = lambda setting: True
+    is_constant_factor: bool = False
+
+    def has_effect(self, setting: Setting) -> bool:
+        """Whether a setting ends elsewhere with it."""
+        is_invariant = (
+            setting.optimizer == "adafactor" and setting.scope == "head" and not setting.clip
+        )
+        return self.matters(setting) and not (self.is_constant_factor and is_invariant)
 
 
 def _payload(change: Callable[[GradientReceiver, dict[str, Tensor]], dict[str, Tensor]]) -> Any:
@@ -123,55 +135,59 @@ def _on_side(role: Role, has_effect: Callable[[Side], bool]) -> Callable[[Settin
 
 
 def _mutations() -> dict[str, Mutation]:
-    in_add = {
-        "payload halved": _times(lambda job: 0.5),
-        "payload twice": _twice,
-        "payload without one tensor": _payload(_without_one),
-        "two layers swapped": _payload(_swapped),
-    }
+    receiver, donor = GradientReceiver, GradientDonor
     found = {
-        name: Mutation("receiver", GradientReceiver, "_add_", replacement)
-        for name, replacement in in_add.items()
-    }
-    several = _on_side("receiver", lambda side: side.ranks > 1)
-    for name, replacement in (
-        ("payload times world size", _times(lambda job: job.accelerator.num_processes)),
-        ("payload on one rank", _on_one_rank),
-    ):
-        found[name] = Mutation("receiver", GradientReceiver, "_add_", replacement, several)
-    found["clip before the payload"] = Mutation(
-        "receiver", GradientReceiver, "_add_", clip_before, lambda setting: setting.clip
-    )
-    found["injection not scaled"] = Mutation(
-        "receiver", GradientReceiver, "_add_", _unscaled_injection,
-        _on_side("receiver", lambda side: side.precision == "fp16"),
-    )  # fmt: skip
-    found["payload not unscaled"] = Mutation(
-        "donor", GradientDonor, "_publish_window", _scale_published,
-        _on_side("donor", lambda side: side.precision == "fp16"),
-    )  # fmt: skip
-    found["overflowed step taken for a step"] = Mutation(
-        "receiver", GradientReceiver, "_step_was_skipped", lambda self, scale: False,
-        lambda setting: setting.overflow in ("receiver", "both"),
-    )  # fmt: skip
-    found["skip flag of a fused optimizer trusted"] = Mutation(
-        "receiver", GradientReceiver, "_step_was_skipped",
-        lambda self, scale: bool(self.optimizer.step_was_skipped),
-        lambda setting: setting.overflow in ("receiver", "both") and "fused" in setting.optimizer,
-    )  # fmt: skip
-    found["mean for sum"] = Mutation("donor", GradientDonor, "_publish_window", _mean_published)
-    found["stale by one"] = Mutation("donor", GradientDonor, "_load", _stale)
+        "payload halved": Mutation(
+            "receiver", receiver, "_add_", _times(lambda job: 0.5), is_constant_factor=True
+        ),
+        "payload twice": Mutation("receiver", receiver, "_add_", _twice, is_constant_factor=True),
+        "payload without one tensor": Mutation(
+            "receiver", receiver, "_add_", _payload(_without_one)
+        ),
+        "two layers swapped": Mutation("receiver", receiver, "_add_", _payload(_swapped)),
+        "payload times world size": Mutation(
+            "receiver", receiver, "_add_", _times(lambda job: job.accelerator.num_processes),
+            _on_side("receiver", lambda side: side.ranks > 1), is_constant_factor=True,
+        ),
+        "payload on one rank": Mutation(
+            "receiver", receiver, "_add_", _on_one_rank,
+            _on_side("receiver", lambda side: side.ranks > 1),
+        ),
+        "clip before the payload": Mutation(
+            "receiver", receiver, "_add_", clip_before, lambda setting: setting.clip
+        ),
+        "injection not scaled": Mutation(
+            "receiver", receiver, "_add_", _unscaled_injection,
+            _on_side("receiver", lambda side: side.precision == "fp16"), is_constant_factor=True,
+        ),
+        "overflowed step taken for a step": Mutation(
+            "receiver", receiver, "_step_was_skipped", lambda self, scale: False,
+            lambda setting: setting.overflow in ("receiver", "both"),
+        ),
+        "skip flag of a fused optimizer trusted": Mutation(
+            "receiver", receiver, "_step_was_skipped",
+            lambda self, scale: bool(self.optimizer.step_was_skipped),
+            lambda setting: setting.overflow in ("receiver", "both")
+            and "fused" in setting.optimizer,
+        ),
+        "payload not unscaled": Mutation(
+            "donor", donor, "_publish_window", _scale_published,
+            _on_side("donor", lambda side: side.precision == "fp16"), is_constant_factor=True,
+        ),
+        "mean for sum": Mutation("donor", donor, "_publish_window", _mean_published),
+        "stale by one": Mutation("donor", donor, "_load", _stale),
+    }  # fmt: skip
     roles: tuple[Role, Role] = ("receiver", "donor")
     for role in roles:
         found[f"accumulation forgotten, {role}"] = Mutation(
             role, WindowAccumulator, "close",
             _window(lambda self, window: self._accelerator.gradient_accumulation_steps),
-            _on_side(role, lambda side: side.accumulation > 1),
+            _on_side(role, lambda side: side.accumulation > 1), is_constant_factor=True,
         )  # fmt: skip
         found[f"world size forgotten, {role}"] = Mutation(
             role, WindowAccumulator, "close",
             _window(lambda self, window: self._accelerator.num_processes),
-            _on_side(role, lambda side: side.ranks > 1),
+            _on_side(role, lambda side: side.ranks > 1), is_constant_factor=True,
         )  # fmt: skip
         found[f"mean of means, {role}"] = Mutation(
             role, WindowAccumulator, "backward", _mean_of_means

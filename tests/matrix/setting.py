@@ -67,7 +67,7 @@ class Setting:
     norm: str = "no"  # or "layer" (or "batch", which cannot be exact)
     dropout: str = "no"  # or "by sample" (or "stream", which cannot be exact)
     tied: str = "no"  # or "backbone" or "head"
-    frozen: str = "no"  # or the job in which a layer of the backbone is
+    frozen: str = "no"  # or the job in which a layer of the backbone is, or "both"
     rescale: RescaleRule = "match"
     scope: Scope = "all"
     ema: bool = False

@@ -58,10 +58,15 @@ def trained(
 ) -> dict[str, list[Run]]:
     """The runs of every case with these numbers of ranks, the one without a mutation first."""
     directory = tmp_path_factory.mktemp("x".join(map(str, request.param)))
+    selected = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.get_closest_marker("matrix")
+    }
     runs = {
         name: runs_of(f"{number:03d}", setting, directory, is_mutated=name in MUTATED)
         for number, (name, setting) in enumerate(ALL.items())
-        if setting.worlds == request.param
+        if setting.worlds == request.param and name in selected
     }
     launch(directory, [run for case in runs.values() for run in case], timeout=1700)
     return runs

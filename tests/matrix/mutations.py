@@ -134,6 +134,11 @@ def _on_side(role: Role, has_effect: Callable[[Side], bool]) -> Callable[[Settin
     return lambda setting: has_effect(setting.side(role))
 
 
+def _has_unequal_counts(role: Role) -> Callable[[Setting], bool]:
+    """Padding makes all batches equal; their tokens or weights are not."""
+    return lambda setting: setting.unit != "samples" or setting.side(role).batches != "padded"
+
+
 def _mutations() -> dict[str, Mutation]:
     receiver, donor = GradientReceiver, GradientDonor
     found = {
@@ -190,7 +195,7 @@ def _mutations() -> dict[str, Mutation]:
             _on_side(role, lambda side: side.ranks > 1), is_constant_factor=True,
         )  # fmt: skip
         found[f"mean of means, {role}"] = Mutation(
-            role, WindowAccumulator, "backward", _mean_of_means
+            role, WindowAccumulator, "backward", _mean_of_means, _has_unequal_counts(role)
         )
     return found
 

@@ -158,6 +158,25 @@ def check_optimizer_within(model: nn.Module, optimizer: torch.optim.Optimizer) -
                 )
 
 
+def check_takes_late_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that fails at a parameter's first gradient if it comes at a later step.
+
+    A step without the donor's gradient leaves its head without one: the first steps of a receiver
+    that is alone, or a first window of the donor that overflowed.
+
+    Raises:
+        ValueError: for fused SGD with momentum.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for group in inner.param_groups:
+        if isinstance(inner, torch.optim.SGD) and group["fused"] and group["momentum"]:
+            raise ValueError(
+                "SGD(fused=True) with momentum fails in torch where a parameter gets its first "
+                "gradient at a later step than others, as the donor's head does after a step "
+                "without a payload: use foreach=True, or no momentum"
+            )
+
+
 def check_only_shared_trains(model: nn.Module, shared: SharedParameters) -> None:
     """Refuse parameters of a donor that would get gradients which cannot cross.
 

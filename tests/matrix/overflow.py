@@ -34,7 +34,7 @@ OVERFLOWS: dict[str, Setting] = {
         num_steps=20,
     )
     for where in ("donor", "receiver", "both")
-    for optimizer in ("momentum foreach", "momentum fused", "adamw foreach", "adamw fused")
+    for optimizer in ("momentum foreach", "sgd fused", "adamw foreach", "adamw fused")
     for dtype in ("float64", "float32")
 }
 

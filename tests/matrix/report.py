@@ -110,7 +110,7 @@ def _overflows(cases: Records) -> Iterator[str]:
     yield (
         "The steps pair the batches that they must: a payload or skip record that meets an "
         "overflow of the receiver waits for its next try. Largest difference to joint training "
-        "on these pairs, over plain and fused momentum and AdamW:\n"
+        "on these pairs, over plain and fused SGD and AdamW:\n"
     )
     yield "| overflow on | float64 | float32, share of what is allowed |"
     yield "|---|---|---|"

@@ -41,13 +41,13 @@ MUTATED = [name for name, s in CASES.items() if s.dtype == "float64" and mutatio
 
 
 def each(names: Iterable[str]) -> pytest.MarkDecorator:
-    """One test a case, those with the same numbers of ranks after one another."""
+    """One test a case, those with the same numbers of ranks after one another (``-k 2x3``)."""
     ordered = sorted(names, key=lambda name: ALL[name].worlds)
     return pytest.mark.parametrize(
         ("trained", "name"),
         [(ALL[name].worlds, name) for name in ordered],
         indirect=["trained"],
-        ids=ordered,
+        ids=["{}x{}-".format(*ALL[name].worlds) + name.replace(" ", "-") for name in ordered],
         scope="module",
     )
 

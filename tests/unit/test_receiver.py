@@ -170,6 +170,19 @@ def test_that_an_optimizer_may_leave_a_frozen_layer_out(job: ReceiverAlone, tmp_
     receiver.close()
 
 
+def test_that_fused_sgd_with_momentum_is_refused(job: ReceiverAlone, tmp_path: Path) -> None:
+    parameters, config = list(job.network.parameters()), BridgeConfig(runs_dir=tmp_path / "other")
+    with pytest.raises(ValueError, match=r"SGD\(fused=True\) with momentum fails in torch"):
+        GradientReceiver(
+            job.accelerator,
+            job.model,
+            job.accelerator.prepare(torch.optim.SGD(parameters, 0.1, momentum=0.9, fused=True)),
+            config,
+        )
+    optimizer = torch.optim.SGD(parameters, 0.1, fused=True)
+    GradientReceiver(job.accelerator, job.model, optimizer, config).close()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_that_a_payload_outlives_an_overflow(
     start: Callable[..., ReceiverAlone], fused: bool

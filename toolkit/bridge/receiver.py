@@ -27,6 +27,7 @@ from toolkit.bridge.measures import aggregation_metrics, injection_metrics, inne
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.rescaling import rescale_factors
 from toolkit.bridge.retention import CheckpointCursors
+from toolkit.parameters import check_takes_late_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class GradientReceiver(BridgeJob):
         output_dir: where this job's results belong.
 
     Raises:
-        ValueError: for an unknown module, or shared parameters that the optimizer lacks.
+        ValueError: for an unknown module, shared parameters that the optimizer lacks, or fused SGD
+            with momentum, which fails in torch after a step without a payload.
         BridgeError: for a run that cannot be joined.
     """
 
@@ -63,6 +65,7 @@ class GradientReceiver(BridgeJob):
 
     def _attach(self) -> None:
         self._check_head_rests()
+        check_takes_late_gradients(self.optimizer)
         super()._attach()
         self.completed_steps = 0
         self.completed_windows = 0

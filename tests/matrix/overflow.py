@@ -40,10 +40,10 @@ OVERFLOWS: dict[str, Setting] = {
 
 
 def loss_factor(setting: Setting, role: Role, window: int) -> float:
-    """What a loss is multiplied by: finite, but not times the loss scale."""
+    """What a loss is multiplied by: finite, but not times the loss scale, be it halved twice."""
     if window not in WINDOWS[setting.overflow][role]:
         return 1.0
-    return torch.finfo(getattr(torch, setting.dtype)).max / 100
+    return torch.finfo(getattr(torch, setting.dtype)).max / 4
 
 
 def expected_pairs(setting: Setting) -> list[Pair]:

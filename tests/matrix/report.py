@@ -29,6 +29,20 @@ in one process, written out by hand (`tests/matrix/joint.py`). {pairwise} cases 
 values of the dimensions below that can meet, once in float64 and once more in float32 or lower;
 {extra} more repeat what failed once, and overflows under a loss scaler.
 
+- batches: *drifting*: ranks with unequal numbers of them, each of which begins the next epoch by
+  itself (`even_batches=False`); *empty*: one without samples amid an epoch and one at its end;
+  *padded*: `even_batches=True`, whose duplicates are counted. Where three micro-steps are
+  accumulated, an epoch's last window is short.
+- precision: *fp16* is autocast and a GradScaler whose scale grows on the way; in float64, which
+  autocast leaves alone, the scaler only.
+- forward: *compiled* is `torch.compile(model.backbone, backend="eager")`; one further case
+  generates code (inductor). wrapper: *none* is a model that is not prepared, whose gradients the
+  bridge reduces itself.
+- dropout: *by sample* makes the mask a function of the sample. tied: two layers of the backbone,
+  or one of them and h1. frozen: a layer of the backbone, in one of the jobs.
+- Adafactor takes a constant factor of a whole gradient out again, and padding makes batches even:
+  faults that then change nothing are not counted.
+
 Run on {machine}; Python {python}, torch {torch}, accelerate {accelerate}.
 """
 

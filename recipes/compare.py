@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -88,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
 def spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation, with digits that suit the size."""
     mean = statistics.mean(values)
-    digits = 1 if abs(mean) >= 10 else 2 if abs(mean) >= 0.1 else 5
+    digits = 1 if abs(mean) >= 10 else 2 if abs(mean) >= 0.1 else 4
     if len(values) == 1:
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
@@ -96,9 +97,9 @@ def spread(values: Sequence[float]) -> str:
 
 def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """The first column is the rows' names."""
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(heading.replace("/", "\n"), justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
     Console().print(table)

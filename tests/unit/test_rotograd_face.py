@@ -199,5 +199,16 @@ def test_losses_that_have_no_rate() -> None:
 def test_that_an_accelerator_may_be_given() -> None:
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(build(RotoGrad))
-    model.backward(losses_of(model(data(0)), data(0)), accelerator)
+    model.backward(losses_of(model(data(0)), data(0)), accelerator=accelerator)
     assert model.rotations.tangents.grad.any()
+
+
+def test_that_a_penalty_of_the_backbone_is_added() -> None:
+    model, twin = build(RotoGrad), build(RotoGrad)
+    losses = losses_of(model(data(0)), data(0))
+    with pytest.raises(TypeError, match="positional"):
+        model.backward(losses, model.backbone[0].weight.square().sum())
+    (model.total(losses) + model.backbone[0].weight.square().sum()).backward()
+    twin.backward(losses_of(twin(data(0)), data(0)))
+    expected = twin.backbone[0].weight.grad + 2 * twin.backbone[0].weight.detach()
+    torch.testing.assert_close(model.backbone[0].weight.grad, expected)

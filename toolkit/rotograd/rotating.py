@@ -201,6 +201,11 @@ class RotateOnly(VanillaMTL):
             initial_norms = reference(initial_norms, norms, present, again=again)
             if statistics.losses is not None:
                 initial_losses = reference(initial_losses, statistics.losses, present, again=again)
+            if self._pending is not None:  # a task that only an earlier micro-batch had
+                earlier_norms = self._pending.initial_norms.to(norms)
+                earlier_losses = self._pending.initial_losses.to(norms)
+                initial_norms = torch.where(present, initial_norms, earlier_norms)
+                initial_losses = torch.where(present, initial_losses, earlier_losses)
         self._pending = History(history.step + 1, initial_norms, initial_losses, history.complete)
         weights, raw_grad = self._weigh(statistics, self._pending)
         self._last = (statistics, weights)

@@ -35,6 +35,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from toolkit.demo import JobFailedError, LaunchedJob, follow, launch
 from toolkit.flag_types import DefaultsFormatter, positive_float, positive_int
+from toolkit.methods import find_method
+from toolkit.multitask import PAIR_TASKS
 from toolkit.toy import AUTHORS_SEED, LEAST_LOSS, NUM_STEPS, ToyRun, draw_trajectories, train_toy
 from toolkit.training import clean_errors, new_output_dir
 
@@ -83,7 +85,15 @@ def parse_arguments() -> argparse.Namespace:
     toy.add_argument("--num_seeds", type=positive_int, default=20, help="seeds 0, 1, ...")
     toy.add_argument("--max_train_steps", type=positive_int, default=NUM_STEPS, help="steps")
     toy.set_defaults(compare=compare_toy)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for method in getattr(args, "methods", ()):
+        try:
+            find_method(method, len(PAIR_TASKS))
+        except ValueError as error:
+            pair.error(f"--methods: {error}")
+        if args.methods.count(method) > 1:
+            pair.error(f"--methods: {method!r} is there more than once")
+    return args
 
 
 def spread(values: Sequence[float]) -> str:

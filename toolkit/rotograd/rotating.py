@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Literal, TypeVar
 
@@ -17,6 +18,7 @@ from toolkit.rotograd.steps import watch
 from toolkit.rotograd.weighting import Statistics
 
 _STEPS_PER_MEND = 8
+_MOST_BACKWARDS = 1000  # for one step, before something seems to be wrong
 _Model = TypeVar("_Model", bound="RotateOnly")
 
 
@@ -82,6 +84,7 @@ class RotateOnly(VanillaMTL):
         self._losses: Tensor | None = None
         self._last: tuple[Statistics, Tensor] | None = None
         self._pending: History | None = None
+        self._num_backwards = 0  # since the last step
         self._window: Window | None = None
 
     @property
@@ -98,12 +101,18 @@ class RotateOnly(VanillaMTL):
         self.coop_enabled = value
         return self
 
+    def requires_grad_(self: _Model, requires_grad: bool = True) -> _Model:
+        """As for any module, but that the rotations' matrices stay frozen: tangents move them."""
+        super().requires_grad_(requires_grad)
+        self.rotations.matrices.requires_grad_(False)
+        return self
+
     def rotation_parameters(self) -> list[nn.Parameter]:
         return [self.rotations.tangents]
 
     def features_of(self, features: Tensor) -> Sequence[Tensor]:
         rows = as_rows(features, self.size_z)
-        matrices, tangents = self.rotations.matrices, self.rotations.tangents
+        matrices, tangents = self.rotations.matrices.detach(), self.rotations.tangents
         if self.training and torch.is_grad_enabled():
             watch(self)
             rotated = Rotate.apply(rows, tangents, self._raw_weights(), matrices, self)
@@ -122,8 +131,15 @@ class RotateOnly(VanillaMTL):
 
         Raises:
             ValueError: as :meth:`VanillaMTL.total` does, or for a first loss of 0 to divide by.
+            RuntimeError: for losses with a graph in eval mode, which trains no rotations.
         """
         self.check_losses(losses)
+        if not self.training and any(loss is not None and loss.requires_grad for loss in losses):
+            raise RuntimeError(
+                "the model is in eval mode, where rotations get no gradient and tasks are not "
+                "balanced: call model.train() before the forward, and model.backbone.eval() after "
+                "it if need be; an evaluation belongs under torch.no_grad()"
+            )
         if self.training and torch.is_grad_enabled():
             zero = self.rotations.matrices.new_zeros(())
             values = [zero if loss is None else loss.detach().to(zero) for loss in losses]
@@ -169,6 +185,14 @@ class RotateOnly(VanillaMTL):
         return self._window
 
     def weigh(self, statistics: Statistics) -> tuple[Tensor, Tensor | None]:
+        self._num_backwards += 1
+        if self._num_backwards == _MOST_BACKWARDS:
+            warnings.warn(
+                f"{_MOST_BACKWARDS} backward passes without a step of an optimizer that holds "
+                "model.rotation_parameters(): rotations do not turn, and first losses and norms "
+                "are not kept. Make it from model.param_groups(...); sharded ones do not work",
+                stacklevel=2,
+            )
         norms, present = statistics.norms, statistics.present
         again, history = self._history.step == self.burn_in_period, self._history
         initial_norms = history.initial_norms.to(norms)
@@ -177,6 +201,11 @@ class RotateOnly(VanillaMTL):
             initial_norms = reference(initial_norms, norms, present, again=again)
             if statistics.losses is not None:
                 initial_losses = reference(initial_losses, statistics.losses, present, again=again)
+            if self._pending is not None:  # a task that only an earlier micro-batch had
+                earlier_norms = self._pending.initial_norms.to(norms)
+                earlier_losses = self._pending.initial_losses.to(norms)
+                initial_norms = torch.where(present, initial_norms, earlier_norms)
+                initial_losses = torch.where(present, initial_losses, earlier_losses)
         self._pending = History(history.step + 1, initial_norms, initial_losses, history.complete)
         weights, raw_grad = self._weigh(statistics, self._pending)
         self._last = (statistics, weights)
@@ -192,6 +221,7 @@ class RotateOnly(VanillaMTL):
 
     def after_step(self, *, skipped: bool) -> None:
         pending, self._pending, self._window = self._pending, None, None
+        self._num_backwards = 0
         if skipped:
             return
         self.rotations.fold(mend=self._history.step % _STEPS_PER_MEND == 0)
@@ -211,18 +241,22 @@ class RotateOnly(VanillaMTL):
         self._history = History.from_tensor(state[1:])
         self._pending = self._losses = self._window = None
 
-    def measures(self) -> dict[str, float]:
+    def measures(self, loss_scale: float = 1.0) -> dict[str, float]:
         """How the tasks' gradients agreed in the last backward, by names fit for TensorBoard.
 
         ``grad_norm/<task>``, ``weight/<task>``, ``cosine/<task>_<task>`` of the gradients that
         reach the backbone, ``cosine_before/<task>_<task>`` before they are turned back if
-        ``measure_before_rotation`` is set, and ``orthogonality_error``. Computed at this call;
-        gradients are as the loss scaler left them. Empty before the first backward.
+        ``measure_before_rotation`` is set, and ``orthogonality_error``. Computed at this call.
+        Empty before the first backward.
+
+        Args:
+            loss_scale: of the loss scaler in that backward; norms are divided by it.
         """
         if self._last is None:
             return {}
         statistics, weights = self._last
-        result = {f"grad_norm/{k}": norm for k, norm in enumerate(statistics.norms.tolist())}
+        scaled = enumerate(statistics.norms.tolist())
+        result = {f"grad_norm/{k}": norm / loss_scale for k, norm in scaled}
         result |= {f"weight/{k}": weight for k, weight in enumerate(weights.tolist())}
         for name, gram in (("", statistics.gram), ("_before", statistics.gram_before)):
             if gram is not None:

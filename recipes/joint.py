@@ -235,7 +235,6 @@ def main() -> None:
                 accelerator.backward(sum(losses) * num_processes)
         if args.max_grad_norm is not None:
             accelerator.clip_grad_norm_(network.parameters(), args.max_grad_norm)
-        loss_scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
         optimizer.step()
         optimizer.zero_grad()
         completed.value += 1
@@ -246,7 +245,7 @@ def main() -> None:
             reduced = accelerator.reduce(torch.stack(sums).detach(), reduction="sum").tolist()
             for name, value, number in zip(loss_names, reduced, num_labels, strict=True):
                 metrics[f"loss/{name} (per sample)"] = value / number
-            metrics |= conflict_metrics(rotations or separate, tasks.names, loss_scale)
+            metrics |= conflict_metrics(rotations or separate, tasks.names)
         if completed.value % args.eval_steps == 0 or completed.value == max_train_steps:
             metrics |= tasks.tagged(measure())
         accelerator.log(metrics, step=completed.value)

@@ -114,19 +114,15 @@ class RuleBackward:
 
 
 def conflict_metrics(
-    source: RotateOnly | RuleBackward | None, names: Sequence[str], loss_scale: float = 1.0
+    source: RotateOnly | RuleBackward | None, names: Sequence[str]
 ) -> dict[str, float]:
     """How the tasks' gradients agreed in the last backward, for TensorBoard.
 
     Args:
         source: what saw them, of the features or of the backbone's parameters; None for nothing.
         names: of the tasks.
-        loss_scale: of the loss scaler in that backward, which a :class:`RuleBackward` knows itself.
     """
-    if isinstance(source, RotateOnly):
-        where, measures = "features", source.measures(loss_scale)
-    else:
-        where, measures = "backbone", {} if source is None else source.measures()
+    where = "features" if isinstance(source, RotateOnly) else "backbone"
     tags = {
         "grad_norm": f"gradient norm/{{}} ({where})",
         "weight": "task weight/{}",
@@ -135,7 +131,7 @@ def conflict_metrics(
         "orthogonality_error": "rotation/orthogonality error",
     }
     metrics = {}
-    for name, value in measures.items():
+    for name, value in (source.measures() if source is not None else {}).items():
         kind, _, tasks = name.partition("/")
         numbers = sorted(int(number) for number in tasks.split("_") if number)
         metrics[tags[kind].format(" ".join(names[number] for number in numbers))] = value

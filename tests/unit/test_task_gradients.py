@@ -145,10 +145,8 @@ def test_tags_of_rotations_and_predictions_by_name() -> None:
     predict = ByName(model, NAMES)
     found = predict(torch.randn(3, 4, dtype=torch.float64), ("sum", "left"))
     assert list(found) == ["sum", "left"]
-    (1024 * sum(one.square().mean() for one in found.values())).backward()
-    scaled, tags = conflict_metrics(model, NAMES), conflict_metrics(model, NAMES, loss_scale=1024)
-    norm = "gradient norm/left (features)"
-    assert scaled[norm] / 1024 == tags[norm] > 0
+    sum(one.square().mean() for one in found.values()).backward()
+    tags = conflict_metrics(model, NAMES)
     assert "rotation/orthogonality error" in tags
     assert tags["gradient cosine/left sum (features)"] == pytest.approx(
         tags["gradient cosine before rotation/left sum (features)"]

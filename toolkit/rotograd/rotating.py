@@ -241,22 +241,18 @@ class RotateOnly(VanillaMTL):
         self._history = History.from_tensor(state[1:])
         self._pending = self._losses = self._window = None
 
-    def measures(self, loss_scale: float = 1.0) -> dict[str, float]:
+    def measures(self) -> dict[str, float]:
         """How the tasks' gradients agreed in the last backward, by names fit for TensorBoard.
 
         ``grad_norm/<task>``, ``weight/<task>``, ``cosine/<task>_<task>`` of the gradients that
         reach the backbone, ``cosine_before/<task>_<task>`` before they are turned back if
-        ``measure_before_rotation`` is set, and ``orthogonality_error``. Computed at this call.
-        Empty before the first backward.
-
-        Args:
-            loss_scale: of the loss scaler in that backward; norms are divided by it.
+        ``measure_before_rotation`` is set, and ``orthogonality_error``. Computed at this call;
+        gradients are as the loss scaler left them. Empty before the first backward.
         """
         if self._last is None:
             return {}
         statistics, weights = self._last
-        scaled = enumerate(statistics.norms.tolist())
-        result = {f"grad_norm/{k}": norm / loss_scale for k, norm in scaled}
+        result = {f"grad_norm/{k}": norm for k, norm in enumerate(statistics.norms.tolist())}
         result |= {f"weight/{k}": weight for k, weight in enumerate(weights.tolist())}
         for name, gram in (("", statistics.gram), ("_before", statistics.gram_before)):
             if gram is not None:

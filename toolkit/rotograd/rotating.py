@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.rotograd.accumulation import Window
-from toolkit.rotograd.gradients import Rotate, num_ranks, sum_over_ranks
+from toolkit.rotograd.gradients import Noted, Rotate, num_ranks, sum_over_ranks
 from toolkit.rotograd.history import History, reference
 from toolkit.rotograd.multitask import VanillaMTL, sum_of
 from toolkit.rotograd.rotations import Rotation, Rotations, as_rows, rotate
@@ -82,7 +82,8 @@ class RotateOnly(VanillaMTL):
         self.coop_enabled = self.measure_before_rotation = False
         self._history = History.empty(len(self))
         self._losses: Tensor | None = None
-        self._last: tuple[Statistics, Tensor] | None = None
+        self._slope: Tensor | None = None
+        self._last: tuple[Statistics, Tensor, Tensor | None] | None = None
         self._pending: History | None = None
         self._num_backwards = 0  # since the last step
         self._window: Window | None = None
@@ -126,14 +127,16 @@ class RotateOnly(VanillaMTL):
     def total(self, losses: Sequence[Tensor | None]) -> Tensor:
         """The sum of the losses, each divided by its first one if ``normalize_losses`` is set.
 
-        It also notes their values, which :class:`RotoGradNorm` needs: ``sum(losses)`` does as well
-        as this only where neither is the case.
+        In its backward it also notes their values, which :class:`RotoGradNorm` needs, and what a
+        loss scaler multiplied them by, which the first norms of a task that comes late need:
+        ``sum(losses)`` does as well as this only where none of this is the case.
 
         Raises:
             ValueError: as :meth:`VanillaMTL.total` does, or for a first loss of 0 to divide by.
             RuntimeError: for losses with a graph in eval mode, which trains no rotations.
         """
         self.check_losses(losses)
+        values = None
         if not self.training and any(loss is not None and loss.requires_grad for loss in losses):
             raise RuntimeError(
                 "the model is in eval mode, where rotations get no gradient and tasks are not "
@@ -142,18 +145,20 @@ class RotateOnly(VanillaMTL):
             )
         if self.training and torch.is_grad_enabled():
             zero = self.rotations.matrices.new_zeros(())
-            values = [zero if loss is None else loss.detach().to(zero) for loss in losses]
-            self._losses = torch.stack([value.reshape(()) for value in values])
+            values = torch.stack(
+                [zero if loss is None else loss.detach().to(zero).reshape(()) for loss in losses]
+            )
         if self.normalize_losses:
-            initial = self._initial_losses(losses)
+            initial = self._initial_losses(losses, values)
             losses = [
                 None if loss is None else loss / first
                 for loss, first in zip(losses, initial, strict=True)
             ]
-        return sum_of(losses)
+        total = sum_of(losses)
+        return total if values is None else Noted.apply(total, values, self)
 
-    def _initial_losses(self, losses: Sequence[Tensor | None]) -> Tensor:
-        history, now = self._history, self._losses
+    def _initial_losses(self, losses: Sequence[Tensor | None], now: Tensor | None) -> Tensor:
+        history = self._history
         initial = history.initial_losses.to(self.rotations.matrices)
         again = history.step == self.burn_in_period
         if now is not None and (again or bool(initial.isnan().any())):
@@ -169,6 +174,9 @@ class RotateOnly(VanillaMTL):
 
     def _raw_weights(self) -> nn.Parameter | None:
         return None
+
+    def note(self, losses: Tensor, slope: Tensor) -> None:
+        self._losses, self._slope = losses, slope
 
     def given_losses(self) -> Tensor | None:
         losses, self._losses = self._losses, None
@@ -197,8 +205,10 @@ class RotateOnly(VanillaMTL):
         again, history = self._history.step == self.burn_in_period, self._history
         initial_norms = history.initial_norms.to(norms)
         initial_losses = history.initial_losses.to(norms)
+        slope, self._slope = self._slope, None
         if again or not history.complete:
-            initial_norms = reference(initial_norms, norms, present, again=again)
+            own_norms = norms if slope is None else norms / slope.to(norms)
+            initial_norms = reference(initial_norms, own_norms, present, again=again)
             if statistics.losses is not None:
                 initial_losses = reference(initial_losses, statistics.losses, present, again=again)
             if self._pending is not None:  # a task that only an earlier micro-batch had
@@ -208,7 +218,7 @@ class RotateOnly(VanillaMTL):
                 initial_losses = torch.where(present, initial_losses, earlier_losses)
         self._pending = History(history.step + 1, initial_norms, initial_losses, history.complete)
         weights, raw_grad = self._weigh(statistics, self._pending)
-        self._last = (statistics, weights)
+        self._last = (statistics, weights, slope)
         return weights, raw_grad
 
     def _weigh(self, statistics: Statistics, history: History) -> tuple[Tensor, Tensor | None]:
@@ -236,23 +246,26 @@ class RotateOnly(VanillaMTL):
 
     def set_extra_state(self, state: Tensor) -> None:
         if len(state) != 2 + 2 * len(self):
-            raise ValueError(f"the checkpoint is not of a model of {len(self)} tasks")
+            tasks = (len(state) - 2) // 2
+            raise ValueError(f"the checkpoint has {tasks} tasks, this model has {len(self)}")
         self.coop_enabled = bool(state[0])
         self._history = History.from_tensor(state[1:])
-        self._pending = self._losses = self._window = None
+        self._pending = self._losses = self._slope = self._window = None
 
     def measures(self) -> dict[str, float]:
         """How the tasks' gradients agreed in the last backward, by names fit for TensorBoard.
 
         ``grad_norm/<task>``, ``weight/<task>``, ``cosine/<task>_<task>`` of the gradients that
         reach the backbone, ``cosine_before/<task>_<task>`` before they are turned back if
-        ``measure_before_rotation`` is set, and ``orthogonality_error``. Computed at this call;
-        gradients are as the loss scaler left them. Empty before the first backward.
+        ``measure_before_rotation`` is set, and ``orthogonality_error``. Computed at this call.
+        Norms are without the loss scale if the backward was that of :meth:`total`. Empty before
+        the first backward.
         """
         if self._last is None:
             return {}
-        statistics, weights = self._last
-        result = {f"grad_norm/{k}": norm for k, norm in enumerate(statistics.norms.tolist())}
+        statistics, weights, slope = self._last
+        norms = statistics.norms if slope is None else statistics.norms / slope.to(statistics.norms)
+        result = {f"grad_norm/{k}": norm for k, norm in enumerate(norms.tolist())}
         result |= {f"weight/{k}": weight for k, weight in enumerate(weights.tolist())}
         for name, gram in (("", statistics.gram), ("_before", statistics.gram_before)):
             if gram is not None:

@@ -148,6 +148,7 @@ def test_that_a_step_inside_cached_is_refused() -> None:
         ({"size_rotation": SIZE + 1}, "only 6 features"),
         ({"size_rotation": 0}, "at least one"),
         ({"init": "zeros"}, "'zeros'"),
+        ({"burn_in_period": -1}, "number of steps, got -1"),
         ({"alpha": [1.0, 2.0]}, "one finite number"),
         ({"alpha": float("nan")}, "one finite number"),
     ],

@@ -90,7 +90,7 @@ def num_ranks() -> int:
 
 
 class Noted(torch.autograd.Function):
-    """``Noted.apply(total, losses, weighting)``: ``total``, whose backward notes ``losses`` (K,)."""
+    """``Noted.apply(total, losses, weighting)``: ``total``; its backward notes ``losses`` (K,)."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, losses: Tensor, weighting: Weighting) -> Tensor:

@@ -75,6 +75,8 @@ class RotateOnly(VanillaMTL):
         size = size_z if size_rotation is None else size_rotation
         if size > size_z:
             raise ValueError(f"size_rotation is {size}, but there are only {size_z} features")
+        if not isinstance(burn_in_period, int) or burn_in_period < 0:
+            raise ValueError(f"burn_in_period must be a number of steps, got {burn_in_period!r}")
         self.size_z, self.burn_in_period = size_z, burn_in_period
         self.normalize_losses = normalize_losses
         self.exact_accumulation = exact_accumulation

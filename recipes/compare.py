@@ -25,8 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from toolkit.demo import JobFailedError, LaunchedJob, follow, launch
 from toolkit.flag_types import DefaultsFormatter, positive_float, positive_int
+from toolkit.launching import JobFailedError, LaunchedJob, follow, launch
 from toolkit.toy import AUTHORS_SEED, LEAST_LOSS, NUM_STEPS, ToyRun, draw_trajectories, train_toy
 from toolkit.training import clean_errors, new_output_dir
 

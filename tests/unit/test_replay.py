@@ -104,7 +104,7 @@ def test_that_a_replay_ends_in_the_same_weights_and_leaves_the_run_alone(
     assert_same(replay, run.weights)
     assert replay.receiver.steps_alone == 2
     assert replay.receiver.fates() == run.fates
-    assert replay.receiver.evidence()["departed_at"] is None
+    assert replay.receiver.evidence({})["departed_at"] is None
     assert replay.receiver.transport.sequences("receiver") == [], "weights for nobody"
     replay.receiver.close()
     assert listing(run.directory) == before
@@ -161,7 +161,7 @@ def test_that_a_resumed_run_is_replayed_from_its_first_step(start: Start, tmp_pa
     assert KeptPayloads(run_dir).attempt == 2
     assert [entry.sequence for entry in KeptPayloads(run_dir).applied] == [0, 2]
     assert_same(replay, weights(resumed))
-    initial = {job.receiver.evidence()["initial_weights_digest"] for job in (resumed, replay)}
+    initial = {job.receiver.evidence({})["initial_weights_digest"] for job in (resumed, replay)}
     assert len(initial) == 1
     assert initial != {""}
 
@@ -169,11 +169,11 @@ def test_that_a_resumed_run_is_replayed_from_its_first_step(start: Start, tmp_pa
 def test_that_a_replay_says_after_which_step_its_weights_are_others(start: Start, run: Run) -> None:
     replay = start("replay", replay=run.directory)
     replay.step(factor=1.5)
-    assert replay.receiver.evidence()["departed_at"] is None
+    assert replay.receiver.evidence({})["departed_at"] is None
     replay.step()
     replay.step()  # takes the second payload, which names the weights that it was taken at
 
-    assert replay.receiver.evidence()["departed_at"] == 2
+    assert replay.receiver.evidence({})["departed_at"] == 2
 
 
 def rewrite(path: Path) -> None:

@@ -378,13 +378,22 @@ class GradientReceiver(BridgeJob):
             "alien": len(self.transport.alien_names("donor")),
         }
 
-    def evidence(self) -> dict[str, Any]:
+    def evidence(self, model_state: Mapping[str, Tensor]) -> dict[str, Any]:
         """What ``gradient-bridge verify`` must know beside the arguments, for ``results.json``.
 
-        ``attempt``: which start of the receiver this is. ``initial_weights_digest``: of the shared
-        weights at step 0. ``departed_at``, in a replay: as :class:`Replay` has it.
+        Args:
+            model_state: the final weights by plain parameter name.
+
+        Returns:
+            ``attempt``, which start of the receiver this is; the digest of the shared weights at
+            step 0 and of all weights at the end; in a replay ``departed_at``, as :class:`Replay`
+            has it.
         """
-        evidence = {"attempt": self.attempt, "initial_weights_digest": self._initial_digest}
+        evidence = {
+            "attempt": self.attempt,
+            "initial_weights_digest": self._initial_digest,
+            "final_weights_digest": digest_tensors(model_state),
+        }
         if isinstance(self._inbox, Replay):
             evidence["departed_at"] = self._inbox.departed_at
         return evidence

@@ -35,7 +35,7 @@ from toolkit.provenance import flags_of
 EQUAL, DIFFERENT, UNUSABLE = 0, 1, 2  # exit statuses
 NAMED_TENSORS = 5  # of those that differ, so many are named
 # Where the run wrote and whom it waited for; what the weights do not depend on.
-_NOT_REPEATED = (
+NOT_REPEATED = (
     "runs_dir", "run", "peer_wait", "require_peer", "keep_payloads", "replay", "output_dir",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "with_tracking",
     "report_to", "mixed_precision",
@@ -121,7 +121,7 @@ def verify_run(run: FinishedRun, directory: Path, progress: Progress) -> Verific
         run.payloads.read(entry.sequence)
     arguments, environment = run.provenance["arguments"], run.provenance["environment"]
     flags = [
-        *flags_of(arguments, leave_out=_NOT_REPEATED),
+        *flags_of(arguments, leave_out=NOT_REPEATED),
         f"--runs_dir={directory / 'runs'}",
         f"--replay={run.directory.absolute()}",
         f"--mixed_precision={environment['mixed_precision']}",

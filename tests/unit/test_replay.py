@@ -161,7 +161,8 @@ def test_that_a_resumed_run_is_replayed_from_its_first_step(start: Start, tmp_pa
     assert KeptPayloads(run_dir).attempt == 2
     assert [entry.sequence for entry in KeptPayloads(run_dir).applied] == [0, 2]
     assert_same(replay, weights(resumed))
-    initial = {job.receiver.evidence({})["initial_weights_digest"] for job in (resumed, replay)}
+    jobs = (job, resumed, replay)
+    initial = {each.receiver.evidence({})["initial_weights_digest"] for each in jobs}
     assert len(initial) == 1
     assert initial != {""}
 

@@ -21,7 +21,14 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    track,
+)
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
@@ -57,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=DefaultsFormatter,
     )
     add = pair.add_argument
-    add("--methods", nargs="+", default=PAIR_METHODS, help="of recipes/joint.py")
+    add("--methods", nargs="+", metavar="METHOD", default=PAIR_METHODS, help="of recipes/joint.py")
     add("--num_seeds", type=positive_int, default=5, help="seeds 0, 1, ...")
     add("--max_train_steps", type=positive_int, default=2000, help="optimizer steps")
     add("--batch_size", type=positive_int, default=64, help="samples per step")
@@ -154,7 +161,7 @@ def compare_toy(args: argparse.Namespace) -> None:
     runs: dict[str, list[ToyRun]] = {
         name: [
             train_toy(method, seed, init=init, num_steps=args.max_train_steps)  # type: ignore[arg-type]
-            for seed in range(args.num_seeds)
+            for seed in track(range(args.num_seeds), description=name)
         ]
         for name, method, init in TOY_METHODS
     }

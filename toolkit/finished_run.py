@@ -66,7 +66,8 @@ def open_run(directory: Path, output_dir: Path | None = None) -> FinishedRun:
     except FileNotFoundError as error:
         raise BridgeError(
             f"run {directory} has not ended: there is no {error.filename or output_dir}. Resume "
-            "the receiver; if it had an --output_dir, give the same to verify"
+            "the receiver; if it had an --output_dir, give the same to verify. A script of your "
+            "own replays with BridgeConfig(replay=...)"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise BridgeError(

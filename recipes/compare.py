@@ -33,8 +33,9 @@ from rich.progress import (
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from toolkit.demo import JobFailedError, LaunchedJob, follow, launch
 from toolkit.flag_types import DefaultsFormatter, positive_float, positive_int
+from toolkit.flag_types import DefaultsFormatter, positive_float, positive_int
+from toolkit.launching import JobFailedError, LaunchedJob, follow, launch
 from toolkit.methods import find_method
 from toolkit.multitask import PAIR_TASKS
 from toolkit.toy import AUTHORS_SEED, LEAST_LOSS, NUM_STEPS, ToyRun, draw_trajectories, train_toy

@@ -36,6 +36,7 @@ from toolkit.data import in_memory
 from toolkit.flag_types import DefaultsFormatter
 from toolkit.metrics import start_tracking
 from toolkit.models import build_model
+from toolkit.provenance import provenance
 from toolkit.silos import load_data
 from toolkit.training import (
     banner,
@@ -197,6 +198,7 @@ def main() -> None:
     # -- results --------------------------------------------------------------------------------
     progress.close()
     accuracies = measure()
+    state = accelerator.get_state_dict(model)
     results = {
         "recipe": "receiver",
         "accuracies (%)": accuracies,
@@ -205,8 +207,9 @@ def main() -> None:
         "num_processes": accelerator.num_processes,
         "seconds": time.monotonic() - start_time,
         "fates": receiver.fates(),
+        "provenance": {**provenance(accelerator, args), **receiver.evidence(state)},
     }
-    write_results(output_dir, results, accelerator.get_state_dict(model))
+    write_results(output_dir, results, state)
     logger.info(f"accuracy: {describe_accuracies(accuracies)}")
     fates = ", ".join(f"{count} {fate}" for fate, count in receiver.fates().items())
     logger.info(f"steps alone: {receiver.steps_alone}; the donor's payloads: {fates}")

@@ -112,8 +112,9 @@ class Inbox:
             outcome, reason, record = judged
             sequence, answered, entries = verdict.next_cursor, verdict.answered, verdict.entries
             self._note_life(sequence, outcome, receiver_step, peer)
+            applied = record.header.tensors_digest if record and outcome == "applied" else ""
             if outcome != "ended":
-                entries = (*entries, Entry(sequence, outcome, receiver_step, reason))
+                entries = (*entries, Entry(sequence, outcome, receiver_step, reason, applied))
             if record is not None and outcome in ("applied", "skipped"):
                 at = record.header.receiver_step
                 answered = max(answered, at)

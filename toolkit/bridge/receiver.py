@@ -22,9 +22,10 @@ from toolkit.bridge.config import Role
 from toolkit.bridge.errors import PayloadError, PeerError
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.job import BridgeJob
-from toolkit.bridge.ledger import Ledger
+from toolkit.bridge.ledger import Ledger, Resumption, trail_path
 from toolkit.bridge.measures import aggregation_metrics, injection_metrics, inner_products
 from toolkit.bridge.payload import Header, Record, digest_tensors
+from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.rescaling import rescale_factors
 from toolkit.bridge.retention import CheckpointCursors
 
@@ -62,6 +63,8 @@ class GradientReceiver(BridgeJob):
 
     def _attach(self) -> None:
         self._check_head_rests()
+        replay = self.config.replay
+        self._kept = KeptPayloads(Path(replay)) if replay is not None else None
         super()._attach()
         self.completed_steps = 0
         self.completed_windows = 0
@@ -72,17 +75,21 @@ class GradientReceiver(BridgeJob):
         # What the donor has been told that it may delete, exclusive.
         self._acknowledged = self.transport.acknowledged("donor")
         self.ledger = Ledger(
-            self.run_dir / "bridge" / "receiver" / f"ledger-{self.attempt:04d}.jsonl"
-            if self.accelerator.is_main_process
-            else None
+            trail_path(self.run_dir, self.attempt) if self.accelerator.is_main_process else None,
+            durable=self.config.keep_payloads,
         )
-        self._inbox = Inbox(
-            transport=self.transport,
-            read=self._read,
-            expected=dict(self.gradient_parameters),
-            unit=self.config.unit,
-            max_staleness=self.config.max_staleness,
-        )
+        self._inbox: Inbox | Replay
+        if self._kept is not None:
+            self._inbox = Replay(self._kept.path, self._read)
+        else:
+            self._inbox = Inbox(
+                transport=self.transport,
+                read=self._read,
+                expected=dict(self.gradient_parameters),
+                unit=self.config.unit,
+                max_staleness=self.config.max_staleness,
+            )
+        self._initial_digest = ""
         self._retention = CheckpointCursors(self.run_id)
         aggregate = self.config.aggregate
         self._rule = None if aggregate == "sum" else find_rule(aggregate)
@@ -191,6 +198,8 @@ class GradientReceiver(BridgeJob):
         if self._step_was_skipped(injected.scale):
             return False
         if self.accelerator.is_main_process:
+            if self.config.keep_payloads and injected.verdict.digest is not None:
+                self.transport.keep("donor", injected.verdict.sequence)
             self.ledger.record(self._inbox.settle(injected.verdict))
         self.completed_steps += 1
         self.steps_alone += injected.verdict.digest is None
@@ -198,6 +207,9 @@ class GradientReceiver(BridgeJob):
         return True
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _read(self, sequence: int) -> Record:
+        return super()._read(sequence) if self._kept is None else self._kept.read(sequence)
 
     def _receive(self) -> tuple[Verdict, Record | None, float]:
         """The donor's part of this step, the same on every rank."""
@@ -288,6 +300,8 @@ class GradientReceiver(BridgeJob):
             name: tensor.detach().cpu().contiguous() for name, tensor in self.shared.weights.items()
         }
         digest = digest_tensors(tensors)
+        if self.completed_steps == 0:
+            self._initial_digest = digest
         self._inbox.remember(self.completed_steps, digest)
         self.peer.observe()
         if not self._inbox.donor_is_away or self.peer.is_alive(self.config.peer_wait):
@@ -321,6 +335,8 @@ class GradientReceiver(BridgeJob):
 
     def _state(self) -> dict[str, Any]:
         return {
+            "attempt": self.attempt,
+            "initial_digest": self._initial_digest,
             "completed_steps": self.completed_steps,
             "completed_windows": self.completed_windows,
             "steps_alone": self.steps_alone,
@@ -329,10 +345,11 @@ class GradientReceiver(BridgeJob):
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
+        self._initial_digest = state["initial_digest"]
         self.completed_steps = state["completed_steps"]
         self.completed_windows = state["completed_windows"]
         self.steps_alone = state["steps_alone"]
-        self.ledger.counts = dict(state["ledger"])
+        self.ledger.resume(Resumption(state["attempt"], self.completed_steps), state["ledger"])
         self._inbox.load_state(state["inbox"])
 
     def _on_load_state(self, models: list[nn.Module], directory: str) -> None:
@@ -360,6 +377,26 @@ class GradientReceiver(BridgeJob):
             "published": self._inbox.num_settled() + pending,
             "alien": len(self.transport.alien_names("donor")),
         }
+
+    def evidence(self, model_state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What ``gradient-bridge verify`` must know beside the arguments, for ``results.json``.
+
+        Args:
+            model_state: the final weights by plain parameter name.
+
+        Returns:
+            ``attempt``, which start of the receiver this is; the digest of the shared weights at
+            step 0 and of all weights at the end; in a replay ``departed_at``, as :class:`Replay`
+            has it.
+        """
+        evidence = {
+            "attempt": self.attempt,
+            "initial_weights_digest": self._initial_digest,
+            "final_weights_digest": digest_tensors(model_state),
+        }
+        if isinstance(self._inbox, Replay):
+            evidence["departed_at"] = self._inbox.departed_at
+        return evidence
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from toolkit.bridge.measures import aggregation_metrics, injection_metrics, inne
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.rescaling import rescale_factors
 from toolkit.bridge.retention import CheckpointCursors
+from toolkit.sharding import full_tensor, shard_like
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class GradientReceiver(BridgeJob):
         self.completed_windows = 0
         self.steps_alone = 0
         self._has_published = False
+        self._weights: dict[str, Tensor] = {}  # main process: the present ones, whole, on the CPU
         self._step_on_disk = -1  # of the newest weights that a donor can read
         self._injected: _Injection | None = None
         # What the donor has been told that it may delete, exclusive.
@@ -133,7 +135,7 @@ class GradientReceiver(BridgeJob):
         if self._injected is not None:
             raise RuntimeError("inject() was called twice in this accumulation window")
         window = self.accumulator.close()
-        self.accumulator.reduce_unmanaged_(self.model.named_parameters())
+        self.accumulator.reduce_unmanaged_(self.parameters.items())
         verdict, record, wait_seconds = self._receive()
         num_donor = record.header.count if record is not None else 0.0
         own_factor, donor_factor = rescale_factors(
@@ -145,7 +147,7 @@ class GradientReceiver(BridgeJob):
         )
         for parameter in self.shared.head.values():
             parameter.grad = None  # zeros would let the optimizer's moments move the head
-        scale_grads_(self.model.parameters(), window.sum_factor * own_factor)
+        scale_grads_(self.parameters.values(), window.sum_factor * own_factor)
         self._injected = _Injection(window.scale, verdict)
         self.metrics = {
             "loss/own (per sample)": window.loss,
@@ -154,12 +156,13 @@ class GradientReceiver(BridgeJob):
         }
         if record is not None:
             tensors = {
-                name: record.tensors[name].to(device=parameter.device, dtype=parameter.dtype)
-                for name, parameter in self.gradient_parameters.items()
+                name: shard_like(record.tensors[name].to(p.device, p.dtype), p)
+                for name, p in self.gradient_parameters.items()
             }
             backbone, heads = inner_products(
-                self.model, self.shared.backbone, tensors, 1 / window.scale, donor_factor
-            )
+                self.parameters.values(), self.shared.backbone, tensors, self.control,
+                1 / window.scale, donor_factor,
+            )  # fmt: skip
             self.metrics |= injection_metrics(backbone, heads, window, record, donor_factor)
             own_weight, donor_weight = self._weigh(backbone)
             if own_weight != 1.0:
@@ -223,13 +226,13 @@ class GradientReceiver(BridgeJob):
         """On the main process: one look at the donor's stream."""
         if self.transport.rejection("receiver", self._next_sequence - 1) is not None:
             logger.warning("the donor could not read the weights; publishing them again")
-            self._publish_weights()
+            self._offer_weights()
         verdict = self._inbox.look(self.completed_steps, self.peer)
         if self._inbox.donor_is_away and self.config.require_peer:
             raise PeerError("the donor has ended, and --require_peer is set")
         if verdict is None and self._step_on_disk != self.completed_steps:
             # The donor is back after a silence in which nothing was published for it.
-            self._publish_weights()
+            self._offer_weights()
         return verdict
 
     def _give_up(self, reason: str) -> Verdict | None:
@@ -280,13 +283,19 @@ class GradientReceiver(BridgeJob):
         return fell or bool(getattr(self.optimizer, "step_was_skipped", False))
 
     def _publish_weights(self) -> None:
-        """Publish the present weights, unless nobody is there to read them (main process)."""
+        """Take the present weights and publish them. A collective where they are sharded."""
         self._has_published = True
-        if not self.accelerator.is_main_process:
-            return
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.shared.weights.items()
-        }
+        self._weights = {}  # free the last ones first
+        for name, tensor in self.shared.weights.items():
+            whole = full_tensor(tensor.detach())
+            if self.accelerator.is_main_process:
+                self._weights[name] = whole.cpu().contiguous()
+        if self.accelerator.is_main_process:
+            self._offer_weights()
+
+    def _offer_weights(self) -> None:
+        """Publish the newest weights taken, unless nobody is there (main process)."""
+        tensors = self._weights
         digest = digest_tensors(tensors)
         self._inbox.remember(self.completed_steps, digest)
         self.peer.observe()

@@ -41,14 +41,14 @@ def check_configuration(accelerator: Accelerator, *, may_shard: bool = False) ->
     for variable, (name, requested) in _REQUESTS.items():
         if os.environ.get(variable, "").lower() in ("1", "true") and kind != requested:
             raise ValueError(
-                f"{name} is configured ({variable}=true), but on device {accelerator.device.type} "
-                f"with {accelerator.num_processes} process(es) Accelerate would train as {kind} "
-                f"without a word. Launch on several GPUs, or configure {_USE}"
+                f"{name} is configured ({variable}=true), but with {accelerator.num_processes} "
+                f"process(es) on device {accelerator.device.type} Accelerate would train as "
+                f"{kind.value} without a word. Launch on several GPUs, or configure {_USE}"
             )
     if kind == DistributedType.FSDP:
         _check_fsdp(accelerator, may_shard)
     elif kind not in _REPLICATED:
-        reason = _REASONS.get(kind, f"{kind}: nobody has tried it")
+        reason = _REASONS.get(kind, f"distributed type {kind.value}, which nobody has tried")
         raise ValueError(f"not supported: {reason}. Configure {_USE}")
     parallelism = accelerator.parallelism_config
     if parallelism is not None and parallelism.non_dp_dim_names:

@@ -24,6 +24,7 @@ CASES = [
         Case(sharded="receiver", max_grad_norm=0.05, rescale="append", optimizer="momentum"),
         Case(sharded="both", prepared=False, accumulation=3, donor_accumulation=3),
         Case(sharded="receiver", prepared=False, aggregate="pcgrad", optimizer="sgd"),
+        Case(sharded="receiver", mutation="torn_weights"),  # which are published once more
     )
 ]
 SOUND = Case(

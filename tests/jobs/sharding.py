@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,7 +17,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from tests.oracle import NUM_FEATURES, Case, build_optimizer
 from toolkit.bridge import accumulation, donor, receiver
-from toolkit.sharding import full_tensor, is_sharded, local_tensor
+from toolkit.bridge.transport import DirectoryTransport
+from toolkit.sharding import full_tensor, is_sharded, local_tensor, shard_like
 
 ROLES = {"h1": "receiver", "h2": "donor"}
 # As configuration files of the launcher would have them: every layer a unit of its own, or all one.
@@ -43,13 +46,19 @@ def mode(accelerator: Accelerator, case: Case, role: str) -> Iterator[None]:
     if not case.prepared or case.sharded not in (role, "both"):
         yield
         return
-    state = accelerator.state
-    before = state.distributed_type
-    state.distributed_type = DistributedType.FSDP
-    state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **SETTINGS[role])
+    before = accelerator.distributed_type
+    set_type(accelerator, DistributedType.FSDP)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **SETTINGS[role])
+    accelerator.state.fsdp_plugin = plugin
     yield
-    state.distributed_type = before
-    del state.fsdp_plugin
+    set_type(accelerator, before)
+    del accelerator.state.fsdp_plugin
+
+
+def set_type(accelerator: Accelerator, distributed_type: DistributedType) -> None:
+    """Let Accelerate take its present ranks for these."""
+    for state in (PartialState(), accelerator.state):  # new instances copy the first one's
+        state.distributed_type = distributed_type
 
 
 def shard(
@@ -86,6 +95,7 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
 
 # -- deliberate faults ----------------------------------------------------------------------------
 
+_publish = DirectoryTransport.publish
 _reduce_unmanaged = accumulation.WindowAccumulator.reduce_unmanaged_
 
 
@@ -109,9 +119,21 @@ def _reduce_twice(self: accumulation.WindowAccumulator, parameters: Any) -> None
 
 def _shard_of_another_rank(tensor: Tensor, like: Tensor) -> Tensor:
     """Split the other way round: every rank takes the part of another."""
-    from toolkit.sharding import shard_like
-
     return shard_like(tensor.flip(0), like)
+
+
+def _torn_weights(
+    self: DirectoryTransport, job: str, sequence: int, write: Callable[[Path], object]
+) -> int:
+    """Not a wrong bridge but a bad disk: the donor cannot read the weights of one step."""
+
+    def write_half(path: Path) -> None:
+        write(path)
+        os.truncate(path, path.stat().st_size // 2)
+
+    return _publish(
+        self, job, sequence, write_half if (job, sequence) == ("receiver", 2) else write
+    )
 
 
 MUTATIONS: dict[str, tuple[Any, str, Any]] = {
@@ -120,4 +142,5 @@ MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     "reduce_twice": (accumulation.WindowAccumulator, "reduce_unmanaged_", _reduce_twice),
     "shard_of_another_rank": (receiver, "shard_like", _shard_of_another_rank),
     "stale_copies": (donor, "reshard", lambda model: None),
+    "torn_weights": (DirectoryTransport, "publish", _torn_weights),
 }

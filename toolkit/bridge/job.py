@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 
 from toolkit.bridge import files
@@ -34,7 +35,7 @@ from toolkit.bridge.runs import CHECKPOINT_FILE, attach, read_checkpoint
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.configuration import check_configuration
 from toolkit.parameters import check_in_optimizer, check_optimizer_within, shared_parameters
-from toolkit.sharding import check_sharding, reshard
+from toolkit.sharding import check_sharding, is_sharded, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -257,6 +258,12 @@ class BridgeJob:
 
     def _on_save_state(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
         self._check_at_boundary()
+        sharded = any(map(is_sharded, self.parameters.values()))
+        if sharded and self.accelerator.distributed_type != DistributedType.FSDP:
+            raise RuntimeError(
+                "save_state() would write rank 0's shards only, because Accelerate has not sharded "
+                "this model: let it do so (accelerate_configs/fsdp2.yaml)"
+            )
         if self.accelerator.is_main_process:
             content = {
                 "role": self.role,

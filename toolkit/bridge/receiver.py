@@ -20,6 +20,7 @@ from toolkit.aggregation import find_rule, guarded_weights
 from toolkit.bridge.accumulation import scale_grads_
 from toolkit.bridge.config import Role
 from toolkit.bridge.errors import PayloadError, PeerError
+from toolkit.bridge.frozen_state import FrozenOptimizerState, frozen_sharded
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger
@@ -86,6 +87,9 @@ class GradientReceiver(BridgeJob):
             max_staleness=self.config.max_staleness,
         )
         self._retention = CheckpointCursors(self.run_id)
+        if frozen := frozen_sharded(self.shared.head):
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            self.accelerator.register_for_checkpointing(FrozenOptimizerState(inner, frozen))
         aggregate = self.config.aggregate
         self._rule = None if aggregate == "sum" else find_rule(aggregate)
 

@@ -110,20 +110,23 @@ def test_that_the_bridge_refuses_with_the_reason(mesh: DeviceMesh, tmp_path: Pat
 def test_that_a_backward_that_is_never_reduced_is_noticed(mesh: DeviceMesh, tmp_path: Path) -> None:
     accelerator, network, optimizer = prepared(mesh)
     config = BridgeConfig(runs_dir=tmp_path / "runs", peer_wait=0.1)
-    receiver = GradientReceiver(accelerator, network, optimizer, config)
-    network.set_requires_gradient_sync(False)  # type: ignore[operator]
-    inputs, labels = next(batches("h1", [5]))
-    receiver.backward(F.cross_entropy(network(inputs, "h1"), labels), num_samples=5)
-    with pytest.raises(RuntimeError, match="FSDP2 has reduced no gradient"):
-        receiver.inject()
+    with GradientReceiver(accelerator, network, optimizer, config) as receiver:
+        network.set_requires_gradient_sync(False)  # type: ignore[operator]
+        inputs, labels = next(batches("h1", [5]))
+        receiver.backward(F.cross_entropy(network(inputs, "h1"), labels), num_samples=5)
+        with pytest.raises(RuntimeError, match="FSDP2 has reduced no gradient"):
+            receiver.inject()
 
 
 def test_that_a_checkpoint_of_one_shard_is_refused(mesh: DeviceMesh, tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     network = sharded_network(mesh, ("h2",))
     optimizer = accelerator.prepare(torch.optim.AdamW(network.parameters()))
-    GradientDonor(accelerator, network, optimizer, BridgeConfig(runs_dir=tmp_path / "runs"))
-    with pytest.raises(RuntimeError, match="rank 0's shards only"):
+    config = BridgeConfig(runs_dir=tmp_path / "runs")
+    with (
+        GradientDonor(accelerator, network, optimizer, config),
+        pytest.raises(RuntimeError, match="rank 0's shards only"),
+    ):
         accelerator.save_state(str(tmp_path / "checkpoint"))
 
 

@@ -47,7 +47,8 @@ class GradientDonor(BridgeJob):
 
     Args:
         accelerator: the job's accelerator.
-        model: the prepared model: the receiver's backbone and the donor's head.
+        model: the prepared model, whole or sharded by FSDP2: the receiver's backbone and the
+            donor's head.
         optimizer: its optimizer, used only while the donor trains alone.
         config: the settings; by default lockstep in ``runs``.
         backbone: name of the backbone's submodule.
@@ -64,7 +65,8 @@ class GradientDonor(BridgeJob):
 
     Raises:
         ValueError: for an unknown module, or shared parameters that the optimizer lacks.
-        BridgeError: for a run that cannot be joined.
+        BridgeError: for a run that cannot be joined, or a job that is launched in a way that is not
+            supported.
     """
 
     role: ClassVar[Role] = "donor"

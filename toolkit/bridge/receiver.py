@@ -40,9 +40,9 @@ class GradientReceiver(BridgeJob):
 
     Args:
         accelerator: the job's accelerator.
-        model: the prepared model. The donor's head must not be managed by DDP: call
-            ``requires_grad_(False)`` on it before ``prepare``, and give all parameters to the
-            optimizer.
+        model: the prepared model, whole or sharded by FSDP2. The donor's head must not be managed
+            by DDP: call ``requires_grad_(False)`` on it before ``prepare``, and give all parameters
+            to the optimizer.
         optimizer: its optimizer, with the shared parameters in its groups.
         config: the settings; by default lockstep in ``runs``.
         backbone: name of the backbone's submodule.
@@ -57,7 +57,8 @@ class GradientReceiver(BridgeJob):
 
     Raises:
         ValueError: for an unknown module, or shared parameters that the optimizer lacks.
-        BridgeError: for a run that cannot be joined.
+        BridgeError: for a run that cannot be joined, or a job that is launched in a way that is not
+            supported.
     """
 
     role: ClassVar[Role] = "receiver"

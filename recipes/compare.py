@@ -34,7 +34,6 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from toolkit.flag_types import DefaultsFormatter, positive_float, positive_int
-from toolkit.flag_types import DefaultsFormatter, positive_float, positive_int
 from toolkit.launching import JobFailedError, LaunchedJob, follow, launch
 from toolkit.methods import find_method
 from toolkit.multitask import PAIR_TASKS

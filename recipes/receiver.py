@@ -32,6 +32,7 @@ from toolkit.bridge.arguments import (
     receiver_arguments,
     rescaling_arguments,
 )
+from toolkit.configuration import check_configuration
 from toolkit.data import in_memory
 from toolkit.flag_types import DefaultsFormatter
 from toolkit.metrics import start_tracking
@@ -89,6 +90,8 @@ def main() -> None:
         project_dir=args.runs_dir,
     )
     configure_logging(accelerator)
+    with clean_errors(ValueError):
+        check_configuration(accelerator, may_shard=True)
     set_seed(args.seed)
 
     # -- data, model ----------------------------------------------------------------------------
@@ -171,7 +174,8 @@ def main() -> None:
             batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
             for images, labels in batches:
                 with accelerator.accumulate(model):
-                    logits = model(images.to(dtype), [OWN_HEAD])[OWN_HEAD]
+                    # FSDP2 in mixed precision gives half precision.
+                    logits = model(images.to(dtype), [OWN_HEAD])[OWN_HEAD].to(dtype)
                     loss = F.cross_entropy(logits, labels, reduction=args.loss_reduction)
                     receiver.backward(loss, num_samples=len(labels))
                     receiver.inject()

@@ -20,6 +20,7 @@ from toolkit.aggregation import find_rule, guarded_weights
 from toolkit.bridge.accumulation import scale_grads_
 from toolkit.bridge.config import Role
 from toolkit.bridge.errors import PayloadError, PeerError
+from toolkit.bridge.frozen_state import FrozenOptimizerState, frozen_sharded
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger, Resumption, trail_path
@@ -28,6 +29,7 @@ from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.rescaling import rescale_factors
 from toolkit.bridge.retention import CheckpointCursors
+from toolkit.sharding import full_tensor, shard_like
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +41,9 @@ class GradientReceiver(BridgeJob):
 
     Args:
         accelerator: the job's accelerator.
-        model: the prepared model. The donor's head must not be managed by DDP: call
-            ``requires_grad_(False)`` on it before ``prepare``, and give all parameters to the
-            optimizer.
+        model: the prepared model, whole or sharded by FSDP2. The donor's head must not be managed
+            by DDP: call ``requires_grad_(False)`` on it before ``prepare``, and give all parameters
+            to the optimizer.
         optimizer: its optimizer, with the shared parameters in its groups.
         config: the settings; by default lockstep in ``runs``.
         backbone: name of the backbone's submodule.
@@ -56,7 +58,8 @@ class GradientReceiver(BridgeJob):
 
     Raises:
         ValueError: for an unknown module, or shared parameters that the optimizer lacks.
-        BridgeError: for a run that cannot be joined.
+        BridgeError: for a run that cannot be joined, or a job that is launched in a way that is not
+            supported.
     """
 
     role: ClassVar[Role] = "receiver"
@@ -70,6 +73,7 @@ class GradientReceiver(BridgeJob):
         self.completed_windows = 0
         self.steps_alone = 0
         self._has_published = False
+        self._weights: dict[str, Tensor] = {}  # main process: the present ones, whole, on the CPU
         self._step_on_disk = -1  # of the newest weights that a donor can read
         self._injected: _Injection | None = None
         # What the donor has been told that it may delete, exclusive.
@@ -91,6 +95,9 @@ class GradientReceiver(BridgeJob):
             )
         self._initial_digest = ""
         self._retention = CheckpointCursors(self.run_id)
+        if frozen := frozen_sharded(self.shared.head):
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            self.accelerator.register_for_checkpointing(FrozenOptimizerState(inner, frozen))
         aggregate = self.config.aggregate
         self._rule = None if aggregate == "sum" else find_rule(aggregate)
 
@@ -140,7 +147,7 @@ class GradientReceiver(BridgeJob):
         if self._injected is not None:
             raise RuntimeError("inject() was called twice in this accumulation window")
         window = self.accumulator.close()
-        self.accumulator.reduce_unmanaged_(self.model.named_parameters())
+        self.accumulator.reduce_unmanaged_(self.parameters.items())
         verdict, record, wait_seconds = self._receive()
         num_donor = record.header.count if record is not None else 0.0
         own_factor, donor_factor = rescale_factors(
@@ -152,7 +159,7 @@ class GradientReceiver(BridgeJob):
         )
         for parameter in self.shared.head.values():
             parameter.grad = None  # zeros would let the optimizer's moments move the head
-        scale_grads_(self.model.parameters(), window.sum_factor * own_factor)
+        scale_grads_(self.parameters.values(), window.sum_factor * own_factor)
         self._injected = _Injection(window.scale, verdict)
         self.metrics = {
             "loss/own (per sample)": window.loss,
@@ -161,12 +168,13 @@ class GradientReceiver(BridgeJob):
         }
         if record is not None:
             tensors = {
-                name: record.tensors[name].to(device=parameter.device, dtype=parameter.dtype)
-                for name, parameter in self.gradient_parameters.items()
+                name: shard_like(record.tensors[name].to(p.device, p.dtype), p)
+                for name, p in self.gradient_parameters.items()
             }
             backbone, heads = inner_products(
-                self.model, self.shared.backbone, tensors, 1 / window.scale, donor_factor
-            )
+                self.parameters.values(), self.shared.backbone, tensors, self.control,
+                1 / window.scale, donor_factor,
+            )  # fmt: skip
             self.metrics |= injection_metrics(backbone, heads, window, record, donor_factor)
             own_weight, donor_weight = self._weigh(backbone)
             if own_weight != 1.0:
@@ -235,13 +243,13 @@ class GradientReceiver(BridgeJob):
         """On the main process: one look at the donor's stream."""
         if self.transport.rejection("receiver", self._next_sequence - 1) is not None:
             logger.warning("the donor could not read the weights; publishing them again")
-            self._publish_weights()
+            self._offer_weights()
         verdict = self._inbox.look(self.completed_steps, self.peer)
         if self._inbox.donor_is_away and self.config.require_peer:
             raise PeerError("the donor has ended, and --require_peer is set")
         if verdict is None and self._step_on_disk != self.completed_steps:
             # The donor is back after a silence in which nothing was published for it.
-            self._publish_weights()
+            self._offer_weights()
         return verdict
 
     def _give_up(self, reason: str) -> Verdict | None:
@@ -292,13 +300,19 @@ class GradientReceiver(BridgeJob):
         return fell or bool(getattr(self.optimizer, "step_was_skipped", False))
 
     def _publish_weights(self) -> None:
-        """Publish the present weights, unless nobody is there to read them (main process)."""
+        """Take the present weights and publish them. A collective where they are sharded."""
         self._has_published = True
-        if not self.accelerator.is_main_process:
-            return
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.shared.weights.items()
-        }
+        self._weights = {}  # free the last ones first
+        for name, tensor in self.shared.weights.items():
+            whole = full_tensor(tensor.detach())
+            if self.accelerator.is_main_process:
+                self._weights[name] = whole.cpu().contiguous()
+        if self.accelerator.is_main_process:
+            self._offer_weights()
+
+    def _offer_weights(self) -> None:
+        """Publish the newest weights taken, unless nobody is there (main process)."""
+        tensors = self._weights
         digest = digest_tensors(tensors)
         if self.completed_steps == 0:
             self._initial_digest = digest

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from toolkit.arguments import check_output_arguments, output_arguments, step_arguments
+from toolkit.configuration import check_configuration
 from toolkit.data import endless_batches
 from toolkit.flag_types import (
     DefaultsFormatter,
@@ -161,6 +162,8 @@ def main() -> None:
         project_dir="runs",
     )
     configure_logging(accelerator)
+    with clean_errors(ValueError):
+        check_configuration(accelerator)
     set_seed(args.seed)
     output_dir = output_directory(args, "adversarial")
 

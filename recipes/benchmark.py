@@ -50,7 +50,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--num_tasks", nargs="+", type=positive_int, default=list(NUM_TASKS), help="K, of each")
     add("--sizes", nargs="+", type=positive_int, default=list(SIZES), help="d, of each")
     rotograd.set_defaults(measure=measure_rotograd)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.output is not None and not args.output.absolute().parent.is_dir():
+        parser.error(f"--output: there is no directory {args.output.absolute().parent}")
+    return args
 
 
 def main() -> None:

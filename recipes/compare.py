@@ -20,13 +20,23 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    track,
+)
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
-from toolkit.demo import JobFailedError, LaunchedJob, follow, launch
 from toolkit.flag_types import DefaultsFormatter, positive_float, positive_int
+from toolkit.launching import JobFailedError, LaunchedJob, follow, launch
+from toolkit.methods import find_method
+from toolkit.multitask import PAIR_TASKS
 from toolkit.toy import AUTHORS_SEED, LEAST_LOSS, NUM_STEPS, ToyRun, draw_trajectories, train_toy
 from toolkit.training import clean_errors, new_output_dir
 
@@ -57,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=DefaultsFormatter,
     )
     add = pair.add_argument
-    add("--methods", nargs="+", default=PAIR_METHODS, help="of recipes/joint.py")
+    add("--methods", nargs="+", metavar="METHOD", default=PAIR_METHODS, help="of recipes/joint.py")
     add("--num_seeds", type=positive_int, default=5, help="seeds 0, 1, ...")
     add("--max_train_steps", type=positive_int, default=2000, help="optimizer steps")
     add("--batch_size", type=positive_int, default=64, help="samples per step")
@@ -75,13 +85,21 @@ def parse_arguments() -> argparse.Namespace:
     toy.add_argument("--num_seeds", type=positive_int, default=20, help="seeds 0, 1, ...")
     toy.add_argument("--max_train_steps", type=positive_int, default=NUM_STEPS, help="steps")
     toy.set_defaults(compare=compare_toy)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for method in getattr(args, "methods", ()):
+        try:
+            find_method(method, len(PAIR_TASKS))
+        except ValueError as error:
+            pair.error(f"--methods: {error}")
+        if args.methods.count(method) > 1:
+            pair.error(f"--methods: {method!r} is there more than once")
+    return args
 
 
 def spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation, with digits that suit the size."""
     mean = statistics.mean(values)
-    digits = 1 if abs(mean) >= 10 else 2 if abs(mean) >= 0.1 else 5
+    digits = 1 if abs(mean) >= 10 else 2 if abs(mean) >= 0.1 else 4
     if len(values) == 1:
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
@@ -89,9 +107,9 @@ def spread(values: Sequence[float]) -> str:
 
 def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """The first column is the rows' names."""
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(heading.replace("/", "\n"), justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -154,7 +172,7 @@ def compare_toy(args: argparse.Namespace) -> None:
     runs: dict[str, list[ToyRun]] = {
         name: [
             train_toy(method, seed, init=init, num_steps=args.max_train_steps)  # type: ignore[arg-type]
-            for seed in range(args.num_seeds)
+            for seed in track(range(args.num_seeds), description=name)
         ]
         for name, method, init in TOY_METHODS
     }

@@ -32,6 +32,7 @@ from toolkit.bridge.arguments import (
     checkpoint_to_resume,
     donor_arguments,
 )
+from toolkit.configuration import check_configuration
 from toolkit.data import in_memory
 from toolkit.flag_types import DefaultsFormatter
 from toolkit.metrics import start_tracking
@@ -88,6 +89,8 @@ def main() -> None:
         project_dir=args.runs_dir,
     )
     configure_logging(accelerator)
+    with clean_errors(ValueError):
+        check_configuration(accelerator, may_shard=True)
     set_seed(args.seed)
 
     # -- data, model ----------------------------------------------------------------------------
@@ -159,7 +162,8 @@ def main() -> None:
     with donor, logging_redirect_tqdm():
         for images, labels in donor.follow(dataloader, max_windows):
             with accelerator.accumulate(model):
-                logits = model(images.to(dtype), [HEAD])[HEAD]
+                # FSDP2 in mixed precision gives half precision.
+                logits = model(images.to(dtype), [HEAD])[HEAD].to(dtype)
                 loss = F.cross_entropy(logits, labels, reduction=args.loss_reduction)
                 donor.backward(loss, num_samples=len(labels))
                 if not donor.publish():  # no receiver: an ordinary step

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from toolkit.arguments import check_arguments, data_arguments, training_arguments
 from toolkit.bridge.arguments import rescaling_arguments
 from toolkit.bridge.rescaling import check_rule, rescale_factors
+from toolkit.configuration import check_configuration
 from toolkit.data import TASKS, window_indices, windows_per_epoch
 from toolkit.flag_types import DefaultsFormatter, positive_int
 from toolkit.methods import (
@@ -158,6 +159,8 @@ def main() -> None:
         project_dir="runs",
     )
     configure_logging(accelerator)
+    with clean_errors(ValueError):
+        check_configuration(accelerator)
     set_seed(args.seed)
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     output_dir = output_directory(args, "joint")

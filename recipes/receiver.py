@@ -32,10 +32,12 @@ from toolkit.bridge.arguments import (
     receiver_arguments,
     rescaling_arguments,
 )
+from toolkit.configuration import check_configuration
 from toolkit.data import in_memory
 from toolkit.flag_types import DefaultsFormatter
 from toolkit.metrics import start_tracking
 from toolkit.models import build_model
+from toolkit.provenance import provenance
 from toolkit.silos import load_data
 from toolkit.training import (
     banner,
@@ -88,6 +90,8 @@ def main() -> None:
         project_dir=args.runs_dir,
     )
     configure_logging(accelerator)
+    with clean_errors(ValueError):
+        check_configuration(accelerator, may_shard=True)
     set_seed(args.seed)
 
     # -- data, model ----------------------------------------------------------------------------
@@ -170,7 +174,8 @@ def main() -> None:
             batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
             for images, labels in batches:
                 with accelerator.accumulate(model):
-                    logits = model(images.to(dtype), [OWN_HEAD])[OWN_HEAD]
+                    # FSDP2 in mixed precision gives half precision.
+                    logits = model(images.to(dtype), [OWN_HEAD])[OWN_HEAD].to(dtype)
                     loss = F.cross_entropy(logits, labels, reduction=args.loss_reduction)
                     receiver.backward(loss, num_samples=len(labels))
                     receiver.inject()
@@ -197,6 +202,7 @@ def main() -> None:
     # -- results --------------------------------------------------------------------------------
     progress.close()
     accuracies = measure()
+    state = accelerator.get_state_dict(model)
     results = {
         "recipe": "receiver",
         "accuracies (%)": accuracies,
@@ -205,8 +211,9 @@ def main() -> None:
         "num_processes": accelerator.num_processes,
         "seconds": time.monotonic() - start_time,
         "fates": receiver.fates(),
+        "provenance": {**provenance(accelerator, args), **receiver.evidence(state)},
     }
-    write_results(output_dir, results, accelerator.get_state_dict(model))
+    write_results(output_dir, results, state)
     logger.info(f"accuracy: {describe_accuracies(accuracies)}")
     fates = ", ".join(f"{count} {fate}" for fate, count in receiver.fates().items())
     logger.info(f"steps alone: {receiver.steps_alone}; the donor's payloads: {fates}")

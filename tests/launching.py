@@ -121,10 +121,13 @@ class Launcher:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         log: Path | None = None,
+        config: Path = CPU_CONFIG,
     ) -> Job:
         """``launch``, with a log file in ``directory`` unless ``log`` is given."""
         log = log or self.directory / f"job-{len(self.jobs)}-{Path(script).stem}.log"
-        job = launch(script, *args, num_processes=num_processes, env=env, cwd=cwd, log=log)
+        job = launch(
+            script, *args, num_processes=num_processes, env=env, cwd=cwd, log=log, config=config
+        )
         self.jobs.append(job)
         return job
 
@@ -148,6 +151,7 @@ def launch(
     num_processes: int = 1,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    config: Path = CPU_CONFIG,
 ) -> Job:
     """Start ``script`` on the CPU under ``accelerate launch`` and return at once.
 
@@ -160,13 +164,14 @@ def launch(
         num_processes: ranks. More than one meet on a free port, so that jobs can run side by side.
         env: additions to this process's environment.
         cwd: the working directory; the repository root by default.
+        config: the launcher's configuration for more than one rank.
     """
     mark = uuid.uuid4().hex
     if num_processes == 1:
         options = ["--cpu", "--num_processes", "1"]
     else:
         # This file's `main_process_port: 0` lets the launcher choose a port just before it is used.
-        options = ["--config_file", str(CPU_CONFIG), "--num_processes", str(num_processes)]
+        options = ["--config_file", str(config), "--num_processes", str(num_processes)]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(script)]
     search_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {

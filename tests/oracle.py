@@ -41,6 +41,7 @@ class Case:
     max_grad_norm: float | None = None
     num_steps: int = 50
     prepared: bool = True  # False: the model is not prepared, so that no DDP reduces its gradients
+    sharded: str = ""  # "donor", "receiver" or "both": by FSDP2, through Accelerate if prepared
     max_staleness: int = 0
     donor_pause: float = 0.0  # seconds that the donor sleeps before each window
     mutation: str = ""  # applied in one of the jobs, see tests/jobs/bridge_job.py

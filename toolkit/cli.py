@@ -42,6 +42,30 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where results go")
     demo.set_defaults(run=_demo)
+    verify = commands.add_parser(
+        "verify",
+        help="replay a finished run without its donor, and compare the weights bit by bit",
+        description=(
+            "Check every payload that the receiver of a run applied against the run's ledger, then "
+            "launch the receiver again, with the same arguments and ranks and these payloads in "
+            "place of a donor, and compare its final weights with the run's. For runs of "
+            "recipes/receiver.py with --keep_payloads, resumed ones too."
+        ),
+        epilog=(
+            "Exit status: 0 if the weights are bitwise equal, 1 if not, 2 if the run cannot be "
+            "replayed (not ended, no payloads kept, a payload missing or changed). Equal bits can "
+            "be asked for on the CPU, with the versions of torch that the run had; on a GPU, look "
+            "at the largest difference."
+        ),
+        formatter_class=DefaultsFormatter,
+    )
+    verify.add_argument("run_dir", metavar="RUN", help="a run: runs/0001, or 0001 in --runs_dir")
+    verify.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are")
+    verify.add_argument(
+        "--output_dir", type=Path, help="of the receiver, if it was given one; else RUN/receiver"
+    )
+    verify.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    verify.set_defaults(run=_verify)
     return parser
 
 
@@ -49,6 +73,12 @@ def _demo(args: argparse.Namespace) -> int:
     from toolkit.demo import run_demo
 
     return run_demo(args)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from toolkit.verify import run_verify
+
+    return run_verify(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

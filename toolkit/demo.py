@@ -7,14 +7,7 @@ the same time. Every job is started with ``accelerate launch``, on the CPU, as a
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import os
-import re
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,108 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from toolkit.launching import JobFailedError, LaunchedJob, follow, launch
+
 ALONE_PEER_WAIT_SECONDS = 1
-_TQDM = re.compile(r"(\d+)(?:/(\d+)|it) \[")
-_LOG_TAIL_LINES = 40
-
-
-class JobFailedError(RuntimeError):
-    """A launched job ended with an error; the message holds the end of its output."""
-
-
-@dataclasses.dataclass(slots=True)
-class LaunchedJob:
-    """One ``accelerate launch`` process with its log file and results directory."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    output_dir: Path
-
-    def progress(self) -> tuple[int, int | None]:
-        """Steps done and, where the job knows, steps planned, from its own progress bar."""
-        found = _TQDM.findall(self.log.read_text(errors="replace")[-2000:])
-        done, planned = found[-1] if found else (0, "")
-        return int(done), int(planned) if planned else None
-
-    def check(self) -> bool:
-        """Whether the job has ended; raises :class:`JobFailedError` if it failed."""
-        status = self.process.poll()
-        if status:
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
-            raise JobFailedError(f"{self.name} ended with status {status}; {self.log}:\n{tail}")
-        return status == 0
-
-    def results(self) -> dict[str, object]:
-        """The job's ``results.json``."""
-        content: dict[str, object] = json.loads((self.output_dir / "results.json").read_bytes())
-        return content
-
-    def stop(self) -> None:
-        """Ask the job to end if it still runs, and see that it does."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-
-
-def bundled(name: str) -> Path:
-    """Where ``recipes`` or ``accelerate_configs`` lie: in the package, or in the checkout."""
-    package = Path(__file__).resolve().parent
-    for directory in (package / name, package.parent / name):
-        if directory.is_dir():
-            return directory
-    raise FileNotFoundError(f"{name!r} is neither in {package} nor in {package.parent}")
-
-
-def launch(
-    recipe: str, name: str, output_dir: Path, flags: Sequence[object], num_processes: int = 1
-) -> LaunchedJob:
-    """Start one recipe; its output goes to ``<output_dir>.log``."""
-    if num_processes == 1:
-        options = ["--cpu", "--num_processes=1", "--num_machines=1", "--dynamo_backend=no"]
-        options += ["--mixed_precision=no"]
-    else:
-        config = bundled("accelerate_configs") / "cpu_2proc.yaml"
-        options = [f"--config_file={config}", f"--num_processes={num_processes}"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options]
-    command += [str(bundled("recipes") / f"{recipe}.py"), *map(str, flags)]
-    log = output_dir.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
-    return LaunchedJob(name, process, log, output_dir)
-
-
-def follow(jobs: Sequence[LaunchedJob], progress: Progress) -> None:
-    """Show the jobs' progress until all have ended; stop the others if one fails."""
-    tasks = {job.name: progress.add_task(job.name, total=None) for job in jobs}
-    running = list(jobs)
-    try:
-        while running:
-            time.sleep(0.1)
-            for job in list(running):
-                ended = job.check()
-                done, planned = job.progress()
-                if ended:
-                    planned = done  # a donor learns only from the receiver when to end
-                progress.update(tasks[job.name], completed=done, total=planned)
-                if ended:
-                    running.remove(job)
-                    progress.stop_task(tasks[job.name])
-    finally:
-        for job in running:
-            job.stop()
 
 
 def train_one_seed(

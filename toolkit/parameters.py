@@ -136,7 +136,8 @@ def check_in_optimizer(
     if absent := [name for name, parameter in parameters.items() if id(parameter) not in known]:
         raise ValueError(
             f"shared parameters in no optimizer group: {', '.join(absent)}. Give the optimizer "
-            "model.parameters() without a filter on requires_grad"
+            "model.parameters() without a filter on requires_grad, and after fully_shard() if you "
+            "call that yourself"
         )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from tests.jobs import sharding
 from tests.oracle import NUM_SAMPLES, Case, UnevenBatches, build_dataset, build_network
 from tests.oracle import build_optimizer as build_optimizer_of
 from toolkit import BridgeConfig, GradientDonor, GradientReceiver
@@ -41,6 +42,9 @@ def prepare(
     optimizer = build_optimizer_of(case, model)
     batches = UnevenBatches(NUM_SAMPLES[head], case.seed + (7 if head == "h1" else 8))
     dataloader = DataLoader(build_dataset(case, head), batch_sampler=batches)
+    if sharding.is_asked_for(case, head):
+        model, optimizer = sharding.shard(accelerator, case, model)
+        return model, optimizer, accelerator.prepare(dataloader)
     if case.prepared:
         model = accelerator.prepare(model)
     optimizer, dataloader = accelerator.prepare(optimizer, dataloader)
@@ -69,6 +73,8 @@ def receive(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Mo
                     if receiver.commit():
                         staleness = receiver.metrics.get("bridge/staleness (receiver steps)", 0)
                         assert staleness <= case.max_staleness
+                if sharding.is_asked_for(case, "h1"):
+                    sharding.evaluate(model, features, "h1")
                 if receiver.completed_steps == case.num_steps:
                     break
             epoch += 1
@@ -95,6 +101,8 @@ def donate(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Mod
                 if not donor.publish():
                     raise AssertionError("the donor went alone")
                 optimizer.zero_grad()
+            if sharding.is_asked_for(case, "h2"):
+                sharding.evaluate(model, features, "h2")
     return model
 
 
@@ -228,13 +236,15 @@ def main() -> None:
             require_peer=True,
             max_staleness=case.max_staleness,
         )
-        patches = [mock.patch.object(*MUTATIONS[case.mutation])] if case.mutation else []
+        faults = MUTATIONS | sharding.MUTATIONS
+        patches = [mock.patch.object(*faults[case.mutation])] if case.mutation else []
         for patch in patches:
             patch.start()
-        model = train(accelerator, case, config)
+        with sharding.mode(accelerator, case, args.role):
+            model = train(accelerator, case, config)
         for patch in patches:
             patch.stop()
-        state = {k: v.contiguous() for k, v in accelerator.unwrap_model(model).state_dict().items()}
+        state = sharding.full_state(accelerator.unwrap_model(model))
         rank = accelerator.process_index
         save_file(state, args.output / case.name / f"{args.role}-{rank}.safetensors")
         accelerator.wait_for_everyone()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.launching import ROOT
 
@@ -25,6 +28,16 @@ def measure(directory: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
     figures = json.loads(output.read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == figures
     return done.stdout, figures
+
+
+def test_that_a_directory_that_is_not_there_is_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "nowhere" / "figures.json")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "rotograd", "--output", output])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "recipes" / "benchmark.py"), run_name="__main__")
+    assert "there is no directory" in capsys.readouterr().err
 
 
 def test_isolation(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -25,6 +27,26 @@ def compare(output_dir: Path, *flags: str) -> tuple[dict[str, Any], str]:
     )
     assert done.returncode == 0, done.stderr
     return json.loads((output_dir / "results.json").read_text()), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (["sum", "nosuch"], "--methods: 'nosuch' is neither"),
+        (["sum", "protect"], "a rule for two gradients, got 5"),
+        (["sum", "mgda", "sum"], "'sum' is there more than once"),
+    ],
+)
+def test_that_no_job_starts_for_methods_that_do_not_go(
+    methods: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare.py", "pair", "--methods", *methods])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "recipes" / "compare.py"), run_name="__main__")
+    assert message in capsys.readouterr().err
 
 
 def test_toy(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def test_that_settings_have_names() -> None:
         {"rescale": "append", "loss_reduction": "sum", "peer_wait": 0.1},
         {"aggregate": "protect", "max_staleness": 8, "rescale": "pool"},
         {"checkpoint_interval": 1, "checkpoints_kept": 1, "payload_budget_files": 1},
-        {"run": "mine"},
+        {"run": "mine", "keep_payloads": True},
+        {"replay": "runs/0001", "runs_dir": "elsewhere"},
         {"resume_from_checkpoint": "runs/0001/receiver/step_1"},
     ],
 )
@@ -67,6 +68,10 @@ def test_that_sensible_settings_are_taken(settings: dict[str, Any]) -> None:
         ({"peer_wait": 0}, "peer_wait must be positive, got 0"),
         ({"peer_wait": math.nan}, "peer_wait.*nan"),
         ({"run": "a", "resume_from_checkpoint": "b"}, "'a' and resume_from_checkpoint 'b' exclude"),
+        ({"replay": "runs/0001"}, "runs_dir 'runs' holds the run to replay.*of its own"),
+        ({"replay": "a/b", "keep_payloads": True}, "replay 'a/b' and keep_payloads exclude"),
+        ({"replay": "a/b", "require_peer": True}, "replay 'a/b' and require_peer exclude"),
+        ({"replay": "a/b", "resume_from_checkpoint": "c"}, "replay 'a/b' and resume_from_ch"),
     ],
     ids=str,
 )

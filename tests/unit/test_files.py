@@ -203,3 +203,36 @@ def test_that_a_created_file_is_synced_before_it_appears(
     files.create(tmp_path / "a", writer(b"content"))
 
     assert events == [("file", False), ("directory", True)]
+
+
+def test_that_a_link_is_a_second_name_of_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+    files.link(tmp_path / "a", tmp_path / "b")
+
+    assert (tmp_path / "a").samefile(tmp_path / "b")
+    with pytest.raises(FileExistsError):
+        files.link(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(FileNotFoundError):
+        files.link(tmp_path / "absent", tmp_path / "c")
+    (tmp_path / "a").unlink()
+    assert (tmp_path / "b").read_bytes() == b"content"
+    assert names(tmp_path) == ["b"]
+
+
+def test_that_a_refused_link_becomes_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"content")
+    link = os.link
+
+    def refuse(source: Path, target: Path, **options: bool) -> None:
+        if Path(source).name == "a":  # as the system does with another user's file
+            raise PermissionError(1, "Operation not permitted")
+        link(source, target, **options)
+
+    monkeypatch.setattr(os, "link", refuse)
+    files.link(tmp_path / "a", tmp_path / "b")
+
+    assert not (tmp_path / "a").samefile(tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"content"
+    assert names(tmp_path) == ["a", "b"]

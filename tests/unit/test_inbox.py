@@ -41,7 +41,8 @@ def test_that_gradients_are_applied_in_order(bridge: Bridge) -> None:
 
         assert verdict.sequence == sequence == step
         assert verdict.staleness == 0
-        assert verdict.entries == (Entry(sequence, "applied", step),)
+        assert verdict.digest is not None
+        assert verdict.entries == (Entry(sequence, "applied", step, digest=verdict.digest),)
         fetched = bridge.inbox.fetched
         assert fetched is not None
         assert fetched.header.tensors_digest == verdict.digest

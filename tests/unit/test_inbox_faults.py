@@ -126,6 +126,18 @@ def test_that_a_number_is_lost_only_after_a_later_one_is_there(bridge: Bridge) -
     assert bridge.fates() == {"rejected": 1, "applied": 1}
 
 
+def test_that_a_number_is_not_lost_because_of_an_alien_file(bridge: Bridge) -> None:
+    # a slow donor was passed over at every number before a stranger's file with a later one
+    bridge.transport.path("donor", 9).write_bytes(b"no payload")
+    for _ in range(3 * MISSING_LOOKS):
+        bridge.now += MISSING_SECONDS
+        assert bridge.look() is None
+    bridge.donate(at=0)
+
+    assert bridge.take().sequence == 0
+    assert bridge.fates() == {"applied": 1}
+
+
 def test_that_a_number_that_comes_late_is_read(bridge: Bridge) -> None:
     bridge.donate(at=0)
     late = bridge.transport.path("donor", 0).rename(bridge.transport.root / "late")

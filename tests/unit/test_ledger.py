@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import get_args
 
-from toolkit.bridge.ledger import Entry, Fate, Ledger
+import pytest
+
+from toolkit.bridge.errors import BridgeError
+from toolkit.bridge.ledger import Entry, Fate, Ledger, Resumption, read_path, trail_path
 
 ENTRIES = [
     Entry(0, "applied", 0),
@@ -59,7 +63,131 @@ def test_that_counts_cross_a_json_file() -> None:
     ledger = Ledger(None)
     ledger.record(ENTRIES)
     resumed = Ledger(None)
-    resumed.counts = json.loads(json.dumps(ledger.counts))
+    resumed.resume(Resumption(1, 3), json.loads(json.dumps(ledger.counts)))
     resumed.record(ENTRIES[:1])
 
     assert resumed.counts == {**COUNTS, "applied": 3}
+    assert ledger.counts == COUNTS
+
+
+def test_that_a_durable_trail_is_synced_before_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, durable=True)
+    ledger.record(ENTRIES[:1])
+    ledger.record(())
+    ledger.record(ENTRIES[1:])
+    Ledger(tmp_path / "other.jsonl").record(ENTRIES)
+
+    assert synced == [path.stat().st_ino, tmp_path.stat().st_ino, path.stat().st_ino]
+
+
+class Attempts:
+    """A run whose receiver started several times."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        (run_dir / "bridge" / "receiver").mkdir(parents=True)
+
+    def start(self, attempt: int, resumed: Resumption | None = None) -> Ledger:
+        ledger = Ledger(trail_path(self.run_dir, attempt))
+        if resumed is not None:
+            ledger.resume(resumed, {})
+            ledger.counts = dict(COUNTS)
+        return ledger
+
+    def steps(self, attempt: int) -> list[tuple[int, int]]:
+        """Sequence and receiver step of what led to an attempt's weights."""
+        path = read_path(self.run_dir, attempt)
+        return [(entry.sequence, entry.receiver_step) for entry in path]
+
+
+@pytest.fixture
+def attempts(tmp_path: Path) -> Attempts:
+    return Attempts(tmp_path)
+
+
+def applied(*steps: int, offset: int = 0) -> list[Entry]:
+    return [Entry(step + offset, "applied", step, digest="d") for step in steps]
+
+
+def test_that_the_path_of_one_attempt_is_its_trail(attempts: Attempts) -> None:
+    attempts.start(1).record(ENTRIES)
+
+    assert read_path(attempts.run_dir, 1) == ENTRIES
+    assert read_path(attempts.run_dir, 2) == [], "an attempt without a fate has no trail"
+
+
+def test_that_only_what_a_checkpoint_holds_is_on_the_path(attempts: Attempts) -> None:
+    attempts.start(1).record(applied(0, 1, 2, 3))
+    attempts.start(2, Resumption(1, 2)).record(applied(2, 3, 4, offset=10))
+
+    assert attempts.steps(2) == [(0, 0), (1, 1), (12, 2), (13, 3), (14, 4)]
+    assert attempts.steps(1) == [(0, 0), (1, 1), (2, 2), (3, 3)]
+
+
+def test_that_a_resume_may_go_back_behind_the_last_attempt(attempts: Attempts) -> None:
+    attempts.start(1).record(applied(0, 1, 2, 3))
+    attempts.start(2, Resumption(1, 2)).record(applied(2, offset=10))
+    attempts.start(3, Resumption(1, 3)).record(applied(3, offset=20))
+    attempts.start(4, Resumption(2, 3)).record(applied(3, offset=30))
+
+    assert attempts.steps(3) == [(0, 0), (1, 1), (2, 2), (23, 3)]
+    assert attempts.steps(4) == [(0, 0), (1, 1), (12, 2), (33, 3)]
+
+
+def test_that_an_attempt_that_began_anew_owes_nothing_to_earlier_ones(attempts: Attempts) -> None:
+    attempts.start(1).record(applied(0, 1))
+    attempts.start(2).record(applied(0, offset=10))
+
+    assert attempts.steps(2) == [(10, 0)]
+
+
+def test_that_an_attempt_may_go_back_to_its_own_checkpoint(attempts: Attempts) -> None:
+    ledger = attempts.start(1)
+    ledger.record(applied(0, 1, 2))
+    ledger.resume(Resumption(1, 1), ledger.counts)
+    ledger.record(applied(1, offset=10))
+
+    assert attempts.steps(1) == [(0, 0), (11, 1)]
+
+
+def test_that_a_line_cut_short_by_a_kill_is_left_out(attempts: Attempts) -> None:
+    attempts.start(1).record(applied(0, 1))
+    trail = trail_path(attempts.run_dir, 1)
+    trail.write_text(trail.read_text()[:-9])
+
+    assert attempts.steps(1) == [(0, 0)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "no JSON",
+        "[]",
+        '{"sequence": 1}',
+        '{"sequence": 1, "fate": "eaten", "receiver_step": 1}',
+        '{"sequence": "1", "fate": "applied", "receiver_step": 1}',
+        '{"sequence": 1, "fate": "applied", "receiver_step": 1, "more": 1}',
+        '{"resumed_attempt": 0}',
+        '{"resumed_attempt": 0, "receiver_step": 0.5}',
+    ],
+)
+def test_that_a_line_that_was_meddled_with_is_refused(attempts: Attempts, line: str) -> None:
+    attempts.start(1).record(applied(0))
+    with trail_path(attempts.run_dir, 1).open("a") as file:
+        file.write(line + "\n")
+
+    with pytest.raises(BridgeError, match=r"line 2 of .*ledger-0001.jsonl is no line of a ledger"):
+        read_path(attempts.run_dir, 1)
+
+
+def test_that_attempts_cannot_go_on_from_each_other_for_ever(attempts: Attempts) -> None:
+    attempts.start(1, Resumption(2, 3))
+    attempts.start(2, Resumption(1, 3))
+
+    with pytest.raises(BridgeError, match="goes on from attempt 2, which came after it"):
+        read_path(attempts.run_dir, 2)

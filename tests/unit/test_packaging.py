@@ -19,7 +19,7 @@ import toolkit
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-NAMES = {"cpu_2proc", "multi_gpu", "multi_node", "single_gpu"}
+NAMES = {"cpu_2proc", "fsdp2", "multi_gpu", "multi_node", "single_gpu"}
 
 # `accelerate launch` treats these by themselves; it takes all others from the file only where its
 # own default is None, and ignores them in silence where it is not (`same_network`, for one).
@@ -49,6 +49,8 @@ def test_that_the_launcher_heeds_every_field(path: Path) -> None:
         name for name in fields.keys() - TREATED_APART if parser.get_default(name) is not None
     }
     assert not ignored
+    known = {action.dest for action in parser._actions}
+    assert set(fields.get("fsdp_config", {})) <= known
 
 
 @each_config

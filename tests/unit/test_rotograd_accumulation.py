@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.unit.rotograd_oracle import build, data, losses_of
 from toolkit.rotograd import RotateOnly, RotoGrad, RotoGradNorm
@@ -46,6 +48,41 @@ def test_that_exact_accumulation_is_one_batch(
                 optimizer.step()
             optimizer.zero_grad(set_to_none=to_none)
     assert exact.completed_steps == plain.completed_steps == 4
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, module: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.module, self.use_reentrant = module, use_reentrant
+
+    def forward(self, inputs: torch.Tensor) -> Any:
+        return checkpoint(self.module, inputs.requires_grad_(), use_reentrant=self.use_reentrant)
+
+
+def test_that_a_reentrant_checkpoint_is_refused() -> None:
+    plain, model = build(RotoGrad), build(RotoGrad, exact_accumulation=True)
+    expected = list(whole(plain, 0).values())
+    model.backbone = Checkpointed(model.backbone, use_reentrant=False)
+    torch.testing.assert_close(list(accumulate(model, 0).values()), expected, rtol=0, atol=1e-12)
+    model.backbone.use_reentrant = True
+    model.zero_grad()
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        accumulate(model, 1)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_that_a_task_in_one_micro_batch_has_a_first_norm(order: tuple[int, int]) -> None:
+    model = build(RotoGradNorm, burn_in_period=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for step in range(2):
+        optimizer.zero_grad()
+        for absent in order:
+            losses = losses_of(model(data(step)), data(step))
+            model.backward([None if k == absent else loss for k, loss in enumerate(losses)])
+        values = torch.stack(losses_of(model(data(step)), data(step)))
+        optimizer.step()
+        first = model.get_extra_state()[-3:]
+        torch.testing.assert_close(first, values.detach())
 
 
 def test_how_far_micro_batches_are_from_one_batch() -> None:

@@ -73,6 +73,17 @@ def test_parameter_groups() -> None:
     assert group["params"] == list(vanilla.parameters())
 
 
+def test_that_unfreezing_all_leaves_the_matrices_frozen() -> None:
+    """Else an optimizer moves them off the rotations, and DDP waits for their gradient."""
+    model = build(RotoGrad).requires_grad_(False).requires_grad_(True)
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["rotations.matrices"]
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+    for training in (True, False):
+        torch.stack(losses_of(model.train(training)(data(0)), data(0))).sum().backward()
+    assert model.rotations.matrices.grad is None
+
+
 def test_vanilla_is_the_plain_sum() -> None:
     model = build(RotateOnly)
     vanilla = VanillaMTL(model.backbone, tuple(model.heads))
@@ -137,6 +148,7 @@ def test_that_a_step_inside_cached_is_refused() -> None:
         ({"size_rotation": SIZE + 1}, "only 6 features"),
         ({"size_rotation": 0}, "at least one"),
         ({"init": "zeros"}, "'zeros'"),
+        ({"burn_in_period": -1}, "number of steps, got -1"),
         ({"alpha": [1.0, 2.0]}, "one finite number"),
         ({"alpha": float("nan")}, "one finite number"),
     ],
@@ -163,6 +175,27 @@ def test_bad_losses() -> None:
         model.backward([None] * 3)
     with pytest.raises(TypeError, match="got Linear"):
         rotograd.total(nn.Linear(1, 1), losses)
+
+
+def test_that_eval_mode_trains_nothing() -> None:
+    model = build(RotoGrad).eval()
+    with torch.no_grad():
+        model.total(losses_of(model(data(0)), data(0)))
+    with pytest.raises(RuntimeError, match=r"model\.train\(\)"):
+        model.backward(losses_of(model(data(0)), data(0)))
+
+
+def test_that_an_optimizer_without_rotations_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolkit.rotograd.rotating._MOST_BACKWARDS", 3)
+    model = build(RotoGrad)
+    optimizer = torch.optim.SGD(model.param_groups(lr=1e-2, lr_rotation=1e-2))
+    forgetful = torch.optim.SGD([*model.backbone.parameters(), *model.heads.parameters()], lr=1e-2)
+    for one in [optimizer] * 4 + [forgetful] * 2:
+        model.backward(losses_of(model(data(0)), data(0)))
+        one.step()
+    with pytest.warns(UserWarning, match=r"rotation_parameters\(\)"):
+        model.backward(losses_of(model(data(0)), data(0)))
+    assert model.completed_steps == 4
 
 
 def test_that_losses_taken_one_by_one_are_refused() -> None:
@@ -199,5 +232,16 @@ def test_losses_that_have_no_rate() -> None:
 def test_that_an_accelerator_may_be_given() -> None:
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(build(RotoGrad))
-    model.backward(losses_of(model(data(0)), data(0)), accelerator)
+    model.backward(losses_of(model(data(0)), data(0)), accelerator=accelerator)
     assert model.rotations.tangents.grad.any()
+
+
+def test_that_a_penalty_of_the_backbone_is_added() -> None:
+    model, twin = build(RotoGrad), build(RotoGrad)
+    losses = losses_of(model(data(0)), data(0))
+    with pytest.raises(TypeError, match="positional"):
+        model.backward(losses, model.backbone[0].weight.square().sum())
+    (model.total(losses) + model.backbone[0].weight.square().sum()).backward()
+    twin.backward(losses_of(twin(data(0)), data(0)))
+    expected = twin.backbone[0].weight.grad + 2 * twin.backbone[0].weight.detach()
+    torch.testing.assert_close(model.backbone[0].weight.grad, expected)

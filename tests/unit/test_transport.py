@@ -210,3 +210,20 @@ def test_that_a_heartbeat_is_text_to_compare(transport: DirectoryTransport) -> N
     transport.beat("donor", 2)
 
     assert first != transport.heartbeat("donor") != ""
+
+
+def test_that_a_kept_record_outlives_pruning(transport: DirectoryTransport) -> None:
+    for sequence in range(3):
+        publish(transport, sequence, b"12345")
+    transport.keep("donor", 1)
+    transport.keep("donor", 1)  # once more, after a resume
+    transport.prune("donor", 2)
+
+    assert transport.sequences("donor") == [2]
+    assert transport.kept_path("donor", 1).read_bytes() == b"12345"
+    assert os.listdir(transport.kept_path("donor", 1).parent) == ["0000000001.safetensors"]
+
+
+def test_that_a_record_that_cannot_be_kept_is_an_error(transport: DirectoryTransport) -> None:
+    with pytest.raises(BridgeError, match=r"cannot keep payload 7 as .*No such file"):
+        transport.keep("donor", 7)

@@ -1,9 +1,9 @@
-"""Exact sums over an accumulation window, under Accelerate and DDP.
+"""Exact sums over an accumulation window, under Accelerate, DDP and FSDP2.
 
-DDP averages the ranks' gradients and Accelerate divides each micro-step by the configured number
-of accumulation steps. With ranks or micro-batches of unequal size, or a short last window, the
-result is not the mean over the samples. Here what is back-propagated is the local SUM; after the
-synchronised micro-step ``.grad`` is ``S / (W A c)`` with ``S`` the sum over the samples of the
+DDP and FSDP2 average the ranks' gradients and Accelerate divides each micro-step by the configured
+number of accumulation steps. With ranks or micro-batches of unequal size, or a short last window,
+the result is not the mean over the samples. Here what is back-propagated is the local SUM; after
+the synchronised micro-step ``.grad`` is ``S / (W A c)`` with ``S`` the sum over the samples of the
 whole window and all ranks, ``W`` the world size, ``A`` the configured accumulation steps and ``c``
 a constant that keeps a scaled sum from overflowing. One factor makes it the exact sum or mean.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.rescaling import LossReduction
+from toolkit.sharding import is_sharded, local_tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class WindowAccumulator:
 
     Args:
         accelerator: the job's accelerator.
-        model: the prepared model.
+        model: the prepared model; if FSDP2 has sharded it, it is resharded.
         control: the job's control group.
         loss_reduction: whether the loss given to :meth:`backward` is a mean or a sum.
     """
@@ -59,12 +60,15 @@ class WindowAccumulator:
     ) -> None:
         self._accelerator = accelerator
         self._model = model
+        # Taken here: FSDP2 puts other tensors in their place while a forward needs them whole.
+        self._parameters = list(model.parameters())
         self._control = control
         self._loss_reduction = loss_reduction
         self._divisor: float | None = None
         self._count = 0.0
         self._loss_sum: Tensor | None = None
         self._must_close = False
+        self._left_gradients = False
         self._synchronised_by_ddp = False
 
     @property
@@ -102,6 +106,7 @@ class WindowAccumulator:
         self._must_close = self._accelerator.sync_gradients
         self._synchronised_by_ddp = bool(getattr(self._model, "require_backward_grad_sync", False))
         self._accelerator.backward(loss * (weight / self._constant(count)))
+        self._left_gradients = any(p.grad is not None for p in self._trained())
         self._count += count
         detached = loss.detach().double() * weight
         self._loss_sum = detached if self._loss_sum is None else self._loss_sum + detached
@@ -110,7 +115,8 @@ class WindowAccumulator:
         """End the window at the synchronised micro-step and count it over ranks. A collective.
 
         Raises:
-            RuntimeError: if :meth:`backward` was never called in this window.
+            RuntimeError: if :meth:`backward` was never called in this window, or FSDP2 has not
+                reduced its gradients.
         """
         if self._loss_sum is None:
             raise RuntimeError(
@@ -118,6 +124,12 @@ class WindowAccumulator:
                 "accelerator.backward()"
             )
         count, loss_sum = self._control.sum([self._count, float(self._loss_sum)])
+        sharded = [p for p in self._trained() if is_sharded(p)]
+        if count and sharded and all(p.grad is None for p in sharded):
+            raise RuntimeError(
+                "FSDP2 has reduced no gradient at the synchronised micro-step: leave "
+                "set_requires_gradient_sync() to accelerator.accumulate(), or set it to True there"
+            )
         scaler = self._accelerator.scaler
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
         factor = (
@@ -132,7 +144,8 @@ class WindowAccumulator:
         """Average over ranks the gradients that DDP left local, as DDP would have. A collective.
 
         DDP leaves out parameters on its ignore list, every parameter if the last backward ran
-        under ``no_sync``, and a model that is not wrapped at all.
+        under ``no_sync``, and a model that is not wrapped at all. What FSDP2 has sharded it has
+        reduced.
         """
         world_size = self._accelerator.num_processes
         if world_size == 1:
@@ -141,7 +154,9 @@ class WindowAccumulator:
         unmanaged = [
             parameter
             for name, parameter in parameters
-            if parameter.requires_grad and (name in ignored or not self._synchronised_by_ddp)
+            if parameter.requires_grad
+            and not is_sharded(parameter)
+            and (name in ignored or not self._synchronised_by_ddp)
         ]
         # A rank without samples may lack a gradient that the others have.
         present = self._control.sum([float(p.grad is not None) for p in unmanaged])
@@ -153,14 +168,20 @@ class WindowAccumulator:
                 parameter.grad.div_(world_size)
 
     def _check_not_cleared(self) -> None:
-        """Notice a zero_grad() between the micro-steps of one window."""
-        trained = [p for p in self._model.parameters() if p.requires_grad]
-        if self.is_open and self._count and all(p.grad is None for p in trained):
+        """Notice a zero_grad() between the micro-steps of one window.
+
+        FSDP2 keeps what it has not reduced yet out of ``.grad``, and out of reach.
+        """
+        left = self._left_gradients and self.is_open and self._count
+        if left and all(p.grad is None for p in self._trained()):
             raise RuntimeError(
                 "the gradients of this accumulation window's earlier micro-batches are gone, but "
                 "their samples are counted: call zero_grad() after optimizer.step(), not before "
                 "backward()"
             )
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self._parameters if parameter.requires_grad)
 
     def _constant(self, count: float) -> float:
         """A power of two near the first micro-batch's size where a loss scaler is at work."""
@@ -175,6 +196,6 @@ class WindowAccumulator:
 
 def scale_grads_(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Multiply the gradients that exist by ``factor``, in place."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    grads = [local_tensor(p.grad) for p in parameters if p.grad is not None]
     if grads:
         torch._foreach_mul_(grads, factor)

@@ -114,13 +114,26 @@ def receiver_arguments() -> argparse.ArgumentParser:
         "training); for gradients that conflict pcgrad, upgrad, mgda, protect (the receiver's own "
         "is untouched); or torchjd:NAME, a weighting of that package. Heads are not concerned",
     )
+    group.add_argument(
+        "--keep_payloads",
+        action="store_true",
+        help="keep every payload that is applied, for 'gradient-bridge verify'. Each step takes "
+        "the size of backbone and donor's head on the disk, for good: 25 million float32 "
+        "parameters and 1,000 steps take 93 GiB, which --payload_budget_gib does not count",
+    )
+    group.add_argument(
+        "--replay",
+        metavar="RUN_DIR",
+        help="instead of waiting for a donor, take in every step what this finished run took, from "
+        "the payloads that it kept; 'gradient-bridge verify' does so, and compares",
+    )
     return parser
 
 
 def check_bridge_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with the parser's error for bridge settings that are out of range or contradict."""
     try:
-        bridge_config(args, resume_from_checkpoint=None)
+        bridge_config(args, run=None)  # a checkpoint knows its run, which the recipes leave out
     except ValueError as error:
         parser.error(str(error))
 

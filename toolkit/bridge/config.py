@@ -40,6 +40,8 @@ class BridgeConfig:
     payload_budget_gib: float = 50.0  # and their size, GiB
     checkpoint_interval: int | None = None  # receiver: steps between checkpoints
     checkpoints_kept: int | None = None  # receiver: checkpoints kept; None: all
+    keep_payloads: bool = False  # receiver: keep every payload that it applies, for a replay
+    replay: str | Path | None = None  # receiver: no donor, the kept payloads of this finished run
 
     def __post_init__(self) -> None:
         check_rule(self.rescale, self.loss_reduction)
@@ -63,8 +65,23 @@ class BridgeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None, got {value}")
+        if self.replay is not None:
+            self._check_replay(Path(self.replay))
         if self.run is not None and self.resume_from_checkpoint is not None:
             raise ValueError(
                 f"run {self.run!r} and resume_from_checkpoint {str(self.resume_from_checkpoint)!r} "
                 "exclude each other: a checkpoint knows its run; give one of them"
+            )
+
+    def _check_replay(self, replay: Path) -> None:
+        for name in ("resume_from_checkpoint", "keep_payloads", "require_peer"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"replay {str(replay)!r} and {name} exclude each other: a replay begins at "
+                    "step 0, without a donor, and its payloads are kept already"
+                )
+        if replay.absolute().parent == Path(self.runs_dir).absolute():
+            raise ValueError(
+                f"runs_dir {str(self.runs_dir)!r} holds the run to replay, and a donor may wait "
+                "there: give the replay a runs_dir of its own"
             )

@@ -26,6 +26,7 @@ from toolkit.bridge.loss_scale import FollowedLossScale
 from toolkit.bridge.payload import Header, Kind, Record, all_finite, payload_dtype
 from toolkit.bridge.weights_inbox import WeightsInbox
 from toolkit.parameters import check_only_shared_trains, squared_norm
+from toolkit.sharding import full_tensor, reshard, shard_like
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class GradientDonor(BridgeJob):
 
     Args:
         accelerator: the job's accelerator.
-        model: the prepared model: the receiver's backbone and the donor's head.
+        model: the prepared model, whole or sharded by FSDP2: the receiver's backbone and the
+            donor's head.
         optimizer: its optimizer, used only while the donor trains alone.
         config: the settings; by default lockstep in ``runs``.
         backbone: name of the backbone's submodule.
@@ -63,7 +65,8 @@ class GradientDonor(BridgeJob):
 
     Raises:
         ValueError: for an unknown module, or shared parameters that the optimizer lacks.
-        BridgeError: for a run that cannot be joined.
+        BridgeError: for a run that cannot be joined, or a job that is launched in a way that is not
+            supported.
     """
 
     role: ClassVar[Role] = "donor"
@@ -159,7 +162,7 @@ class GradientDonor(BridgeJob):
         if not self.accelerator.sync_gradients:
             return self.following
         window = self.accumulator.close()
-        self.accumulator.reduce_unmanaged_(self.model.named_parameters())
+        self.accumulator.reduce_unmanaged_(self.parameters.items())
         self.completed_windows += 1
         self._in_window = False
         self.metrics = {
@@ -170,10 +173,10 @@ class GradientDonor(BridgeJob):
             self.windows_alone += 1
             mean = self.config.loss_reduction == "mean"
             divisor = window.count if mean and window.count else 1.0
-            scale_grads_(self.model.parameters(), window.sum_factor / divisor)
+            scale_grads_(self.parameters.values(), window.sum_factor / divisor)
             return False
         self._publish_window(window)
-        for parameter in self.model.parameters():
+        for parameter in self.parameters.values():
             parameter.grad = None  # it is the receiver's now, and not the next window's
         return True
 
@@ -248,8 +251,9 @@ class GradientDonor(BridgeJob):
     @torch.no_grad()
     def _load(self, record: Record) -> None:
         """Take over the receiver's weights and buffers, in place."""
+        reshard(self.model)  # after an evaluation it may hold copies of the old ones
         for name, tensor in self.shared.weights.items():
-            tensor.copy_(record.tensors[name])
+            tensor.copy_(shard_like(record.tensors[name], tensor))
         self._weights = record.header
         if self.accelerator.is_main_process:
             self._inbox.note_loaded(record.header)
@@ -270,7 +274,7 @@ class GradientDonor(BridgeJob):
             if parameter.grad is None:
                 sums[name] = torch.zeros(parameter.shape, dtype=dtype)
             else:
-                grad = parameter.grad.to(dtype=dtype)
+                grad = full_tensor(parameter.grad).to(dtype=dtype)
                 sums[name] = (grad * (window.sum_factor / window.scale)).cpu().contiguous()
         local = all_finite(sums.values()) and window.count > 0 and math.isfinite(window.loss)
         finite = self.control.agree(local)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,24 @@ def create(path: Path, write: Callable[[Path], object]) -> None:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
     fsync_path(path.parent)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give ``source`` a second name; durable when it returns. The bytes are not written again.
+
+    Where the system refuses the link (the file of another user, say), ``target`` is a copy.
+
+    Raises:
+        FileExistsError: if the name exists already; its content is left alone.
+        FileNotFoundError: if there is no ``source``.
+    """
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError:
+        create(target, lambda temporary: shutil.copyfile(source, temporary))
+    fsync_path(target.parent)
 
 
 def replace(path: Path, content: bytes) -> None:

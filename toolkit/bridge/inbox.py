@@ -112,8 +112,9 @@ class Inbox:
             outcome, reason, record = judged
             sequence, answered, entries = verdict.next_cursor, verdict.answered, verdict.entries
             self._note_life(sequence, outcome, receiver_step, peer)
+            applied = record.header.tensors_digest if record and outcome == "applied" else ""
             if outcome != "ended":
-                entries = (*entries, Entry(sequence, outcome, receiver_step, reason))
+                entries = (*entries, Entry(sequence, outcome, receiver_step, reason, applied))
             if record is not None and outcome in ("applied", "skipped"):
                 at = record.header.receiver_step
                 answered = max(answered, at)
@@ -230,13 +231,22 @@ class Inbox:
         self.donor_is_away = outcome == "ended"
 
     def _is_lost(self, sequence: int) -> bool:
-        """Whether a number was passed over: later ones are there, and it stays away."""
+        """Whether a number was passed over: later payloads are there, and it stays away."""
         now = time.monotonic()
         if sequence != self._missing:
             self._missing, self._missing_looks = sequence, 0
         elif now < self._next_missing_look:
             return False
         self._next_missing_look = now + MISSING_SECONDS
-        newest = max(self._transport.sequences("donor"), default=-1)
-        self._missing_looks = self._missing_looks + 1 if newest > sequence else 0
+        later = [number for number in self._transport.sequences("donor") if number > sequence]
+        passed_over = any(map(self._is_record, later))
+        self._missing_looks = self._missing_looks + 1 if passed_over else 0
         return self._missing_looks >= MISSING_LOOKS
+
+    def _is_record(self, sequence: int) -> bool:
+        """Whether the donor wrote it: an alien file says nothing about the numbers before it."""
+        try:
+            self._read(sequence)
+        except (FileNotFoundError, PayloadError):
+            return False
+        return True

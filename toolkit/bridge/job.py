@@ -33,11 +33,9 @@ from toolkit.bridge.payload import (
 )
 from toolkit.bridge.runs import CHECKPOINT_FILE, attach, read_checkpoint
 from toolkit.bridge.transport import DirectoryTransport
-from toolkit.parameters import (
-    check_in_optimizer,
-    check_optimizer_within,
-    shared_parameters,
-)
+from toolkit.configuration import check_configuration
+from toolkit.parameters import check_in_optimizer, check_optimizer_within, shared_parameters
+from toolkit.sharding import check_sharding, is_sharded, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +43,6 @@ T = TypeVar("T")
 
 SLICE_SECONDS = 5.0  # the other ranks stand in a broadcast at most this long at a time
 _HEADER_ALLOWANCE_BYTES = 2**20
-_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class BridgeJob:
@@ -64,19 +61,17 @@ class BridgeJob:
         head: str = "heads.h2",
     ) -> None:
         self.config = config = config or BridgeConfig()
-        if accelerator.distributed_type not in _SUPPORTED:
-            raise BridgeError(
-                f"distributed type {accelerator.distributed_type} is not supported; the bridge "
-                "runs on one process or under DistributedDataParallel"
-            )
-        if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
-            raise BridgeError(
-                "mixed precision fp16 needs a GPU: on this device Accelerate would train in fp32 "
-                "without a word. Use bf16, or no mixed precision"
-            )
         self.accelerator = accelerator
         self.optimizer = optimizer
         self.model = accelerator.unwrap_model(model, keep_torch_compile=False)
+        try:
+            check_configuration(accelerator, may_shard=True)
+            reshard(self.model)
+            check_sharding(model, accelerator.num_processes)
+        except ValueError as error:
+            raise BridgeError(str(error)) from None
+        # Taken here: FSDP2 puts other tensors in their place while a forward needs them whole.
+        self.parameters = dict(self.model.named_parameters())
         self.shared = shared_parameters(self.model, backbone, head)
         self.gradient_parameters = (
             self.shared.parameters if config.scope == "all" else self.shared.head
@@ -263,6 +258,12 @@ class BridgeJob:
 
     def _on_save_state(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
         self._check_at_boundary()
+        sharded = any(map(is_sharded, self.parameters.values()))
+        if sharded and self.accelerator.distributed_type != DistributedType.FSDP:
+            raise RuntimeError(
+                "save_state() would write rank 0's shards only, because Accelerate has not sharded "
+                "this model: let it do so (accelerate_configs/fsdp2.yaml)"
+            )
         if self.accelerator.is_main_process:
             content = {
                 "role": self.role,

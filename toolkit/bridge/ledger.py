@@ -1,7 +1,8 @@
 """The fate of every payload: applied, dropped, rejected, skipped, or still pending.
 
 The counts are part of the receiver's checkpoint. The file beside them is the trail: one JSON line
-per fate, one file per attempt of the receiver.
+per fate, one file per attempt of the receiver. An attempt that goes on from a checkpoint says so
+in a line of its own, so that :func:`read_path` finds the fates that led to given weights.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from toolkit.bridge import files
+from toolkit.bridge.errors import BridgeError
 
 Fate = Literal["applied", "dropped", "rejected", "skipped"]
 
@@ -23,6 +27,15 @@ class Entry:
     fate: Fate
     receiver_step: int
     reason: str = ""
+    digest: str = ""  # of the payload's tensors, if it was applied
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resumption:
+    """That an attempt goes on from a checkpoint, and from which."""
+
+    resumed_attempt: int  # the attempt that saved it ...
+    receiver_step: int  # ... and after how many receiver steps
 
 
 class Ledger:
@@ -30,18 +43,86 @@ class Ledger:
 
     Args:
         path: the trail's file, or None on ranks that keep no trail.
+        durable: whether a fate is synced to the disk before it counts as recorded.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, *, durable: bool = False) -> None:
+        self._path, self._durable = path, durable
         self.counts: dict[str, int] = dict.fromkeys(get_args(Fate), 0)
 
     def record(self, entries: Iterable[Entry]) -> None:
         """Count ``entries`` and append them to the trail."""
-        lines = []
+        entries = list(entries)
         for entry in entries:
             self.counts[entry.fate] += 1
-            lines.append(json.dumps(dataclasses.asdict(entry)) + "\n")
-        if lines and self._path is not None:
-            with self._path.open("a") as file:
-                file.writelines(lines)
+        self._append(entries)
+
+    def resume(self, resumption: Resumption, counts: dict[str, int]) -> None:
+        """Go on from a checkpoint and the counts in it."""
+        self.counts = dict(counts)
+        self._append([resumption])
+
+    def _append(self, lines: Iterable[Entry | Resumption]) -> None:
+        text = "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
+        if not text or self._path is None:
+            return
+        is_new = not self._path.exists()
+        with self._path.open("a") as file:
+            file.write(text)
+        if self._durable:
+            files.fsync_path(self._path)
+            if is_new:
+                files.fsync_path(self._path.parent)
+
+
+def trail_path(run_dir: Path, attempt: int) -> Path:
+    """Where an attempt of the receiver keeps its trail."""
+    return run_dir / "bridge" / "receiver" / f"ledger-{attempt:04d}.jsonl"
+
+
+def read_path(run_dir: Path, attempt: int) -> list[Entry]:
+    """The fates that led to the weights of one attempt of the receiver, in order.
+
+    What an earlier attempt did after the checkpoint that was gone on from is not among them.
+
+    Args:
+        run_dir: the run's directory.
+        attempt: that reached the weights.
+
+    Raises:
+        BridgeError: if a line is no line of a ledger.
+    """
+    path: list[Entry] = []
+    trail = trail_path(run_dir, attempt)
+    for line in _read_lines(trail):
+        if isinstance(line, Entry):
+            path.append(line)
+            continue
+        earlier = line.resumed_attempt
+        if earlier > attempt:
+            raise BridgeError(f"{trail} goes on from attempt {earlier}, which came after it")
+        before = path if earlier == attempt else read_path(run_dir, earlier)
+        path = [entry for entry in before if entry.receiver_step < line.receiver_step]
+    return path
+
+
+def _read_lines(trail: Path) -> list[Entry | Resumption]:
+    if not trail.exists():  # of an attempt that settled no payload
+        return []
+    text = trail.read_text()
+    # A kill can cut the last line short; no checkpoint was saved after that.
+    return [_parse(trail, number, line) for number, line in enumerate(text.split("\n")[:-1], 1)]
+
+
+def _parse(trail: Path, number: int, line: str) -> Entry | Resumption:
+    try:
+        fields: dict[str, Any] = json.loads(line)
+        found = Resumption(**fields) if "resumed_attempt" in fields else Entry(**fields)
+        for name in {"sequence", "receiver_step", "resumed_attempt"} & set(fields):
+            if type(fields[name]) is not int:
+                raise TypeError(f"{name} is {fields[name]!r}")
+        if isinstance(found, Entry) and found.fate not in get_args(Fate):
+            raise ValueError(f"fate {found.fate!r} is unknown")
+    except (ValueError, TypeError) as error:
+        raise BridgeError(f"line {number} of {trail} is no line of a ledger: {error}") from None
+    return found

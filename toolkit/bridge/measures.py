@@ -3,50 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from toolkit.aggregation import gramian
 from toolkit.bridge.accumulation import Window
+from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.payload import Record
 from toolkit.parameters import squared_norm
+from toolkit.sharding import is_sharded, local_tensor
 
 
 def inner_products(
-    model: nn.Module,
+    parameters: Collection[nn.Parameter],
     backbone: Mapping[str, nn.Parameter],
     donor: Mapping[str, Tensor],
+    control: ControlGroup,
     own_factor: float,
     donor_factor: float,
 ) -> tuple[Tensor, tuple[float, float]]:
     """Inner products of ``own_factor`` times ``.grad`` and ``donor_factor`` times ``donor``.
 
+    A collective where parameters are sharded: each rank sums over its parts, one all-reduce adds.
+
     Args:
-        model: the unwrapped model; a gradient that is None counts as zero.
-        backbone: its shared parameters by name.
-        donor: the donor's tensors by name, on the parameters' devices.
+        parameters: the model's; a gradient that is None counts as zero.
+        backbone: the shared ones of the backbone by name.
+        donor: the donor's tensors by name, like the parameters in device and sharding.
+        control: the job's control group.
         own_factor: takes the loss scale out of ``.grad``.
         donor_factor: rescales the donor's sum.
 
     Returns:
         The (2, 2) Gramian on the backbone in float64, and both squared norms on all else.
     """
-    products = gramian(
-        [
-            [parameter.grad for parameter in backbone.values()],
-            [donor.get(name) for name in backbone],  # none with scope "head"
-        ]
-    )
-    factors = torch.tensor([own_factor, donor_factor], dtype=torch.float64)
     shared = {id(parameter) for parameter in backbone.values()}
-    own = (p.grad for p in model.parameters() if p.grad is not None and id(p) not in shared)
-    heads = (tensor for name, tensor in donor.items() if name not in backbone)
-    return products * torch.outer(factors, factors), (
-        squared_norm(own) * own_factor**2,
-        squared_norm(heads) * donor_factor**2,
+
+    def sums(shards: bool) -> list[float]:
+        """The Gramian and both norms, over the tensors that are sharded, or over those whole."""
+        names = [name for name, p in backbone.items() if is_sharded(p) is shards]
+        products = gramian(
+            [
+                [_part(backbone[name].grad) for name in names],
+                [_part(donor.get(name)) for name in names],  # none with scope "head"
+            ]
+        )
+        own = [p.grad for p in parameters if p.grad is not None and id(p) not in shared]
+        heads = [tensor for name, tensor in donor.items() if name not in backbone]
+        norms = [
+            squared_norm(local_tensor(t) for t in tensors if is_sharded(t) is shards)
+            for tensors in (own, heads)
+        ]
+        return [*products.flatten().tolist(), *norms]
+
+    totals = torch.tensor(sums(shards=False), dtype=torch.float64)
+    if any(map(is_sharded, parameters)):
+        totals += torch.tensor(control.sum(sums(shards=True)), dtype=torch.float64)
+    factors = torch.tensor([own_factor, donor_factor], dtype=torch.float64)
+    own_norm, donor_norm = totals[4:].tolist()
+    return totals[:4].view(2, 2) * torch.outer(factors, factors), (
+        own_norm * own_factor**2,
+        donor_norm * donor_factor**2,
     )
+
+
+def _part(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else local_tensor(tensor)
 
 
 def injection_metrics(

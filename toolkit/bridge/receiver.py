@@ -20,14 +20,17 @@ from toolkit.aggregation import find_rule, guarded_weights
 from toolkit.bridge.accumulation import scale_grads_
 from toolkit.bridge.config import Role
 from toolkit.bridge.errors import PayloadError, PeerError
+from toolkit.bridge.frozen_state import FrozenOptimizerState, frozen_sharded
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.job import BridgeJob
-from toolkit.bridge.ledger import Ledger
+from toolkit.bridge.ledger import Ledger, Resumption, trail_path
 from toolkit.bridge.measures import aggregation_metrics, injection_metrics, inner_products
 from toolkit.bridge.payload import Header, Record, digest_tensors
+from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.rescaling import rescale_factors
 from toolkit.bridge.retention import CheckpointCursors
 from toolkit.parameters import check_takes_late_gradients
+from toolkit.sharding import full_tensor, shard_like
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +42,10 @@ class GradientReceiver(BridgeJob):
 
     Args:
         accelerator: the job's accelerator.
-        model: the prepared model. The donor's head must not be managed by DDP: call
-            ``requires_grad_(False)`` on it before ``prepare``, and give all parameters to the
-            optimizer. A parameter of the backbone that does not require a gradient rests: the
-            donor's does not move it either.
+        model: the prepared model, whole or sharded by FSDP2. The donor's head must not be managed
+            by DDP: call ``requires_grad_(False)`` on it before ``prepare``, and give all parameters
+            to the optimizer. A parameter of the backbone that does not require a gradient rests:
+            the donor's does not move it either.
         optimizer: its optimizer, with the shared parameters in its groups.
         config: the settings; by default lockstep in ``runs``.
         backbone: name of the backbone's submodule.
@@ -58,7 +61,8 @@ class GradientReceiver(BridgeJob):
     Raises:
         ValueError: for an unknown module, shared parameters that the optimizer lacks, or fused SGD
             with momentum, which fails in torch after a step without a payload.
-        BridgeError: for a run that cannot be joined.
+        BridgeError: for a run that cannot be joined, or a job that is launched in a way that is not
+            supported.
     """
 
     role: ClassVar[Role] = "receiver"
@@ -66,28 +70,38 @@ class GradientReceiver(BridgeJob):
     def _attach(self) -> None:
         self._check_head_rests()
         check_takes_late_gradients(self.optimizer)
+        replay = self.config.replay
+        self._kept = KeptPayloads(Path(replay)) if replay is not None else None
         super()._attach()
         self.completed_steps = 0
         self.completed_windows = 0
         self.steps_alone = 0
         self._has_published = False
+        self._weights: dict[str, Tensor] = {}  # main process: the present ones, whole, on the CPU
         self._step_on_disk = -1  # of the newest weights that a donor can read
         self._injected: _Injection | None = None
         # What the donor has been told that it may delete, exclusive.
         self._acknowledged = self.transport.acknowledged("donor")
         self.ledger = Ledger(
-            self.run_dir / "bridge" / "receiver" / f"ledger-{self.attempt:04d}.jsonl"
-            if self.accelerator.is_main_process
-            else None
+            trail_path(self.run_dir, self.attempt) if self.accelerator.is_main_process else None,
+            durable=self.config.keep_payloads,
         )
-        self._inbox = Inbox(
-            transport=self.transport,
-            read=self._read,
-            expected=dict(self.gradient_parameters),
-            unit=self.config.unit,
-            max_staleness=self.config.max_staleness,
-        )
+        self._inbox: Inbox | Replay
+        if self._kept is not None:
+            self._inbox = Replay(self._kept.path, self._read)
+        else:
+            self._inbox = Inbox(
+                transport=self.transport,
+                read=self._read,
+                expected=dict(self.gradient_parameters),
+                unit=self.config.unit,
+                max_staleness=self.config.max_staleness,
+            )
+        self._initial_digest = ""
         self._retention = CheckpointCursors(self.run_id)
+        if frozen := frozen_sharded(self.shared.head):
+            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            self.accelerator.register_for_checkpointing(FrozenOptimizerState(inner, frozen))
         aggregate = self.config.aggregate
         self._rule = None if aggregate == "sum" else find_rule(aggregate)
 
@@ -137,7 +151,7 @@ class GradientReceiver(BridgeJob):
         if self._injected is not None:
             raise RuntimeError("inject() was called twice in this accumulation window")
         window = self.accumulator.close()
-        self.accumulator.reduce_unmanaged_(self.model.named_parameters())
+        self.accumulator.reduce_unmanaged_(self.parameters.items())
         verdict, record, wait_seconds = self._receive()
         num_donor = record.header.count if record is not None else 0.0
         own_factor, donor_factor = rescale_factors(
@@ -149,7 +163,7 @@ class GradientReceiver(BridgeJob):
         )
         for parameter in self.shared.head.values():
             parameter.grad = None  # zeros would let the optimizer's moments move the head
-        scale_grads_(self.model.parameters(), window.sum_factor * own_factor)
+        scale_grads_(self.parameters.values(), window.sum_factor * own_factor)
         self._injected = _Injection(window.scale, verdict)
         self.metrics = {
             "loss/own (per sample)": window.loss,
@@ -158,13 +172,14 @@ class GradientReceiver(BridgeJob):
         }
         if record is not None:
             tensors = {
-                name: record.tensors[name].to(device=parameter.device, dtype=parameter.dtype)
-                for name, parameter in self.gradient_parameters.items()
+                name: shard_like(record.tensors[name].to(p.device, p.dtype), p)
+                for name, p in self.gradient_parameters.items()
                 if name in self.shared.trained
             }
             backbone, heads = inner_products(
-                self.model, self.shared.backbone, tensors, 1 / window.scale, donor_factor
-            )
+                self.parameters.values(), self.shared.backbone, tensors, self.control,
+                1 / window.scale, donor_factor,
+            )  # fmt: skip
             self.metrics |= injection_metrics(backbone, heads, window, record, donor_factor)
             own_weight, donor_weight = self._weigh(backbone)
             if own_weight != 1.0:
@@ -196,6 +211,8 @@ class GradientReceiver(BridgeJob):
         if self._step_was_skipped(injected.scale):
             return False
         if self.accelerator.is_main_process:
+            if self.config.keep_payloads and injected.verdict.digest is not None:
+                self.transport.keep("donor", injected.verdict.sequence)
             self.ledger.record(self._inbox.settle(injected.verdict))
         self.completed_steps += 1
         self.steps_alone += injected.verdict.digest is None
@@ -203,6 +220,9 @@ class GradientReceiver(BridgeJob):
         return True
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _read(self, sequence: int) -> Record:
+        return super()._read(sequence) if self._kept is None else self._kept.read(sequence)
 
     def _receive(self) -> tuple[Verdict, Record | None, float]:
         """The donor's part of this step, the same on every rank."""
@@ -228,13 +248,13 @@ class GradientReceiver(BridgeJob):
         """On the main process: one look at the donor's stream."""
         if self.transport.rejection("receiver", self._next_sequence - 1) is not None:
             logger.warning("the donor could not read the weights; publishing them again")
-            self._publish_weights()
+            self._offer_weights()
         verdict = self._inbox.look(self.completed_steps, self.peer)
         if self._inbox.donor_is_away and self.config.require_peer:
             raise PeerError("the donor has ended, and --require_peer is set")
         if verdict is None and self._step_on_disk != self.completed_steps:
             # The donor is back after a silence in which nothing was published for it.
-            self._publish_weights()
+            self._offer_weights()
         return verdict
 
     def _give_up(self, reason: str) -> Verdict | None:
@@ -286,14 +306,22 @@ class GradientReceiver(BridgeJob):
         return fell or bool(getattr(self.optimizer, "step_was_skipped", False))
 
     def _publish_weights(self) -> None:
-        """Publish the present weights, unless nobody is there to read them (main process)."""
+        """Take the present weights and publish them. A collective where they are sharded."""
         self._has_published = True
-        if not self.accelerator.is_main_process:
-            return
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.shared.weights.items()
-        }
+        self._weights = {}  # free the last ones first
+        for name, tensor in self.shared.weights.items():
+            whole = full_tensor(tensor.detach())
+            if self.accelerator.is_main_process:
+                self._weights[name] = whole.cpu().contiguous()
+        if self.accelerator.is_main_process:
+            self._offer_weights()
+
+    def _offer_weights(self) -> None:
+        """Publish the newest weights taken, unless nobody is there (main process)."""
+        tensors = self._weights
         digest = digest_tensors(tensors)
+        if self.completed_steps == 0:
+            self._initial_digest = digest
         self._inbox.remember(self.completed_steps, digest)
         self.peer.observe()
         if not self._inbox.donor_is_away or self.peer.is_alive(self.config.peer_wait):
@@ -327,6 +355,8 @@ class GradientReceiver(BridgeJob):
 
     def _state(self) -> dict[str, Any]:
         return {
+            "attempt": self.attempt,
+            "initial_digest": self._initial_digest,
             "completed_steps": self.completed_steps,
             "completed_windows": self.completed_windows,
             "steps_alone": self.steps_alone,
@@ -335,10 +365,11 @@ class GradientReceiver(BridgeJob):
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
+        self._initial_digest = state["initial_digest"]
         self.completed_steps = state["completed_steps"]
         self.completed_windows = state["completed_windows"]
         self.steps_alone = state["steps_alone"]
-        self.ledger.counts = dict(state["ledger"])
+        self.ledger.resume(Resumption(state["attempt"], self.completed_steps), state["ledger"])
         self._inbox.load_state(state["inbox"])
 
     def _on_load_state(self, models: list[nn.Module], directory: str) -> None:
@@ -366,6 +397,26 @@ class GradientReceiver(BridgeJob):
             "published": self._inbox.num_settled() + pending,
             "alien": len(self.transport.alien_names("donor")),
         }
+
+    def evidence(self, model_state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What ``gradient-bridge verify`` must know beside the arguments, for ``results.json``.
+
+        Args:
+            model_state: the final weights by plain parameter name.
+
+        Returns:
+            ``attempt``, which start of the receiver this is; the digest of the shared weights at
+            step 0 and of all weights at the end; in a replay ``departed_at``, as :class:`Replay`
+            has it.
+        """
+        evidence = {
+            "attempt": self.attempt,
+            "initial_weights_digest": self._initial_digest,
+            "final_weights_digest": digest_tensors(model_state),
+        }
+        if isinstance(self._inbox, Replay):
+            evidence["departed_at"] = self._inbox.departed_at
+        return evidence
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -183,6 +183,11 @@ def newest_run(runs_dir: Path) -> str | None:
     return max((path.name for path in numbered if path.is_dir()), key=int, default=None)
 
 
+def newest_attempt(run_dir: Path, role: Role) -> int:
+    """The number of the newest start of a job; 0 if there was none."""
+    return max((int(path.stem) for path in _attempts(run_dir, role)), default=0)
+
+
 def _open_or_new_run(runs_dir: Path, role: Role) -> Path:
     """The newest numbered run if it waits for this role, else a new one of the next number."""
     newest = newest_run(runs_dir)

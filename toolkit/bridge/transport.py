@@ -6,6 +6,7 @@ not gradients. Layout below its root, with ``J`` the publishing job::
     J/records/0000000012.safetensors   record 12 of J, created once, never replaced
     J/rejected/0000000012.safetensors  a record that a reader refused, kept aside
     J/rejected/0000000012.json         why
+    J/kept/0000000012.safetensors      a second name of record 12, which pruning leaves alone
     J/acknowledged                     J's reader needs no record below this number again
     J/heartbeat                        a counter that moves while J lives
 
@@ -68,6 +69,10 @@ class DirectoryTransport:
         """Where record ``sequence`` of ``job`` lies."""
         return self.root / job / "records" / f"{sequence:010d}.safetensors"
 
+    def kept_path(self, job: str, sequence: int) -> Path:
+        """Where record ``sequence`` of ``job`` lies once it is kept for good."""
+        return self.root / job / "kept" / f"{sequence:010d}.safetensors"
+
     def publish(self, job: str, sequence: int, write: Callable[[Path], object]) -> int:
         """Create record ``sequence`` with what ``write(path)`` writes; durable when it returns.
 
@@ -129,6 +134,22 @@ class DirectoryTransport:
                 # Something that is no file is not ours to delete.
                 with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
                     self.path(job, old).unlink()
+
+    def keep(self, job: str, sequence: int) -> None:
+        """Give a record a name that pruning leaves alone; durable when it returns. May be repeated.
+
+        Raises:
+            BridgeError: if the record is gone, or the disk refuses.
+        """
+        target = self.kept_path(job, sequence)
+        try:
+            if not target.parent.is_dir():
+                target.parent.mkdir(exist_ok=True)
+                files.fsync_path(target.parent.parent)
+            with contextlib.suppress(FileExistsError):  # kept before a resume: the same bytes
+                files.link(self.path(job, sequence), target)
+        except OSError as error:
+            raise BridgeError(f"cannot keep payload {sequence} as {target}: {error}") from error
 
     def reject(self, job: str, sequence: int, reason: str, detail: str) -> None:
         """Keep a record that must not be used aside, and leave a note for its publisher."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from toolkit.graph import has_reentrant_checkpoint
 from toolkit.isolation.checks import enumerate_names, unwrap
 
 _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -76,7 +77,7 @@ def backward_for(
         ) from error
     after = [_grad_version(parameter) for parameter in parameters]
     missed = [old == new for old, new in zip(before, after, strict=True)]
-    if any(missed) and _has_reentrant_checkpoint(loss):
+    if any(missed) and has_reentrant_checkpoint(loss):
         raise ValueError(
             f"an activation checkpoint hides parameters of {_class_name(module)}, which got no "
             "gradient: checkpoint with use_reentrant=False"
@@ -96,20 +97,6 @@ def _grad_version(parameter: nn.Parameter) -> tuple[int, int] | None:
     """Differs before and after a backward that reached the parameter."""
     grad = parameter.grad
     return None if grad is None else (id(grad), grad._version)
-
-
-def _has_reentrant_checkpoint(loss: Tensor) -> bool:
-    """Whether a part of the graph is hidden from a backward that names its inputs."""
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
-    return False
 
 
 def _check_wrapping(module: nn.Module, accelerator: Accelerator | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from toolkit.graph import has_reentrant_checkpoint
 from toolkit.rotograd.weighting import Statistics
 
 
@@ -72,10 +73,18 @@ class Window:
             weights: (K,), of the tasks.
             features: (N, d), this micro-batch's, with their graph.
             gradients: (K, N, d), this micro-batch's G_k.
+
+        Raises:
+            ValueError: if a reentrant checkpoint hides parameters of the backbone.
         """
         if not self._reweigh:
             return
         before, self._weights = self._weights, weights
+        if before is None and has_reentrant_checkpoint(features):
+            raise ValueError(
+                "exact_accumulation takes the backbone's gradients task by task, which an "
+                "activation checkpoint hides: checkpoint with use_reentrant=False"
+            )
         if before is not None:
             for change, task in zip(weights - before, self._task_grads, strict=True):
                 for parameter, grad in zip(self._parameters, task, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,11 +42,8 @@ class RotoGrad(RotateOnly):
         **options: Any,
     ) -> None:
         super().__init__(backbone, heads, size_z, **options)
-        if (
-            isinstance(alpha, bool)
-            or not isinstance(alpha, int | float)
-            or not math.isfinite(alpha)
-        ):
+        is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
+        if not is_number or not math.isfinite(alpha):
             raise ValueError(f"alpha must be one finite number, got {alpha!r}")
         self.alpha = float(alpha)
 

@@ -47,6 +47,9 @@ class Weighting(Protocol):
     exact_accumulation: bool
     measure_before_rotation: bool
 
+    def note(self, losses: Tensor, slope: Tensor) -> None:
+        """Take (K,) this rank's losses, and what multiplies their sum in the loss of backward()."""
+
     def given_losses(self) -> Tensor | None:
         """(K,), this rank's losses, if they are needed."""
 
@@ -84,6 +87,20 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 def num_ranks() -> int:
     """Ranks that share a batch."""
     return 1 if control_group() is None else dist.get_world_size()
+
+
+class Noted(torch.autograd.Function):
+    """``Noted.apply(total, losses, weighting)``: ``total``; its backward notes ``losses`` (K,)."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, losses: Tensor, weighting: Weighting) -> Tensor:
+        ctx.losses, ctx.weighting = losses, weighting
+        return total.view_as(total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.weighting.note(ctx.losses, grad.detach())
+        return grad, None, None
 
 
 class Rotate(torch.autograd.Function):

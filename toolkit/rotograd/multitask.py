@@ -74,9 +74,12 @@ class VanillaMTL(nn.Module):
         return sum_of(losses)
 
     def backward(
-        self, losses: Sequence[Tensor | None], accelerator: Accelerator | None = None
+        self, losses: Sequence[Tensor | None], *, accelerator: Accelerator | None = None
     ) -> None:
         """``accelerator.backward(model.total(losses))``, or without an accelerator the same.
+
+        A loss of the backbone alone, such as a penalty, which the package ``rotograd`` takes as a
+        second argument, is to be added: ``(model.total(losses) + penalty).backward()``.
 
         Raises:
             ValueError: as :meth:`total` does.

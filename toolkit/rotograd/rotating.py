@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Literal, TypeVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.rotograd.accumulation import Window
-from toolkit.rotograd.gradients import Rotate, num_ranks, sum_over_ranks
+from toolkit.rotograd.gradients import Noted, Rotate, num_ranks, sum_over_ranks
 from toolkit.rotograd.history import History, reference
 from toolkit.rotograd.multitask import VanillaMTL, sum_of
 from toolkit.rotograd.rotations import Rotation, Rotations, as_rows, rotate
@@ -17,6 +18,7 @@ from toolkit.rotograd.steps import watch
 from toolkit.rotograd.weighting import Statistics
 
 _STEPS_PER_MEND = 8
+_MOST_BACKWARDS = 1000  # for one step, before something seems to be wrong
 _Model = TypeVar("_Model", bound="RotateOnly")
 
 
@@ -73,6 +75,8 @@ class RotateOnly(VanillaMTL):
         size = size_z if size_rotation is None else size_rotation
         if size > size_z:
             raise ValueError(f"size_rotation is {size}, but there are only {size_z} features")
+        if not isinstance(burn_in_period, int) or burn_in_period < 0:
+            raise ValueError(f"burn_in_period must be a number of steps, got {burn_in_period!r}")
         self.size_z, self.burn_in_period = size_z, burn_in_period
         self.normalize_losses = normalize_losses
         self.exact_accumulation = exact_accumulation
@@ -80,8 +84,10 @@ class RotateOnly(VanillaMTL):
         self.coop_enabled = self.measure_before_rotation = False
         self._history = History.empty(len(self))
         self._losses: Tensor | None = None
-        self._last: tuple[Statistics, Tensor] | None = None
+        self._slope: Tensor | None = None
+        self._last: tuple[Statistics, Tensor, Tensor | None] | None = None
         self._pending: History | None = None
+        self._num_backwards = 0  # since the last step
         self._window: Window | None = None
 
     @property
@@ -98,12 +104,18 @@ class RotateOnly(VanillaMTL):
         self.coop_enabled = value
         return self
 
+    def requires_grad_(self: _Model, requires_grad: bool = True) -> _Model:
+        """As for any module, but that the rotations' matrices stay frozen: tangents move them."""
+        super().requires_grad_(requires_grad)
+        self.rotations.matrices.requires_grad_(False)
+        return self
+
     def rotation_parameters(self) -> list[nn.Parameter]:
         return [self.rotations.tangents]
 
     def features_of(self, features: Tensor) -> Sequence[Tensor]:
         rows = as_rows(features, self.size_z)
-        matrices, tangents = self.rotations.matrices, self.rotations.tangents
+        matrices, tangents = self.rotations.matrices.detach(), self.rotations.tangents
         if self.training and torch.is_grad_enabled():
             watch(self)
             rotated = Rotate.apply(rows, tangents, self._raw_weights(), matrices, self)
@@ -117,27 +129,38 @@ class RotateOnly(VanillaMTL):
     def total(self, losses: Sequence[Tensor | None]) -> Tensor:
         """The sum of the losses, each divided by its first one if ``normalize_losses`` is set.
 
-        It also notes their values, which :class:`RotoGradNorm` needs: ``sum(losses)`` does as well
-        as this only where neither is the case.
+        In its backward it also notes their values, which :class:`RotoGradNorm` needs, and what a
+        loss scaler multiplied them by, which the first norms of a task that comes late need:
+        ``sum(losses)`` does as well as this only where none of this is the case.
 
         Raises:
             ValueError: as :meth:`VanillaMTL.total` does, or for a first loss of 0 to divide by.
+            RuntimeError: for losses with a graph in eval mode, which trains no rotations.
         """
         self.check_losses(losses)
+        values = None
+        if not self.training and any(loss is not None and loss.requires_grad for loss in losses):
+            raise RuntimeError(
+                "the model is in eval mode, where rotations get no gradient and tasks are not "
+                "balanced: call model.train() before the forward, and model.backbone.eval() after "
+                "it if need be; an evaluation belongs under torch.no_grad()"
+            )
         if self.training and torch.is_grad_enabled():
             zero = self.rotations.matrices.new_zeros(())
-            values = [zero if loss is None else loss.detach().to(zero) for loss in losses]
-            self._losses = torch.stack([value.reshape(()) for value in values])
+            values = torch.stack(
+                [zero if loss is None else loss.detach().to(zero).reshape(()) for loss in losses]
+            )
         if self.normalize_losses:
-            initial = self._initial_losses(losses)
+            initial = self._initial_losses(losses, values)
             losses = [
                 None if loss is None else loss / first
                 for loss, first in zip(losses, initial, strict=True)
             ]
-        return sum_of(losses)
+        total = sum_of(losses)
+        return total if values is None else Noted.apply(total, values, self)
 
-    def _initial_losses(self, losses: Sequence[Tensor | None]) -> Tensor:
-        history, now = self._history, self._losses
+    def _initial_losses(self, losses: Sequence[Tensor | None], now: Tensor | None) -> Tensor:
+        history = self._history
         initial = history.initial_losses.to(self.rotations.matrices)
         again = history.step == self.burn_in_period
         if now is not None and (again or bool(initial.isnan().any())):
@@ -154,6 +177,9 @@ class RotateOnly(VanillaMTL):
     def _raw_weights(self) -> nn.Parameter | None:
         return None
 
+    def note(self, losses: Tensor, slope: Tensor) -> None:
+        self._losses, self._slope = losses, slope
+
     def given_losses(self) -> Tensor | None:
         losses, self._losses = self._losses, None
         return losses
@@ -169,17 +195,32 @@ class RotateOnly(VanillaMTL):
         return self._window
 
     def weigh(self, statistics: Statistics) -> tuple[Tensor, Tensor | None]:
+        self._num_backwards += 1
+        if self._num_backwards == _MOST_BACKWARDS:
+            warnings.warn(
+                f"{_MOST_BACKWARDS} backward passes without a step of an optimizer that holds "
+                "model.rotation_parameters(): rotations do not turn, and first losses and norms "
+                "are not kept. Make it from model.param_groups(...); sharded ones do not work",
+                stacklevel=2,
+            )
         norms, present = statistics.norms, statistics.present
         again, history = self._history.step == self.burn_in_period, self._history
         initial_norms = history.initial_norms.to(norms)
         initial_losses = history.initial_losses.to(norms)
+        slope, self._slope = self._slope, None
         if again or not history.complete:
-            initial_norms = reference(initial_norms, norms, present, again=again)
+            own_norms = norms if slope is None else norms / slope.to(norms)
+            initial_norms = reference(initial_norms, own_norms, present, again=again)
             if statistics.losses is not None:
                 initial_losses = reference(initial_losses, statistics.losses, present, again=again)
+            if self._pending is not None:  # a task that only an earlier micro-batch had
+                earlier_norms = self._pending.initial_norms.to(norms)
+                earlier_losses = self._pending.initial_losses.to(norms)
+                initial_norms = torch.where(present, initial_norms, earlier_norms)
+                initial_losses = torch.where(present, initial_losses, earlier_losses)
         self._pending = History(history.step + 1, initial_norms, initial_losses, history.complete)
         weights, raw_grad = self._weigh(statistics, self._pending)
-        self._last = (statistics, weights)
+        self._last = (statistics, weights, slope)
         return weights, raw_grad
 
     def _weigh(self, statistics: Statistics, history: History) -> tuple[Tensor, Tensor | None]:
@@ -192,6 +233,7 @@ class RotateOnly(VanillaMTL):
 
     def after_step(self, *, skipped: bool) -> None:
         pending, self._pending, self._window = self._pending, None, None
+        self._num_backwards = 0
         if skipped:
             return
         self.rotations.fold(mend=self._history.step % _STEPS_PER_MEND == 0)
@@ -206,23 +248,26 @@ class RotateOnly(VanillaMTL):
 
     def set_extra_state(self, state: Tensor) -> None:
         if len(state) != 2 + 2 * len(self):
-            raise ValueError(f"the checkpoint is not of a model of {len(self)} tasks")
+            tasks = (len(state) - 2) // 2
+            raise ValueError(f"the checkpoint has {tasks} tasks, this model has {len(self)}")
         self.coop_enabled = bool(state[0])
         self._history = History.from_tensor(state[1:])
-        self._pending = self._losses = self._window = None
+        self._pending = self._losses = self._slope = self._window = None
 
     def measures(self) -> dict[str, float]:
         """How the tasks' gradients agreed in the last backward, by names fit for TensorBoard.
 
         ``grad_norm/<task>``, ``weight/<task>``, ``cosine/<task>_<task>`` of the gradients that
         reach the backbone, ``cosine_before/<task>_<task>`` before they are turned back if
-        ``measure_before_rotation`` is set, and ``orthogonality_error``. Computed at this call;
-        gradients are as the loss scaler left them. Empty before the first backward.
+        ``measure_before_rotation`` is set, and ``orthogonality_error``. Computed at this call.
+        Norms are without the loss scale if the backward was that of :meth:`total`. Empty before
+        the first backward.
         """
         if self._last is None:
             return {}
-        statistics, weights = self._last
-        result = {f"grad_norm/{k}": norm for k, norm in enumerate(statistics.norms.tolist())}
+        statistics, weights, slope = self._last
+        norms = statistics.norms if slope is None else statistics.norms / slope.to(statistics.norms)
+        result = {f"grad_norm/{k}": norm for k, norm in enumerate(norms.tolist())}
         result |= {f"weight/{k}": weight for k, weight in enumerate(weights.tolist())}
         for name, gram in (("", statistics.gram), ("_before", statistics.gram_before)):
             if gram is not None:

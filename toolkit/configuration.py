@@ -1,0 +1,75 @@
+"""What a job was configured to run as, against what it runs as.
+
+Accelerate drops some settings without a word: on the CPU an FSDP configuration becomes
+DistributedDataParallel, and fp16 becomes fp32. Nothing here is run as something else.
+"""
+
+from __future__ import annotations
+
+import os
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+_REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_USE = "one process, or distributed_type MULTI_GPU (DistributedDataParallel)"
+_ZERO = "its engine keeps gradients and optimizer steps to itself, in buffers of its own"
+_REASONS = {
+    DistributedType.DEEPSPEED: f"DeepSpeed: {_ZERO}, in every ZeRO stage",
+    DistributedType.MEGATRON_LM: f"Megatron-LM: {_ZERO}",
+    DistributedType.XLA: "TPU: it reduces gradients inside the optimizer's step",
+}
+# What the launcher (or a plugin given to the Accelerator) sets, and what must come of it.
+_REQUESTS = {
+    "ACCELERATE_USE_FSDP": ("FSDP", DistributedType.FSDP),
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", DistributedType.DEEPSPEED),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", DistributedType.MEGATRON_LM),
+}
+
+
+def check_configuration(accelerator: Accelerator, *, may_shard: bool = False) -> None:
+    """Refuse what this toolkit cannot do, and what Accelerate would run as something else.
+
+    Args:
+        accelerator: the job's accelerator.
+        may_shard: whether the caller can work on parameters that FSDP2 has sharded.
+
+    Raises:
+        ValueError: naming the setting, the reason and the remedy.
+    """
+    kind = accelerator.distributed_type
+    for variable, (name, requested) in _REQUESTS.items():
+        if os.environ.get(variable, "").lower() in ("1", "true") and kind != requested:
+            raise ValueError(
+                f"{name} is configured ({variable}=true), but with {accelerator.num_processes} "
+                f"process(es) on device {accelerator.device.type} Accelerate would train as "
+                f"{kind.value} without a word. Launch on several GPUs, or configure {_USE}"
+            )
+    if kind == DistributedType.FSDP:
+        _check_fsdp(accelerator, may_shard)
+    elif kind not in _REPLICATED:
+        reason = _REASONS.get(kind, f"distributed type {kind.value}, which nobody has tried")
+        raise ValueError(f"not supported: {reason}. Configure {_USE}")
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and parallelism.non_dp_dim_names:
+        raise ValueError(
+            f"parallelism {', '.join(parallelism.non_dp_dim_names)} is not supported: its ranks "
+            "share a batch, and a sum over all ranks would count it several times. Leave "
+            "data parallelism only (dp_shard_size)"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError(
+            f"mixed precision fp16 needs a GPU: on device {accelerator.device.type} Accelerate "
+            "would train in fp32 without a word. Use bf16, or no mixed precision"
+        )
+
+
+def _check_fsdp(accelerator: Accelerator, may_shard: bool) -> None:
+    version = accelerator.state.fsdp_plugin.fsdp_version
+    if not may_shard:
+        raise ValueError(f"FSDP is not supported here: this works on whole parameters. Use {_USE}")
+    if version != 2:
+        raise ValueError(
+            f"fsdp_version {version} is not supported: it flattens parameters into buffers that "
+            "have neither their names nor their shapes. Set fsdp_version: 2"
+        )

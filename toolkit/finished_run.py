@@ -1,0 +1,87 @@
+"""A run that is over, with all that a replay of it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from toolkit.bridge.errors import BridgeError
+from toolkit.bridge.replay import KeptPayloads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedRun:
+    """A run whose receiver has ended and has kept its payloads."""
+
+    directory: Path
+    results: dict[str, Any]
+    weights: dict[str, Tensor]
+    payloads: KeptPayloads
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What the recipe recorded in order to be repeated."""
+        recorded: dict[str, Any] = self.results["provenance"]
+        return recorded
+
+
+def find_run(name: str, runs_dir: Path) -> Path:
+    """The directory of a run, given as a path or by its name in ``runs_dir``.
+
+    Raises:
+        BridgeError: if there is none.
+    """
+    candidates = [Path(name), runs_dir / name]
+    for path in candidates:
+        if (path / "bridge" / "run.json").is_file():
+            return path
+    raise BridgeError(
+        f"there is no run {name!r}: looked for {' and '.join(map(str, candidates))}. Give the "
+        "directory of a run, such as runs/0001, or its name and --runs_dir"
+    )
+
+
+def open_run(directory: Path, output_dir: Path | None = None) -> FinishedRun:
+    """Read what a run recorded, but for its payloads.
+
+    Args:
+        directory: of the run.
+        output_dir: of the receiver, if it had one of its own.
+
+    Raises:
+        BridgeError: if the run has not ended, kept no payloads, or cannot be read.
+    """
+    output_dir = output_dir or directory / "receiver"
+    try:
+        results = json.loads((output_dir / "results.json").read_bytes())
+        provenance = results["provenance"]
+        keeps = provenance["arguments"]["keep_payloads"]
+        weights = load_file(output_dir / "model.safetensors")
+    except FileNotFoundError as error:
+        raise BridgeError(
+            f"run {directory} has not ended: there is no {error.filename or output_dir}. Resume "
+            "the receiver; if it had an --output_dir, give the same to verify. A script of your "
+            "own replays with BridgeConfig(replay=...)"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise BridgeError(
+            f"{output_dir} does not hold the results of recipes/receiver.py: {error!r}"
+        ) from None
+    if not keeps:
+        raise BridgeError(
+            f"run {directory} kept no payloads, so there is nothing to replay it from: train with "
+            "--keep_payloads on the receiver"
+        )
+    payloads = KeptPayloads(directory)
+    if payloads.attempt != provenance["attempt"]:
+        raise BridgeError(
+            f"run {directory} was gone on with (start {payloads.attempt} of its receiver) after "
+            f"the results of start {provenance['attempt']}, and has not ended: resume it"
+        )
+    return FinishedRun(directory=directory, results=results, weights=weights, payloads=payloads)

@@ -30,6 +30,14 @@ class SharedParameters:
         return self.backbone | self.head
 
     @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Those that the job's optimizer is to step: all but frozen ones of the backbone.
+
+        The donor's head is one of them, frozen or not: a receiver freezes it for DDP's sake.
+        """
+        return {name: p for name, p in self.backbone.items() if p.requires_grad} | self.head
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         """What the receiver publishes: shared parameters and buffers."""
         return {**self.parameters, **self.buffers}
@@ -60,22 +68,31 @@ def shared_parameters(model: nn.Module, backbone: str, head: str) -> SharedParam
             raise ValueError(f"{backbone!r} and {head!r} overlap in {name!r}; name disjoint ones")
     persistent = model.state_dict(keep_vars=True)
     buffers = {
-        name: buffer
+        plain_name(name): buffer
         for name, buffer in model.named_buffers()
-        if name in persistent and name.startswith((f"{backbone}.", f"{head}."))
+        if name in persistent and plain_name(name).startswith((f"{backbone}.", f"{head}."))
     }
     return SharedParameters(parts[0], parts[1], buffers)
 
 
+def plain_name(name: str) -> str:
+    """The name that a parameter, buffer or module has where no module is compiled.
+
+    ``torch.compile`` puts a module below a wrapper, as ``_orig_mod``.
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def _parameters_below(model: nn.Module, module_name: str) -> dict[str, nn.Parameter]:
-    modules = dict(model.named_modules())
+    modules = {plain_name(name) for name, _ in model.named_modules()}
     if not module_name or module_name not in modules:
         known = sorted(name for name in modules if name and name.count(".") < 2)
         raise ValueError(f"the model has no module {module_name!r}; it has {', '.join(known)}")
     # A tied tensor has several names, some of which may lie outside this module: take the first
     # one inside.
     found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for full_name, parameter in model.named_parameters(remove_duplicate=False):
+        name = plain_name(full_name)
         if name.startswith(f"{module_name}."):
             found.setdefault(id(parameter), (name, parameter))
     if not found:
@@ -140,6 +157,25 @@ def check_optimizer_within(model: nn.Module, optimizer: torch.optim.Optimizer) -
                     f"optimizer group {number} has a parameter of shape {tuple(parameter.shape)} "
                     "that is not in the model: put all that this optimizer trains into one model"
                 )
+
+
+def check_takes_late_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that fails at a parameter's first gradient if it comes at a later step.
+
+    A step without the donor's gradient leaves its head without one: the first steps of a receiver
+    that is alone, or a first window of the donor that overflowed.
+
+    Raises:
+        ValueError: for fused SGD with momentum.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    for group in inner.param_groups:
+        if isinstance(inner, torch.optim.SGD) and group["fused"] and group["momentum"]:
+            raise ValueError(
+                "SGD(fused=True) with momentum fails in torch where a parameter gets its first "
+                "gradient at a later step than others, as the donor's head does after a step "
+                "without a payload: use foreach=True, or no momentum"
+            )
 
 
 def check_only_shared_trains(model: nn.Module, shared: SharedParameters) -> None:

@@ -74,11 +74,14 @@ class Job:
         return total / max(len(labels), 1) if self.reduction == "mean" else total
 
     def window(self, sizes: list[int], as_tensor: bool = False) -> Window:
-        for number, batch in enumerate(self.batches(sizes), start=1):
+        return self.window_of(self.batches(sizes), as_tensor)
+
+    def window_of(self, batches: list[tuple[Tensor, Tensor]], as_tensor: bool = False) -> Window:
+        for number, batch in enumerate(batches, start=1):
             num_samples: Any = len(batch[1])
             with self.accelerator.accumulate(self.model):
                 # Windows of any length, as at the end of a dataloader.
-                self.accelerator.gradient_state._set_sync_gradients(number == len(sizes))
+                self.accelerator.gradient_state._set_sync_gradients(number == len(batches))
                 self.accumulator.backward(
                     self.loss(batch), torch.tensor(num_samples) if as_tensor else num_samples
                 )

@@ -101,6 +101,27 @@ def test_that_a_tensor_tied_to_one_outside_is_not_left_out_in_silence() -> None:
     assert "heads.h2.weight" in shared.head
 
 
+def test_that_a_compiled_module_keeps_its_plain_names() -> None:
+    # Else a job with a compiled backbone would not fit one without.
+    plain, net = shared_parameters(Net(), "backbone", "heads.h2"), Net()
+    inner = net.backbone[0]
+    compiled: Any = torch.compile(inner)
+    net.backbone[0] = compiled
+    compiled = torch.compile(net.backbone)
+    net.backbone = compiled
+
+    shared = shared_parameters(net, "backbone", "heads.h2")
+
+    assert shared.schema() == plain.schema()
+    assert list(shared.weights) == list(plain.weights)
+    assert shared.backbone["backbone.0.weight"] is inner.weight
+    assert list(shared_parameters(net, "backbone.1", "heads.h2").backbone) == [
+        "backbone.1.weight", "backbone.1.bias",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match=r"no module 'trunk'; it has backbone, backbone\.0"):
+        shared_parameters(net, "trunk", "heads.h2")
+
+
 def test_that_equal_schemas_do_not_differ() -> None:
     schema = shared_parameters(Net(), "backbone", "heads.h2").schema()
 

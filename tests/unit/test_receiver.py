@@ -134,6 +134,55 @@ def test_that_a_filter_on_requires_grad_is_noticed(job: ReceiverAlone, tmp_path:
         )
 
 
+def test_that_a_frozen_layer_of_the_backbone_rests(start: Callable[..., ReceiverAlone]) -> None:
+    # Frozen in both jobs, as under adapters, the donor sends zeros for it: with them as its
+    # gradient the weight decay would move it.
+    name = "backbone.0.weight"
+    job = start()
+    frozen = job.network.get_parameter(name).requires_grad_(False)
+    before = frozen.detach().clone()
+    for value in (0.0, 1.0):
+        with job.accelerator.accumulate(job.model):
+            job.backward()
+            job.donate(job.constant(value))
+            job.receiver.inject()
+            assert frozen.grad is None
+            assert job.network.get_parameter("backbone.0.bias").grad is not None
+            norm = job.receiver.metrics["gradient/donor norm"]
+            job.optimizer.step()
+            job.optimizer.zero_grad()
+            assert job.receiver.commit()
+    assert torch.equal(frozen, before)
+    others = sum(p.numel() for n, p in job.receiver.shared.parameters.items() if n != name)
+    assert norm == pytest.approx(others**0.5 / 4), "what is not added is no part of the step"
+
+
+def test_that_an_optimizer_may_leave_a_frozen_layer_out(job: ReceiverAlone, tmp_path: Path) -> None:
+    job.network.get_parameter("backbone.0.weight").requires_grad_(False)
+    heads = list(job.network.heads["h2"].parameters())
+    trained = [*(p for p in job.network.parameters() if p.requires_grad), *heads]
+    receiver = GradientReceiver(
+        job.accelerator,
+        job.model,
+        torch.optim.SGD(trained, lr=0.1),
+        BridgeConfig(runs_dir=tmp_path / "other"),
+    )
+    receiver.close()
+
+
+def test_that_fused_sgd_with_momentum_is_refused(job: ReceiverAlone, tmp_path: Path) -> None:
+    parameters, config = list(job.network.parameters()), BridgeConfig(runs_dir=tmp_path / "other")
+    with pytest.raises(ValueError, match=r"SGD\(fused=True\) with momentum fails in torch"):
+        GradientReceiver(
+            job.accelerator,
+            job.model,
+            job.accelerator.prepare(torch.optim.SGD(parameters, 0.1, momentum=0.9, fused=True)),
+            config,
+        )
+    optimizer = torch.optim.SGD(parameters, 0.1, fused=True)
+    GradientReceiver(job.accelerator, job.model, optimizer, config).close()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_that_a_payload_outlives_an_overflow(
     start: Callable[..., ReceiverAlone], fused: bool

@@ -76,7 +76,7 @@ class BridgeJob:
         self.gradient_parameters = (
             self.shared.parameters if config.scope == "all" else self.shared.head
         )
-        check_in_optimizer(self.shared.parameters, optimizer)
+        check_in_optimizer(self.shared.trained, optimizer)
         check_optimizer_within(self.model, optimizer)
         self.control = ControlGroup(accelerator)
         self.accumulator = WindowAccumulator(

@@ -29,6 +29,7 @@ from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.rescaling import rescale_factors
 from toolkit.bridge.retention import CheckpointCursors
+from toolkit.parameters import check_takes_late_gradients
 from toolkit.sharding import full_tensor, shard_like
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ class GradientReceiver(BridgeJob):
         accelerator: the job's accelerator.
         model: the prepared model, whole or sharded by FSDP2. The donor's head must not be managed
             by DDP: call ``requires_grad_(False)`` on it before ``prepare``, and give all parameters
-            to the optimizer.
+            to the optimizer. A parameter of the backbone that does not require a gradient rests:
+            the donor's does not move it either.
         optimizer: its optimizer, with the shared parameters in its groups.
         config: the settings; by default lockstep in ``runs``.
         backbone: name of the backbone's submodule.
@@ -57,7 +59,8 @@ class GradientReceiver(BridgeJob):
         output_dir: where this job's results belong.
 
     Raises:
-        ValueError: for an unknown module, or shared parameters that the optimizer lacks.
+        ValueError: for an unknown module, shared parameters that the optimizer lacks, or fused SGD
+            with momentum, which fails in torch after a step without a payload.
         BridgeError: for a run that cannot be joined, or a job that is launched in a way that is not
             supported.
     """
@@ -66,6 +69,7 @@ class GradientReceiver(BridgeJob):
 
     def _attach(self) -> None:
         self._check_head_rests()
+        check_takes_late_gradients(self.optimizer)
         replay = self.config.replay
         self._kept = KeptPayloads(Path(replay)) if replay is not None else None
         super()._attach()
@@ -170,6 +174,7 @@ class GradientReceiver(BridgeJob):
             tensors = {
                 name: shard_like(record.tensors[name].to(p.device, p.dtype), p)
                 for name, p in self.gradient_parameters.items()
+                if name in self.shared.trained
             }
             backbone, heads = inner_products(
                 self.parameters.values(), self.shared.backbone, tensors, self.control,
@@ -285,13 +290,14 @@ class GradientReceiver(BridgeJob):
             factor: of all of it.
             backbone_weight: a further factor of the backbone's.
         """
-        for name, parameter in self.gradient_parameters.items():
+        for name, tensor in tensors.items():
+            parameter = self.gradient_parameters[name]
             weight = factor * backbone_weight if name in self.shared.backbone else factor
             if parameter.grad is None:
                 # a copy: after a skipped step the sum is used again
-                parameter.grad = tensors[name] * weight
+                parameter.grad = tensor * weight
             else:
-                parameter.grad.add_(tensors[name], alpha=weight)
+                parameter.grad.add_(tensor, alpha=weight)
 
     def _step_was_skipped(self, scale_before: float) -> bool:
         """Whether the loss scaler skipped the step; a fused optimizer's own flag is unreliable."""

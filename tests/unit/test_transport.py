@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from toolkit.bridge import files
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.transport import DirectoryTransport
 
@@ -66,6 +67,20 @@ def test_that_a_number_is_published_once(transport: DirectoryTransport) -> None:
         publish(transport, 3, b"second")
     assert transport.read("donor", 3, max_bytes=LIMIT) == b"first"
     assert records(transport) == ["0000000003.safetensors"]
+
+
+def test_that_a_reader_may_move_a_record_aside_at_once(
+    transport: DirectoryTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # seen on a busy machine: the donor looked at its own torn record after it was rejected
+    def reject_first(path: Path) -> None:
+        if transport.sequences("donor"):
+            monkeypatch.undo()
+            transport.reject("donor", 0, "truncated", "")
+
+    monkeypatch.setattr(files, "fsync_path", reject_first)
+    assert transport.publish("donor", 0, lambda path: path.write_bytes(b"half")) == 4
+    assert transport.rejection("donor", 0) == "truncated"
 
 
 def test_that_the_streams_of_two_jobs_are_apart(transport: DirectoryTransport) -> None:

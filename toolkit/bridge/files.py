@@ -37,8 +37,11 @@ def fsync_tree(root: Path) -> None:
     fsync_path(root.parent)
 
 
-def create(path: Path, write: Callable[[Path], object]) -> None:
+def create(path: Path, write: Callable[[Path], object]) -> int:
     """Create ``path`` with what ``write(temporary_path)`` writes; never replace.
+
+    Returns:
+        Its size in bytes. A reader may have moved it away by then.
 
     Raises:
         FileExistsError: if the name exists already; its content is left alone.
@@ -47,16 +50,25 @@ def create(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         fsync_path(temporary)
+        size = temporary.stat().st_size
         try:
             os.link(temporary, path)
         except FileExistsError:
             # A network file system that repeats a request may refuse its own success.
-            if not path.exists() or not path.samefile(temporary):
+            if not _is_same(path, temporary):
                 raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
     fsync_path(path.parent)
+    return size
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except FileNotFoundError:  # what was in the way has been moved meanwhile
+        return False
 
 
 def link(source: Path, target: Path) -> None:

@@ -82,9 +82,7 @@ class DirectoryTransport:
         Raises:
             FileExistsError: if that number is taken; what is there is left alone.
         """
-        path = self.path(job, sequence)
-        files.create(path, write)
-        return path.stat().st_size
+        return files.create(self.path(job, sequence), write)
 
     def sequences(self, job: str) -> list[int]:
         """The numbers of the records that are there, ascending; a listing that pruning bounds."""

@@ -76,6 +76,7 @@ def test_both_jobs_overlay_in_tensorboard(recipes: Recipes) -> None:
     assert "configuration/text_summary" in receiver.Tags()["tensors"]
 
 
+@pytest.mark.faults
 def test_a_donor_that_was_stopped_for_a_while_is_followed_again(recipes: Recipes) -> None:
     donor = recipes(DONOR)
     receiver = recipes(RECEIVER, "--peer_wait", 2, "--max_train_steps", 1500)
@@ -116,6 +117,7 @@ def test_two_ranks_each_equal_joint_on_one(recipes: Recipes) -> None:
     assert difference <= 1e-12
 
 
+@pytest.mark.slow
 def test_bf16_on_either_side(recipes: Recipes) -> None:
     common = ["--dtype", "float32", "--max_train_steps", 20]
     for name, donor_precision, receiver_precision in (
@@ -170,7 +172,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]
     return recipes.weights("0001", "receiver")
 
 
-@pytest.mark.parametrize("killed", ["both", "receiver", "donor", "neither"])
+@pytest.mark.parametrize(
+    "killed",
+    [
+        "both",
+        *(pytest.param(job, marks=pytest.mark.faults) for job in ("receiver", "donor", "neither")),
+    ],
+)
 def test_a_resume_gives_the_uninterrupted_weights_bitwise(
     recipes: Recipes, uninterrupted: dict[str, Tensor], killed: str
 ) -> None:

@@ -64,6 +64,7 @@ def test_toy(tmp_path: Path) -> None:
     assert "toy/trajectories" in events.Tags()["images"]
 
 
+@pytest.mark.slow
 def test_pair(tmp_path: Path) -> None:
     flags = ["--methods", "rotograd", "--num_seeds=1", "--max_train_steps=4"]
     figures, output = compare(tmp_path / "pair", "pair", *flags)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.launching import Job, Launcher
 from tests.oracle import largest_difference
 from tests.recipes.running import DONOR, JOINT, RECEIVER, ROOT, TIMEOUT, Recipes, wait_until
@@ -21,6 +23,7 @@ def test_that_the_configuration_on_the_cpu_is_not_run_as_something_else(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.faults
 def test_that_a_killed_receiver_goes_on_to_the_weights_of_joint_training(
     recipes: Recipes, launcher: Launcher, tmp_path: Path
 ) -> None:

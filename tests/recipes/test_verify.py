@@ -78,6 +78,7 @@ def test_a_run_that_was_killed_and_resumed(resumed: Path) -> None:
     assert [path.name for path in resumed.iterdir()] == ["0001"], "the replay leaves nothing behind"
 
 
+@pytest.mark.slow
 def test_two_ranks_with_settings_of_their_own_and_steps_alone(
     recipes: Recipes, verify: Verify
 ) -> None:

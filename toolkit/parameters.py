@@ -159,6 +159,24 @@ def check_optimizer_within(model: nn.Module, optimizer: torch.optim.Optimizer) -
                 )
 
 
+def check_head_rests(head: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a donor's head that DDP would wait for in every backward of a receiver.
+
+    On one process too, so that a script that runs on one runs on two.
+
+    Raises:
+        ValueError: naming the first of its parameters that require a gradient.
+    """
+    trained = [name for name, parameter in head.items() if parameter.requires_grad]
+    if trained:
+        raise ValueError(
+            f"{trained[0]!r} requires a gradient, but this job's own loss does not use the "
+            "donor's head: under DistributedDataParallel the second step would fail. Call "
+            "requires_grad_(False) on the head before accelerator.prepare(); the bridge "
+            "writes its gradient, and the optimizer steps it all the same"
+        )
+
+
 def check_takes_late_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that fails at a parameter's first gradient if it comes at a later step.
 

@@ -29,7 +29,7 @@ from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.rescaling import rescale_factors
 from toolkit.bridge.retention import CheckpointCursors
-from toolkit.parameters import check_takes_late_gradients
+from toolkit.parameters import check_head_rests, check_takes_late_gradients
 from toolkit.sharding import full_tensor, shard_like
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class GradientReceiver(BridgeJob):
     role: ClassVar[Role] = "receiver"
 
     def _attach(self) -> None:
-        self._check_head_rests()
+        check_head_rests(self.shared.head)
         check_takes_late_gradients(self.optimizer)
         replay = self.config.replay
         self._kept = KeptPayloads(Path(replay)) if replay is not None else None
@@ -104,20 +104,6 @@ class GradientReceiver(BridgeJob):
             self.accelerator.register_for_checkpointing(FrozenOptimizerState(inner, frozen))
         aggregate = self.config.aggregate
         self._rule = None if aggregate == "sum" else find_rule(aggregate)
-
-    def _check_head_rests(self) -> None:
-        """Refuse a donor's head that DDP would wait for in every backward.
-
-        On one process too, so that a script that runs on one runs on two.
-        """
-        trained = [name for name, p in self.shared.head.items() if p.requires_grad]
-        if trained:
-            raise ValueError(
-                f"{trained[0]!r} requires a gradient, but this job's own loss does not use the "
-                "donor's head: under DistributedDataParallel the second step would fail. Call "
-                "requires_grad_(False) on the head before accelerator.prepare(); the bridge "
-                "writes its gradient, and the optimizer steps it all the same"
-            )
 
     # -- the three calls --------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from toolkit.parameters import innermost_optimizer
 from toolkit.selection import Selection, listed
 
 
@@ -25,9 +26,7 @@ def innermost_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Opt
     """
     found = []
     for candidate in optimizer if isinstance(optimizer, Iterable) else [optimizer]:
-        inner: Any = candidate
-        while isinstance(getattr(inner, "optimizer", None), Optimizer):
-            inner = inner.optimizer
+        inner = innermost_optimizer(candidate)
         if not isinstance(inner, Optimizer):
             raise TypeError(f"optimizer is a {type(inner).__name__}; give a torch.optim.Optimizer")
         if isinstance(inner, torch.optim.LBFGS):

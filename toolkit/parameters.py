@@ -177,6 +177,13 @@ def check_head_rests(head: Mapping[str, nn.Parameter]) -> None:
         )
 
 
+def innermost_optimizer(optimizer: Any) -> Any:
+    """The optimizer that really steps, without Accelerate's wrappers."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
 def check_takes_late_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that fails at a parameter's first gradient if it comes at a later step.
 
@@ -186,7 +193,7 @@ def check_takes_late_gradients(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         ValueError: for fused SGD with momentum.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = innermost_optimizer(optimizer)
     for group in inner.param_groups:
         if isinstance(inner, torch.optim.SGD) and group["fused"] and group["momentum"]:
             raise ValueError(

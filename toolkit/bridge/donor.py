@@ -25,7 +25,7 @@ from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.loss_scale import FollowedLossScale
 from toolkit.bridge.payload import Header, Kind, Record, all_finite, payload_dtype
 from toolkit.bridge.weights_inbox import WeightsInbox
-from toolkit.parameters import check_only_shared_trains, squared_norm
+from toolkit.parameters import check_only_shared_trains, innermost_optimizer, squared_norm
 from toolkit.sharding import full_tensor, reshard, shard_like
 
 logger = logging.getLogger(__name__)
@@ -243,8 +243,7 @@ class GradientDonor(BridgeJob):
     def _go_alone(self) -> None:
         if not self._is_alone:
             # Moments of an earlier time alone belong to weights that are long gone.
-            inner = getattr(self.optimizer, "optimizer", self.optimizer)
-            inner.state = defaultdict(dict)
+            innermost_optimizer(self.optimizer).state = defaultdict(dict)
         self._is_alone, self.following = True, False
         self.receiver_step += 1
 

@@ -29,7 +29,11 @@ from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.rescaling import rescale_factors
 from toolkit.bridge.retention import CheckpointCursors
-from toolkit.parameters import check_head_rests, check_takes_late_gradients
+from toolkit.parameters import (
+    check_head_rests,
+    check_takes_late_gradients,
+    innermost_optimizer,
+)
 from toolkit.sharding import full_tensor, shard_like
 
 logger = logging.getLogger(__name__)
@@ -100,7 +104,7 @@ class GradientReceiver(BridgeJob):
         self._initial_digest = ""
         self._retention = CheckpointCursors(self.run_id)
         if frozen := frozen_sharded(self.shared.head):
-            inner = getattr(self.optimizer, "optimizer", self.optimizer)
+            inner = innermost_optimizer(self.optimizer)
             self.accelerator.register_for_checkpointing(FrozenOptimizerState(inner, frozen))
         aggregate = self.config.aggregate
         self._rule = None if aggregate == "sum" else find_rule(aggregate)

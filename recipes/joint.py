@@ -101,6 +101,9 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name} is about two jobs' data; --task {PAIR} is one set of samples")
     if (args.dataset_name is None) != (args.donor_dataset_name is None):
         parser.error("give both --dataset_name (labels for h1) and --donor_dataset_name (h2)")
+    for name in ("donor_dataset_config_name", "donor_image_column", "donor_label_column"):
+        if args.donor_dataset_name is None and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is about data of your own: give --donor_dataset_name too")
     if args.resume_from_checkpoint == "latest" and args.output_dir is None:
         parser.error("--resume_from_checkpoint latest needs the --output_dir of the earlier job")
     try:

@@ -248,9 +248,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if args.dataset_name is not None and args.num_classes is None:
         parser.error("--dataset_name needs --num_classes H1 H2, the same in both jobs")
     if args.dataset_name is None:
-        own_data = ("dataset_config_name", "eval_split", "image_shape", "num_classes")
-        for name in own_data:
-            if getattr(args, name) is not None:
+        own_data = ("dataset_config_name", "dataset_split", "eval_split", "image_column")
+        for name in (*own_data, "label_column", "image_shape", "num_classes"):
+            if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{name} is about data of your own: give --dataset_name too")
     if args.image_shape is not None and args.image_shape[0] not in (1, 3):
         parser.error(f"--image_shape starts with 1 or 3 channels, got {args.image_shape[0]}")

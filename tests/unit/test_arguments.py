@@ -55,6 +55,8 @@ def test_values() -> None:
         ("--dataset_name x", "--num_classes H1 H2"),
         ("--num_classes 2 3", "--num_classes is about data of your own"),
         ("--image_shape 1 8 8", "--image_shape is about data of your own"),
+        ("--image_column picture", "--image_column is about data of your own"),
+        ("--dataset_split test", "--dataset_split is about data of your own"),
         ("--dataset_name x --num_classes 2 3 --image_shape 2 8 8", "1 or 3 channels, got 2"),
         ("--momentum 0.9", "--momentum is of --optimizer sgd"),
         ("--num_warmup_steps 3", "--num_warmup_steps needs a schedule"),

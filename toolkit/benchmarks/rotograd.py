@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import multiprocessing
 import os
 import resource
@@ -19,7 +18,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from toolkit.benchmarks.timing import interleaved_medians
+from toolkit.benchmarks.timing import interleaved_medians, write_figures
 from toolkit.rotograd import RotoGrad, VanillaMTL
 
 NUM_TASKS, SIZES = (2, 8), (64, 256, 512)
@@ -191,7 +190,4 @@ def report(rows: list[dict[str, Any]], methods: list[str], args: argparse.Namesp
         "torch": torch.__version__,
         "package": importlib.metadata.version("rotograd") if "package" in methods else None,
     }
-    text = json.dumps({**facts, "rows": rows})
-    print(text)
-    if args.output is not None:
-        args.output.write_text(text + "\n", encoding="utf-8")
+    write_figures({**facts, "rows": rows}, args.output)

@@ -53,7 +53,12 @@ def report(title: str, rows: Sequence[Row], facts: dict[str, Any], output: Path 
     for row in rows:
         table.add_row(row.variant, f"{row.median_ms:.3f}", f"{row.ratio:.3f}", row.against or "-")
     Console().print(table)
-    text = json.dumps({**facts, "rows": [dataclasses.asdict(row) for row in rows]})
+    write_figures({**facts, "rows": [dataclasses.asdict(row) for row in rows]}, output)
+
+
+def write_figures(figures: dict[str, Any], output: Path | None) -> None:
+    """Print them as one line of JSON; write that to ``output`` too if given."""
+    text = json.dumps(figures)
     print(text)
     if output is not None:
         output.write_text(text + "\n", encoding="utf-8")

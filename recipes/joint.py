@@ -145,8 +145,11 @@ def loss_factors(args: argparse.Namespace, num_labels: Sequence[int]) -> Sequenc
     """
     if args.task == PAIR:
         return [1.0 if args.loss_reduction == "sum" else 1.0 / number for number in num_labels]
-    own, donor = num_labels
-    return rescale_factors(args.rescale, args.loss_reduction, own, donor, args.donor_weight)
+    number, of_donor = num_labels
+    own, donors = rescale_factors(
+        args.rescale, args.loss_reduction, number, {"h2": of_donor}, {"h2": args.donor_weight}
+    )
+    return own, donors["h2"]
 
 
 def main() -> None:

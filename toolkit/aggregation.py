@@ -13,7 +13,7 @@ rule        the step's gradient                                       without co
 ``upgrad``  each projected onto the cone that conflicts with none,    the mean: the sum / K
             then averaged
 ``mgda``    the shortest convex combination                           a convex combination
-``protect`` of two: the second projected off the first, then summed   the sum
+``protect`` each other one projected off the first, then summed       the sum
 =========== ========================================================= ==========================
 
 ``torchjd:NAME`` is a weighting of the package of that name, see ``aggregation_torchjd``.
@@ -197,10 +197,10 @@ def mgda_weights(gramian: Tensor) -> Tensor:
 
 
 def protect_weights(gramian: Tensor) -> Tensor:
-    """Of two gradients, the second projected off the first where they conflict, and added to it.
+    """The first gradient, plus each other one projected off it where the two conflict.
 
     The first is never touched, so a step is worth to its loss, to first order, what it is worth
-    without the second, or more. The projection is that of A-GEM, which has the gradient on old
+    without the others, or more. The projection is that of A-GEM, which has the gradient on old
     tasks in the first one's place and keeps the projected gradient only.
 
     References: Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS
@@ -208,19 +208,16 @@ def protect_weights(gramian: Tensor) -> Tensor:
     arXiv 1812.00420.
 
     Args:
-        gramian: (2, 2) inner products, finite; the first gradient is the protected one.
+        gramian: (K, K) inner products, finite; the first gradient is the protected one.
 
     Returns:
-        (2,) weights, float64.
-
-    Raises:
-        ValueError: for any other number of gradients than two.
+        (K,) weights, float64.
     """
-    if len(gramian) != 2:
-        raise ValueError(f"'protect' is a rule for two gradients, got {len(gramian)}")
-    (gg, gd), _ = gramian.tolist()
-    own = 1 - gd / gg if gd < 0 < gg else 1.0
-    return torch.tensor([own, 1.0], dtype=torch.float64)
+    weights = torch.ones(len(gramian), dtype=torch.float64)
+    gg, *others = gramian[0].tolist()
+    if gg > 0:
+        weights[0] -= sum(gd / gg for gd in others if gd < 0)
+    return weights
 
 
 def _root(gramian: Tensor) -> Tensor:

@@ -16,13 +16,18 @@ class SharedParameters:
 
     Attributes:
         backbone: parameters of the backbone.
-        head: parameters of the donor's head.
-        buffers: persistent buffers of both modules.
+        heads: parameters of each donor's head, by the name of its module.
+        buffers: persistent buffers of all these modules.
     """
 
     backbone: dict[str, nn.Parameter]
-    head: dict[str, nn.Parameter]
+    heads: dict[str, dict[str, nn.Parameter]]
     buffers: dict[str, Tensor]
+
+    @property
+    def head(self) -> dict[str, nn.Parameter]:
+        """Parameters of all donors' heads."""
+        return {name: p for head in self.heads.values() for name, p in head.items()}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -33,7 +38,7 @@ class SharedParameters:
     def trained(self) -> dict[str, nn.Parameter]:
         """Those that the job's optimizer is to step: all but frozen ones of the backbone.
 
-        The donor's head is one of them, frozen or not: a receiver freezes it for DDP's sake.
+        Donors' heads are among them, frozen or not: a receiver freezes them for DDP's sake.
         """
         return {name: p for name, p in self.backbone.items() if p.requires_grad} | self.head
 
@@ -42,37 +47,50 @@ class SharedParameters:
         """What the receiver publishes: shared parameters and buffers."""
         return {**self.parameters, **self.buffers}
 
-    def schema(self) -> dict[str, list[Any]]:
-        """``{name: [dtype, shape]}`` of every shared tensor, fit for JSON."""
-        return {
-            name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-            for name, tensor in self.weights.items()
-        }
+    def schemas(self) -> dict[str, dict[str, list[Any]]]:
+        """``{name: [dtype, shape]}`` of every shared tensor, by module, fit for JSON.
+
+        The backbone is under ``backbone``, whatever its module's name; each head is under that.
+        """
+        schemas: dict[str, dict[str, list[Any]]] = {"backbone": {}, **{h: {} for h in self.heads}}
+        for name, tensor in self.weights.items():
+            module = next((h for h in self.heads if name.startswith(f"{h}.")), "backbone")
+            schemas[module][name] = [
+                str(tensor.dtype).removeprefix("torch."),
+                list(tensor.shape),
+            ]
+        return schemas
 
 
-def shared_parameters(model: nn.Module, backbone: str, head: str) -> SharedParameters:
-    """Select what two jobs share from an unwrapped model.
+def shared_parameters(model: nn.Module, backbone: str, heads: Sequence[str]) -> SharedParameters:
+    """Select what the jobs share from an unwrapped model.
 
     Args:
         model: the module itself, not its DistributedDataParallel wrapper.
         backbone: name of the backbone's submodule, as in ``model.named_modules()``.
-        head: name of the submodule of the donor's head, such as ``heads.h2``.
+        heads: names of the submodules of the donors' heads, such as ``heads.h2``.
 
     Raises:
-        ValueError: if there is no such submodule, it has no parameters, or the two overlap.
+        ValueError: if there is no such submodule, it has no parameters, or two of them overlap.
     """
-    parts = [_parameters_below(model, name) for name in (backbone, head)]
-    in_backbone = {id(parameter) for parameter in parts[0].values()}
-    for name, parameter in parts[1].items():
-        if id(parameter) in in_backbone:
-            raise ValueError(f"{backbone!r} and {head!r} overlap in {name!r}; name disjoint ones")
+    parts = {module: _parameters_below(model, module) for module in (backbone, *heads)}
+    owners: dict[int, str] = {}
+    for module, parameters in parts.items():
+        for name, parameter in parameters.items():
+            if (owner := owners.setdefault(id(parameter), module)) != module:
+                raise ValueError(
+                    f"{owner!r} and {module!r} overlap in {name!r}: name disjoint ones"
+                )
+    if len(parts) != 1 + len(heads):
+        raise ValueError(f"each module must be named once, got {backbone!r} and {list(heads)}")
     persistent = model.state_dict(keep_vars=True)
+    inside = tuple(f"{module}." for module in parts)
     buffers = {
         plain_name(name): buffer
         for name, buffer in model.named_buffers()
-        if name in persistent and plain_name(name).startswith((f"{backbone}.", f"{head}."))
+        if name in persistent and plain_name(name).startswith(inside)
     }
-    return SharedParameters(parts[0], parts[1], buffers)
+    return SharedParameters(parts.pop(backbone), parts, buffers)
 
 
 def plain_name(name: str) -> str:

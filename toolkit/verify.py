@@ -118,7 +118,7 @@ def verify_run(run: FinishedRun, directory: Path, progress: Progress) -> Verific
     start = time.monotonic()
     applied = run.payloads.applied
     for entry in progress.track(applied, description="checking payloads"):
-        run.payloads.read(entry.sequence)
+        run.payloads.read(entry.donor, entry.sequence)
     arguments, environment = run.provenance["arguments"], run.provenance["environment"]
     flags = [
         *flags_of(arguments, leave_out=NOT_REPEATED),

@@ -71,7 +71,9 @@ def receive(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Mo
                     optimizer.step()
                     optimizer.zero_grad()
                     if receiver.commit():
-                        staleness = receiver.metrics.get("bridge/staleness (receiver steps)", 0)
+                        staleness = receiver.metrics.get(
+                            "bridge/staleness donor (receiver steps)", 0
+                        )
                         assert staleness <= case.max_staleness
                 if sharding.is_asked_for(case, "h1"):
                     sharding.evaluate(model, features, "h1")
@@ -141,9 +143,8 @@ def _drop_tensor(
     _add(self, {**tensors, name: torch.zeros_like(tensors[name])}, factor, weight)
 
 
-def _other_weights(self: GradientReceiver, backbone: Tensor) -> tuple[float, float]:
-    own, donor = _weigh(self, backbone)
-    return donor, own
+def _other_weights(self: GradientReceiver, backbone: Tensor, names: Any) -> list[float]:
+    return _weigh(self, backbone, names)[::-1]
 
 
 def _stale_by_one(self: GradientDonor, record: Record) -> None:

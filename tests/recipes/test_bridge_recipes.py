@@ -59,12 +59,12 @@ def test_both_jobs_overlay_in_tensorboard(recipes: Recipes) -> None:
         EventAccumulator(str(recipes.path("0001", role))).Reload() for role in ("donor", "receiver")
     )
     assert set(receiver.Tags()["scalars"]) == {
-        "accuracy/h1 (%)", "accuracy/h2 (%)", "bridge/payload (MiB)",
+        "accuracy/h1 (%)", "accuracy/h2 (%)", "bridge/payload donor (MiB)",
         "bridge/samples donor (samples)", "bridge/samples own (samples)",
-        "bridge/staleness (receiver steps)", "bridge/wait (s)",
+        "bridge/staleness donor (receiver steps)", "bridge/wait (s)",
         "gradient/cosine own donor (backbone)", "gradient/donor norm", "gradient/own norm",
         "loss/donor (per sample)", "loss/own (per sample)", "rescale/donor multiplier",
-        "rescale/n_r over n_d", "train/learning rate",
+        "rescale/n_r over n_d donor", "train/learning rate",
     }  # fmt: skip
     assert [event.step for event in receiver.Scalars("accuracy/h2 (%)")] == [3, 6]
     losses = [

@@ -88,7 +88,7 @@ class ReceiverAlone:
         header = Header(
             kind=kind, run_id=weights.run_id, job="donor", sequence=self.published,
             attempt=weights.attempt, receiver_step=weights.receiver_step,
-            weights_digest=weights.weights_digest, count=count,
+            weights_digest=weights.weights_digest, head="heads.h2", count=count,
         )  # fmt: skip
         self.receiver.transport.publish(
             "donor", self.published, lambda path: write_record(path, header, tensors or {})
@@ -99,7 +99,7 @@ class ReceiverAlone:
         """A gradient sum with the same value everywhere."""
         return {
             name: torch.full_like(parameter, value).detach()
-            for name, parameter in self.receiver.gradient_parameters.items()
+            for name, parameter in self.receiver._gradient_parameters("heads.h2").items()
         }
 
     def backward(self, size: int = 5, factor: float = 1.0) -> None:

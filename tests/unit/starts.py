@@ -12,7 +12,9 @@ from toolkit.bridge.payload import Header, Kind, write_record
 from toolkit.bridge.runs import Attachment, attach
 from toolkit.bridge.transport import DirectoryTransport
 
-TERMS = {"schema": {"w": ["float32", [2, 3]]}, "scope": "all", "unit": "samples"}
+SCHEMAS = {"backbone": {"w": ["float32", [2, 3]]}, "heads.h2": {"v": ["float32", [3]]}}
+TERMS = {"schemas": SCHEMAS, "scope": "all", "unit": "samples"}
+PEER: dict[Role, Role] = {"donor": "receiver", "receiver": "donor"}
 CLAIM = {
     "payload_budget_files": 100,
     "payload_budget_gib": 1.0,

@@ -14,7 +14,8 @@ from toolkit.bridge.liveness import PeerWatch
 from toolkit.bridge.payload import Header, Kind, Record, check_identity, parse_record, write_record
 from toolkit.bridge.transport import DirectoryTransport
 
-SCHEMA = {"w": torch.zeros(3)}
+HEAD = "heads.h2"
+SCHEMA = {HEAD: {"w": torch.zeros(3)}}
 
 
 def digest(step: int) -> str:
@@ -39,11 +40,11 @@ class Bridge:
 
     def start(self) -> None:
         """A new attempt of the receiver, with nothing in memory."""
+        self.digests = {self.step: digest(self.step)}
         self.inbox = Inbox(
-            transport=self.transport, read=self.read, expected=SCHEMA, unit="samples",
-            max_staleness=self.max_staleness,
+            "donor", transport=self.transport, read=self.read, expected=SCHEMA, unit="samples",
+            max_staleness=self.max_staleness, digests=self.digests,
         )  # fmt: skip
-        self.inbox.remember(self.step, digest(self.step))
 
     def read(self, sequence: int) -> Record:
         record = parse_record(self.transport.read("donor", sequence, max_bytes=10_000))
@@ -61,7 +62,7 @@ class Bridge:
         sequence = self.published
         header = Header(
             kind=kind, run_id="run", job="donor", sequence=sequence, attempt=1, receiver_step=at,
-            weights_digest=digest(at), count=4.0,
+            weights_digest=digest(at), head=HEAD, count=4.0,
         )  # fmt: skip
         header = dataclasses.replace(header, **changes)
         if tensors is None:
@@ -86,8 +87,8 @@ class Bridge:
     def settle(self, verdict: Verdict) -> Verdict:
         self.ledger.record(self.inbox.settle(verdict))
         self.step += 1
-        self.inbox.remember(self.step, digest(self.step))
+        self.digests[self.step] = digest(self.step)
         return verdict
 
     def fates(self) -> dict[str, int]:
-        return {fate: count for fate, count in self.ledger.counts.items() if count}
+        return {fate: count for fate, count in self.ledger.counts("donor").items() if count}

@@ -169,9 +169,14 @@ def test_protect_projects_the_second_only(vectors: Tensor) -> None:
     assert float(found @ own) >= float(own @ own) * (1 - 1e-9)
 
 
-def test_that_protect_is_for_two() -> None:
-    with pytest.raises(ValueError, match="two gradients, got 3"):
-        protect_weights(torch.eye(3))
+def test_that_protect_adds_each_other_one_off_the_first() -> None:
+    first, against, along = torch.tensor(
+        [[2.0, 0.0, 0.0], [-1.0, 1.0, 0.0], [1.0, 0.0, 1.0]], dtype=torch.float64
+    )
+    weights = protect_weights(gramian([[first], [against], [along]]))
+
+    found = weights[0] * first + weights[1] * against + weights[2] * along
+    assert torch.equal(found, torch.tensor([3.0, 1.0, 1.0], dtype=torch.float64))
 
 
 @settings(deadline=None)

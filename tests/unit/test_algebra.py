@@ -13,13 +13,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.unit.rescaled import two_factors
 from tests.unit.test_accumulation import Job, reset
 from toolkit.bridge.payload import Header, digest_tensors, parse_record, write_record
 from toolkit.bridge.rescaling import (
     LOSS_REDUCTIONS,
     LossReduction,
     RescaleRule,
-    rescale_factors,
 )
 
 SETTINGS: list[tuple[RescaleRule, LossReduction]] = [
@@ -48,7 +48,7 @@ parts = st.builds(Part, sums, counts)
 def step(
     rule: RescaleRule, reduction: LossReduction, own: Part, donor: Part, weight: float = 1.0
 ) -> float:
-    own_factor, donor_factor = rescale_factors(rule, reduction, own.count, donor.count, weight)
+    own_factor, donor_factor = two_factors(rule, reduction, own.count, donor.count, weight)
     return own_factor * own.total + donor_factor * donor.total
 
 
@@ -105,7 +105,7 @@ def test_that_both_batches_many_times_over_are_the_same_mean_and_as_many_sums(
     once = step(rule, reduction, own, donor)
     many = [Part(times * part.total, times * part.count) for part in (own, donor)]
     factor = times if reduction == "sum" else 1
-    own_factor, donor_factor = rescale_factors(rule, reduction, own.count, donor.count)
+    own_factor, donor_factor = two_factors(rule, reduction, own.count, donor.count)
     terms = factor * own_factor * own.total, factor * donor_factor * donor.total
     assert close(step(rule, reduction, many[0], many[1]), factor * once, *terms)
 

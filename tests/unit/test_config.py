@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from toolkit.bridge.config import PEER, SCOPES, BridgeConfig
+from toolkit.bridge.config import BridgeConfig
 
 
 def test_that_the_defaults_train_as_one_job_would() -> None:
@@ -17,14 +17,6 @@ def test_that_the_defaults_train_as_one_job_would() -> None:
     assert config.aggregate == "sum"
     assert (config.donor_weight, config.loss_reduction, config.unit) == (1.0, "mean", "samples")
     assert (config.peer_wait, config.require_peer) == (60.0, False)
-
-
-def test_that_each_job_has_the_other_as_peer() -> None:
-    assert {role: PEER[peer] for role, peer in PEER.items()} == {
-        "donor": "donor",
-        "receiver": "receiver",
-    }
-    assert SCOPES == ("all", "head")
 
 
 def test_that_settings_have_names() -> None:
@@ -101,3 +93,20 @@ def test_that_values_out_of_range_are_refused_by_name(settings: dict[str, Any]) 
     (name,) = settings
     with pytest.raises(ValueError, match=name):
         BridgeConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["", "receiver", "bridge", "heads", "a.b", "../x", "1st", "a b"])
+def test_that_a_donor_is_not_named_otherwise_than_a_job(name: str) -> None:
+    with pytest.raises(ValueError, match="donor_name"):
+        BridgeConfig(donor_name=name)
+    assert BridgeConfig(donor_name="second-donor_2").donor_name == "second-donor_2"
+
+
+def test_that_every_head_has_a_weight() -> None:
+    assert BridgeConfig(donor_weight=0.3).weight_of("heads.h3") == 0.3
+    config = BridgeConfig(donor_weight={"heads.h2": 0.5, "heads.h3": 0.0})
+    assert [config.weight_of(head) for head in ("heads.h2", "heads.h3")] == [0.5, 0.0]
+    with pytest.raises(ValueError, match=r"has no 'heads.h4', only \['heads.h2', 'heads.h3'\]"):
+        config.weight_of("heads.h4")
+    with pytest.raises(ValueError, match="not negative: got -1"):
+        BridgeConfig(donor_weight={"heads.h2": -1.0})

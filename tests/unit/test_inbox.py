@@ -42,7 +42,9 @@ def test_that_gradients_are_applied_in_order(bridge: Bridge) -> None:
         assert verdict.sequence == sequence == step
         assert verdict.staleness == 0
         assert verdict.digest is not None
-        assert verdict.entries == (Entry(sequence, "applied", step, digest=verdict.digest),)
+        assert verdict.entries == (
+            Entry("donor", sequence, "applied", step, digest=verdict.digest),
+        )
         fetched = bridge.inbox.fetched
         assert fetched is not None
         assert fetched.header.tensors_digest == verdict.digest
@@ -62,7 +64,7 @@ def test_that_a_skip_lets_the_step_go_on_without(bridge: Bridge) -> None:
     verdict = bridge.take()
 
     assert verdict.digest is None
-    assert verdict.entries == (Entry(0, "skipped", 0),)
+    assert verdict.entries == (Entry("donor", 0, "skipped", 0),)
     assert bridge.look() is None
 
 
@@ -158,7 +160,7 @@ def test_that_a_gradient_is_used_while_it_is_fresh_enough(make: Callable[..., Br
 
     verdict = bridge.take()
     assert (verdict.sequence, verdict.staleness) == (2, 2)
-    assert verdict.entries[0] == Entry(1, "dropped", 3, "stale")
+    assert verdict.entries[0] == Entry("donor", 1, "dropped", 3, "stale")
     assert bridge.take().staleness == 2
     assert bridge.look() is None, "step 5, answered up to 2"
 
@@ -200,7 +202,9 @@ def test_that_the_state_crosses_a_json_file(make: Callable[..., Bridge]) -> None
     expected = bridge.take()
 
     bridge.step -= 1
+    digests = dict(bridge.digests)
     bridge.start()
+    bridge.digests.update(digests)
     bridge.inbox.load_state(json.loads(state))
 
     assert json.dumps(bridge.inbox.state()) == state
@@ -215,14 +219,16 @@ def test_that_fates_and_pending_add_up_to_what_was_published(make: Callable[...,
     bridge.damage(bridge.donate(at=2))
     bridge.donate(at=2)
     for _ in range(4):
-        settled = sum(bridge.ledger.counts.values())
+        settled = sum(bridge.ledger.counts("donor").values())
         assert settled + bridge.inbox.pending() == bridge.published
         bridge.take()
     assert bridge.fates() == {"applied": 3, "skipped": 1, "dropped": 1, "rejected": 1}
 
     bridge.donate(at=9)
     bridge.donate(at=9, kind="end")
-    assert sum(bridge.ledger.counts.values()) + bridge.inbox.pending() == bridge.published - 1
+    assert (
+        sum(bridge.ledger.counts("donor").values()) + bridge.inbox.pending() == bridge.published - 1
+    )
 
 
 def test_that_a_settled_payload_is_not_kept_in_memory(bridge: Bridge) -> None:

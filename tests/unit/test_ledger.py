@@ -13,16 +13,16 @@ from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.ledger import Entry, Fate, Ledger, Resumption, read_path, trail_path
 
 ENTRIES = [
-    Entry(0, "applied", 0),
-    Entry(1, "dropped", 1, "stale"),
-    Entry(2, "applied", 1),
-    Entry(3, "rejected", 2, "digest"),
+    Entry("donor", 0, "applied", 0),
+    Entry("donor", 1, "dropped", 1, "stale"),
+    Entry("donor", 2, "applied", 1),
+    Entry("donor", 3, "rejected", 2, "digest"),
 ]
 COUNTS = {"applied": 2, "dropped": 1, "rejected": 1, "skipped": 0}
 
 
 def test_that_every_fate_begins_at_0() -> None:
-    assert Ledger(None).counts == dict.fromkeys(get_args(Fate), 0)
+    assert Ledger(None).counts("donor") == dict.fromkeys(get_args(Fate), 0)
 
 
 def test_that_fates_are_counted_and_trailed_in_order(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_that_fates_are_counted_and_trailed_in_order(tmp_path: Path) -> None:
     ledger.record(())
     ledger.record(iter(ENTRIES[1:]))
 
-    assert ledger.counts == COUNTS
+    assert ledger.counts("donor") == COUNTS
     lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
     assert [Entry(**json.loads(line)) for line in lines] == ENTRIES
 
@@ -56,18 +56,18 @@ def test_that_ranks_without_a_trail_count_too() -> None:
     ledger = Ledger(None)
     ledger.record(ENTRIES)
 
-    assert ledger.counts == COUNTS
+    assert ledger.counts("donor") == COUNTS
 
 
 def test_that_counts_cross_a_json_file() -> None:
     ledger = Ledger(None)
     ledger.record(ENTRIES)
     resumed = Ledger(None)
-    resumed.resume(Resumption(1, 3), json.loads(json.dumps(ledger.counts)))
+    resumed.resume(Resumption(1, 3), json.loads(json.dumps(ledger.by_donor)))
     resumed.record(ENTRIES[:1])
 
-    assert resumed.counts == {**COUNTS, "applied": 3}
-    assert ledger.counts == COUNTS
+    assert resumed.counts("donor") == {**COUNTS, "applied": 3}
+    assert ledger.counts("donor") == COUNTS
 
 
 def test_that_a_durable_trail_is_synced_before_it_counts(
@@ -96,7 +96,7 @@ class Attempts:
         ledger = Ledger(trail_path(self.run_dir, attempt))
         if resumed is not None:
             ledger.resume(resumed, {})
-            ledger.counts = dict(COUNTS)
+            ledger.by_donor = {"donor": dict(COUNTS)}
         return ledger
 
     def steps(self, attempt: int) -> list[tuple[int, int]]:
@@ -111,7 +111,7 @@ def attempts(tmp_path: Path) -> Attempts:
 
 
 def applied(*steps: int, offset: int = 0) -> list[Entry]:
-    return [Entry(step + offset, "applied", step, digest="d") for step in steps]
+    return [Entry("donor", step + offset, "applied", step, digest="d") for step in steps]
 
 
 def test_that_the_path_of_one_attempt_is_its_trail(attempts: Attempts) -> None:
@@ -149,7 +149,7 @@ def test_that_an_attempt_that_began_anew_owes_nothing_to_earlier_ones(attempts: 
 def test_that_an_attempt_may_go_back_to_its_own_checkpoint(attempts: Attempts) -> None:
     ledger = attempts.start(1)
     ledger.record(applied(0, 1, 2))
-    ledger.resume(Resumption(1, 1), ledger.counts)
+    ledger.resume(Resumption(1, 1), ledger.by_donor)
     ledger.record(applied(1, offset=10))
 
     assert attempts.steps(1) == [(0, 0), (11, 1)]

@@ -44,13 +44,6 @@ def test_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[s
     assert message in capsys.readouterr().err
 
 
-def test_protect_is_for_two_tasks(capsys: pytest.CaptureFixture[str]) -> None:
-    parsed("--method=protect")
-    with pytest.raises(SystemExit):
-        parsed("--method=protect", num_tasks=5)
-    assert "'protect' is a rule for two gradients, got 5" in capsys.readouterr().err
-
-
 def test_defaults() -> None:
     args = parsed("--method=rotogradnorm")
     assert (args.alpha, args.burn_in_period, args.coop_after) == (1.0, 20, None)

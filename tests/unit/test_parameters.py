@@ -34,7 +34,7 @@ class Net(nn.Module):
 def test_what_is_shared() -> None:
     net = Net()
 
-    shared = shared_parameters(net, "backbone", "heads.h2")
+    shared = shared_parameters(net, "backbone", ["heads.h2"])
 
     assert list(shared.backbone) == [
         "backbone.0.weight", "backbone.0.bias", "backbone.1.weight", "backbone.1.bias",
@@ -50,7 +50,7 @@ def test_what_is_shared() -> None:
 
 def test_that_what_is_shared_is_the_models_own() -> None:
     net = Net()
-    shared = shared_parameters(net, "backbone", "heads.h2")
+    shared = shared_parameters(net, "backbone", ["heads.h2"])
 
     assert shared.head["heads.h2.weight"] is net.heads["h2"].weight
     assert shared.buffers["backbone.1.running_mean"] is net.backbone[1].running_mean
@@ -61,11 +61,12 @@ def test_that_the_schema_crosses_a_json_file() -> None:
     net = Net()
     net.backbone[0].to(torch.bfloat16)
 
-    schema = shared_parameters(net, "backbone", "heads.h2").schema()
+    schemas = shared_parameters(net, "backbone", ["heads.h2"]).schemas()
 
-    assert schema["backbone.0.weight"] == ["bfloat16", [3, 4]]
-    assert schema["heads.h2.step"] == ["int64", []]
-    assert json.loads(json.dumps(schema)) == schema
+    assert set(schemas) == {"backbone", "heads.h2"}
+    assert schemas["backbone"]["backbone.0.weight"] == ["bfloat16", [3, 4]]
+    assert schemas["heads.h2"]["heads.h2.step"] == ["int64", []]
+    assert json.loads(json.dumps(schemas)) == schemas
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_that_the_schema_crosses_a_json_file() -> None:
         ("", "heads.h2", "no module ''"),
         ("backbone", "scale", "no module 'scale'"),
         ("backbone", "nothing", "'nothing' has no parameters of its own"),
-        ("backbone", "backbone", "'backbone' and 'backbone' overlap"),
+        ("backbone", "backbone", "each module must be named once"),
         ("heads", "heads.h2", "overlap in 'heads.h2.weight'"),
         ("backbone.0", "backbone", "overlap"),
     ],
@@ -85,7 +86,7 @@ def test_that_modules_that_cannot_be_shared_are_refused(
     backbone: str, head: str, words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        shared_parameters(Net(), backbone, head)
+        shared_parameters(Net(), backbone, [head])
 
 
 def test_that_a_tensor_tied_to_one_outside_is_not_left_out_in_silence() -> None:
@@ -95,7 +96,7 @@ def test_that_a_tensor_tied_to_one_outside_is_not_left_out_in_silence() -> None:
     net.heads["h2"].weight = net.heads["h1"].weight = nn.Parameter(torch.ones(5, 3))
 
     try:
-        shared = shared_parameters(net, "backbone", "heads.h2")
+        shared = shared_parameters(net, "backbone", ["heads.h2"])
     except ValueError:
         return
     assert "heads.h2.weight" in shared.head
@@ -103,27 +104,27 @@ def test_that_a_tensor_tied_to_one_outside_is_not_left_out_in_silence() -> None:
 
 def test_that_a_compiled_module_keeps_its_plain_names() -> None:
     # Else a job with a compiled backbone would not fit one without.
-    plain, net = shared_parameters(Net(), "backbone", "heads.h2"), Net()
+    plain, net = shared_parameters(Net(), "backbone", ["heads.h2"]), Net()
     inner = net.backbone[0]
     compiled: Any = torch.compile(inner)
     net.backbone[0] = compiled
     compiled = torch.compile(net.backbone)
     net.backbone = compiled
 
-    shared = shared_parameters(net, "backbone", "heads.h2")
+    shared = shared_parameters(net, "backbone", ["heads.h2"])
 
-    assert shared.schema() == plain.schema()
+    assert shared.schemas() == plain.schemas()
     assert list(shared.weights) == list(plain.weights)
     assert shared.backbone["backbone.0.weight"] is inner.weight
-    assert list(shared_parameters(net, "backbone.1", "heads.h2").backbone) == [
+    assert list(shared_parameters(net, "backbone.1", ["heads.h2"]).backbone) == [
         "backbone.1.weight", "backbone.1.bias",
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"no module 'trunk'; it has backbone, backbone\.0"):
-        shared_parameters(net, "trunk", "heads.h2")
+        shared_parameters(net, "trunk", ["heads.h2"])
 
 
 def test_that_equal_schemas_do_not_differ() -> None:
-    schema = shared_parameters(Net(), "backbone", "heads.h2").schema()
+    schema = shared_parameters(Net(), "backbone", ["heads.h2"]).schemas()["backbone"]
 
     assert schema_differences(schema, json.loads(json.dumps(schema)), "donor", "receiver") == []
 
@@ -151,7 +152,7 @@ def test_that_every_difference_is_told_with_both_shapes() -> None:
 def test_that_an_optimizer_must_hold_every_shared_parameter() -> None:
     net = Net()
     net.heads["h2"].requires_grad_(False)
-    shared = shared_parameters(net, "backbone", "heads.h2").parameters
+    shared = shared_parameters(net, "backbone", ["heads.h2"]).parameters
     check_in_optimizer(shared, torch.optim.SGD(net.parameters(), lr=0.1))
     groups = [{"params": net.backbone.parameters()}, {"params": net.heads.parameters()}]
     check_in_optimizer(shared, torch.optim.SGD(groups, lr=0.1))
@@ -164,7 +165,7 @@ def test_that_an_optimizer_must_hold_every_shared_parameter() -> None:
 def test_that_an_equal_tensor_is_not_the_same_tensor() -> None:
     net, other = Net(), Net()
     other.load_state_dict(net.state_dict())
-    shared = shared_parameters(net, "backbone", "heads.h2").parameters
+    shared = shared_parameters(net, "backbone", ["heads.h2"]).parameters
 
     with pytest.raises(ValueError, match="in no optimizer group"):
         check_in_optimizer(shared, torch.optim.SGD(other.parameters(), lr=0.1))

@@ -125,7 +125,7 @@ def test_that_a_crafted_file_passes_if_it_says_what_a_record_says(tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"format_version": 2}, "alien"),
+        ({"format_version": 1}, "alien"),
         ({"format_version": None}, "alien"),
         ({"kind": "delta"}, "malformed"),
         ({"kind": ["gradient"]}, "malformed"),

@@ -49,7 +49,7 @@ def donor_sums(job: ReceiverAlone, against: float, size: int) -> dict[str, Tenso
     return {
         name: 0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
         + (against * own[name] if name in own else 0.0)
-        for name, p in job.receiver.gradient_parameters.items()
+        for name, p in job.receiver._gradient_parameters("heads.h2").items()
     }
 
 

@@ -119,7 +119,7 @@ def test_that_staleness_is_as_it_was(start: Start) -> None:
     staleness = []
     for _ in range(3):
         replay.step()
-        staleness.append(replay.receiver.metrics.get("bridge/staleness (receiver steps)"))
+        staleness.append(replay.receiver.metrics.get("bridge/staleness donor (receiver steps)"))
 
     assert staleness == [None, 1.0, None]
     assert_same(replay, weights(job))
@@ -205,7 +205,7 @@ def test_that_a_payload_that_was_meddled_with_is_refused(
 ) -> None:
     meddle(run.kept(2))
     with pytest.raises(BridgeError, match=words):
-        KeptPayloads(run.directory).read(2)
+        KeptPayloads(run.directory).read("donor", 2)
     replay = start("replay", replay=run.directory)
     replay.step()
     replay.step()
@@ -224,7 +224,7 @@ def test_that_fates_are_in_the_order_of_the_run(run: Run) -> None:
         parse_record(run.kept(sequence).read_bytes()).header.tensors_digest for sequence in (0, 2)
     ]
     assert KeptPayloads(run.directory).path == [
-        Entry(0, "applied", 0, digest=digests[0]),
-        Entry(1, "skipped", 1),
-        Entry(2, "applied", 2, digest=digests[1]),
+        Entry("donor", 0, "applied", 0, digest=digests[0]),
+        Entry("donor", 1, "skipped", 1),
+        Entry("donor", 2, "applied", 2, digest=digests[1]),
     ]

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.unit.rescaled import two_factors
 from toolkit.bridge.rescaling import (
     LOSS_REDUCTIONS,
     RESCALE_RULES,
     LossReduction,
     RescaleRule,
     check_rule,
-    rescale_factors,
 )
 
 SETTINGS: list[tuple[RescaleRule, LossReduction]] = [
@@ -67,7 +67,7 @@ def test_that_the_step_is_the_joint_gradient(
     (donor_sum,) = torch.autograd.grad(donor.sum(), w, retain_graph=True)
     (joint,) = torch.autograd.grad(joint_loss(rule, reduction, own, donor, weight), w)
 
-    own_factor, donor_factor = rescale_factors(rule, reduction, num_own, num_donor, weight)
+    own_factor, donor_factor = two_factors(rule, reduction, num_own, num_donor, weight)
 
     torch.testing.assert_close(
         own_factor * own_sum + donor_factor * donor_sum, joint, rtol=1e-13, atol=1e-13
@@ -87,7 +87,7 @@ def test_that_the_step_is_the_joint_gradient(
 def test_the_factors_by_hand(
     rule: RescaleRule, reduction: LossReduction, factors: tuple[float, float]
 ) -> None:
-    assert rescale_factors(rule, reduction, 6, 3, 0.5) == pytest.approx(factors, rel=1e-15)
+    assert two_factors(rule, reduction, 6, 3, 0.5) == pytest.approx(factors, rel=1e-15)
 
 
 @each_setting
@@ -100,9 +100,9 @@ def test_that_payloads_of_one_version_add(rule: RescaleRule, reduction: LossRedu
         for part in (slice(0, 3), slice(3, 8))
     ]
 
-    _, factor = rescale_factors(rule, reduction, 5, 3 + 5)
+    _, factor = two_factors(rule, reduction, 5, 3 + 5)
 
-    _, whole_factor = rescale_factors(rule, reduction, 5, 8)
+    _, whole_factor = two_factors(rule, reduction, 5, 8)
     torch.testing.assert_close(factor * (parts[0] + parts[1]), whole_factor * whole)
 
 
@@ -116,8 +116,8 @@ def test_that_the_donors_factor_is_linear_in_its_weight(
     weight: float,
     times: float,
 ) -> None:
-    own, donor = rescale_factors(rule, reduction, num_own, num_donor, weight)
-    same_own, scaled = rescale_factors(rule, reduction, num_own, num_donor, weight * times)
+    own, donor = two_factors(rule, reduction, num_own, num_donor, weight)
+    same_own, scaled = two_factors(rule, reduction, num_own, num_donor, weight * times)
 
     assert same_own == own > 0
     assert scaled == pytest.approx(times * donor, rel=1e-12, abs=1e-300)
@@ -128,8 +128,8 @@ def test_that_the_donors_factor_is_linear_in_its_weight(
 def test_how_the_factors_follow_the_unit_of_the_count(
     rule: RescaleRule, reduction: LossReduction, num_own: float, num_donor: float, times: float
 ) -> None:
-    factors = rescale_factors(rule, reduction, num_own, num_donor)
-    other_unit = rescale_factors(rule, reduction, num_own * times, num_donor * times)
+    factors = two_factors(rule, reduction, num_own, num_donor)
+    other_unit = two_factors(rule, reduction, num_own * times, num_donor * times)
 
     expected = [factor / (times if reduction == "mean" else 1.0) for factor in factors]
     assert other_unit == pytest.approx(tuple(expected), rel=1e-12)
@@ -140,7 +140,7 @@ def test_how_the_factors_follow_the_unit_of_the_count(
 def test_that_no_donor_samples_leave_the_receivers_own_step(
     rule: RescaleRule, reduction: LossReduction, num_own: float, weight: float
 ) -> None:
-    own, donor = rescale_factors(rule, reduction, num_own, 0, weight)
+    own, donor = two_factors(rule, reduction, num_own, 0, weight)
 
     assert donor == 0
     assert own == (1.0 if reduction == "sum" else 1.0 / num_own)
@@ -150,17 +150,17 @@ def test_that_no_donor_samples_leave_the_receivers_own_step(
 def test_that_no_own_samples_leave_the_donors_part_where_it_is_defined(
     num_donor: float, weight: float
 ) -> None:
-    assert rescale_factors("match", "mean", 0, num_donor, weight) == (0, weight / num_donor)
-    assert rescale_factors("pool", "mean", 0, num_donor, weight) == (0, weight / num_donor)
-    assert rescale_factors("append", "sum", 0, num_donor, weight) == (0, weight)
-    assert rescale_factors("match", "sum", 0, num_donor, weight) == (0, 0)
+    assert two_factors("match", "mean", 0, num_donor, weight) == (0, weight / num_donor)
+    assert two_factors("pool", "mean", 0, num_donor, weight) == (0, weight / num_donor)
+    assert two_factors("append", "sum", 0, num_donor, weight) == (0, weight)
+    assert two_factors("match", "sum", 0, num_donor, weight) == (0, 0)
     with pytest.raises(ValueError, match="'append' divides by the receiver's number of samples"):
-        rescale_factors("append", "mean", 0, num_donor, weight)
+        two_factors("append", "mean", 0, num_donor, weight)
 
 
 @each_setting
 def test_that_no_samples_at_all_are_no_step(rule: RescaleRule, reduction: LossReduction) -> None:
-    assert rescale_factors(rule, reduction, 0, 0) == (0, 0)
+    assert two_factors(rule, reduction, 0, 0) == (0, 0)
 
 
 def test_that_the_settings_are_all_there_are() -> None:
@@ -173,14 +173,14 @@ def test_that_pool_refuses_a_sum_loss() -> None:
     with pytest.raises(ValueError, match=r"'pool'.*no meaning for a sum loss; use 'append'"):
         check_rule("pool", "sum")
     with pytest.raises(ValueError, match="'pool'"):
-        rescale_factors("pool", "sum", 3, 4)
+        two_factors("pool", "sum", 3, 4)
 
 
 def test_that_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'plain' is unknown.*'match', 'append', 'pool'"):
-        rescale_factors("plain", "mean", 3, 4)  # type: ignore[arg-type]
+        two_factors("plain", "mean", 3, 4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"'none' is unknown.*'mean', 'sum'"):
-        rescale_factors("match", "none", 3, 4)  # type: ignore[arg-type]
+        two_factors("match", "none", 3, 4)  # type: ignore[arg-type]
 
 
 @each_setting
@@ -189,6 +189,6 @@ def test_that_impossible_counts_are_refused_by_name(
     rule: RescaleRule, reduction: LossReduction, count: float
 ) -> None:
     with pytest.raises(ValueError, match="num_own must be finite and not negative"):
-        rescale_factors(rule, reduction, count, 4)
-    with pytest.raises(ValueError, match="num_donor must be finite and not negative"):
-        rescale_factors(rule, reduction, 4, count)
+        two_factors(rule, reduction, count, 4)
+    with pytest.raises(ValueError, match=r"num_donor\[.h2.\] must be finite and not negative"):
+        two_factors(rule, reduction, 4, count)

@@ -15,8 +15,8 @@ from toolkit.bridge.runs import CHECKPOINT_FILE
 
 def save(directory: Path, cursor: int, **changes: Any) -> Path:
     directory.mkdir(parents=True)
-    content = {"role": "receiver", "run_id": "mine", "inbox": {"cursor": cursor}, **changes}
-    (directory / CHECKPOINT_FILE).write_text(json.dumps(content))
+    content = {"job": "receiver", "run_id": "mine", "donors": {"donor": {"cursor": cursor}}}
+    (directory / CHECKPOINT_FILE).write_text(json.dumps({**content, **changes}))
     return directory
 
 
@@ -25,9 +25,14 @@ def cursors() -> CheckpointCursors:
     return CheckpointCursors("mine")
 
 
+def oldest(cursors: CheckpointCursors, cursor: int) -> int:
+    """Of the only donor."""
+    return cursors.oldest_needed({"donor": cursor})["donor"]
+
+
 def test_that_without_a_checkpoint_nothing_is_needed_again(cursors: CheckpointCursors) -> None:
-    assert cursors.oldest_needed(7) == 7
-    assert cursors.oldest_needed(8) == 8
+    assert oldest(cursors, 7) == 7
+    assert oldest(cursors, 8) == 8
 
 
 def test_that_the_oldest_checkpoint_counts(tmp_path: Path, cursors: CheckpointCursors) -> None:
@@ -35,8 +40,8 @@ def test_that_the_oldest_checkpoint_counts(tmp_path: Path, cursors: CheckpointCu
         save(tmp_path / f"step_{cursor}", cursor)
     cursors.saved_below(tmp_path)
 
-    assert cursors.oldest_needed(30) == 5
-    assert cursors.oldest_needed(31) == 5
+    assert oldest(cursors, 30) == 5
+    assert oldest(cursors, 31) == 5
 
 
 def test_that_a_present_cursor_behind_the_checkpoints_counts(
@@ -45,7 +50,7 @@ def test_that_a_present_cursor_behind_the_checkpoints_counts(
     save(tmp_path / "later_attempt", 10)
     cursors.saved_below(tmp_path)
 
-    assert cursors.oldest_needed(4) == 4
+    assert oldest(cursors, 4) == 4
 
 
 def test_that_deleted_checkpoints_are_noticed_at_the_next_save(
@@ -53,13 +58,13 @@ def test_that_deleted_checkpoints_are_noticed_at_the_next_save(
 ) -> None:
     old = save(tmp_path / "step_5", 5)
     cursors.saved_below(tmp_path)
-    assert cursors.oldest_needed(30) == 5
+    assert oldest(cursors, 30) == 5
     (old / CHECKPOINT_FILE).unlink()
     old.rmdir()
     save(tmp_path / "step_20", 20)
     cursors.saved_below(tmp_path)
 
-    assert cursors.oldest_needed(30) == 20
+    assert oldest(cursors, 30) == 20
 
 
 def test_that_checkpoints_in_several_places_count(
@@ -69,20 +74,20 @@ def test_that_checkpoints_in_several_places_count(
         save(tmp_path / place / "step", cursor)
         cursors.saved_below(tmp_path / place)
 
-    assert cursors.oldest_needed(30) == 6
+    assert oldest(cursors, 30) == 6
 
 
 def test_that_other_runs_and_the_donors_checkpoints_do_not_count(
     tmp_path: Path, cursors: CheckpointCursors
 ) -> None:
     save(tmp_path / "other_run", 1, run_id="other")
-    save(tmp_path / "donors", 2, role="donor")
+    save(tmp_path / "donors", 2, job="donor")
     (tmp_path / "no_checkpoint").mkdir()
     (tmp_path / "file").write_bytes(b"")
     save(tmp_path / "mine", 9)
     cursors.saved_below(tmp_path)
 
-    assert cursors.oldest_needed(30) == 9
+    assert oldest(cursors, 30) == 9
 
 
 def test_that_a_checkpoint_counts_once_all_of_it_is_synced(
@@ -100,13 +105,13 @@ def test_that_a_checkpoint_counts_once_all_of_it_is_synced(
 
     monkeypatch.setattr(os, "fsync", note)
     cursors.saved_below(tmp_path)
-    cursors.oldest_needed(30)
+    oldest(cursors, 30)
 
     expected = {path.stat().st_ino for path in (tmp_path, checkpoint, *checkpoint.rglob("*"))}
     assert synced == expected
 
 
-@pytest.mark.parametrize("content", ["", '{"role": "receiver", "run_i'], ids=["empty", "half"])
+@pytest.mark.parametrize("content", ["", '{"job": "receiver", "run_i'], ids=["empty", "half"])
 def test_that_a_half_written_checkpoint_is_passed_over(
     tmp_path: Path, cursors: CheckpointCursors, content: str
 ) -> None:
@@ -117,7 +122,7 @@ def test_that_a_half_written_checkpoint_is_passed_over(
     save(tmp_path / "step_15", 15)
     cursors.saved_below(tmp_path)
 
-    assert cursors.oldest_needed(30) == 5
+    assert oldest(cursors, 30) == 5
 
 
 def test_that_a_dangling_link_does_not_hide_a_checkpoint(
@@ -129,4 +134,4 @@ def test_that_a_dangling_link_does_not_hide_a_checkpoint(
     (checkpoint / "latest").symlink_to("nowhere")
     cursors.saved_below(tmp_path)
 
-    assert cursors.oldest_needed(30) == 5
+    assert oldest(cursors, 30) == 5

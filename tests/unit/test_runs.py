@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.unit.starts import TERMS, Jobs
+from tests.unit.starts import PEER, SCHEMAS, Jobs
 from toolkit.bridge import liveness, runs
-from toolkit.bridge.config import PEER, Role
+from toolkit.bridge.config import Role
 from toolkit.bridge.runs import Attachment, has_ended
 from toolkit.bridge.transport import DirectoryTransport
 
@@ -41,7 +41,10 @@ def test_that_the_second_job_joins_the_first(jobs: Jobs, role: Role) -> None:
     assert first.attempt == 1
     agreed = json.loads((first.run_dir / "bridge" / "run.json").read_bytes())
     assert (agreed["run_id"], agreed["founder"]) == (first.run_id, role)
-    assert {name: agreed[name] for name in TERMS} == TERMS
+    assert agreed["schema"] == SCHEMAS["backbone"]
+    assert {name: agreed[name] for name in ("scope", "unit")} == {"scope": "all", "unit": "samples"}
+    head = json.loads((first.run_dir / "bridge" / "heads" / "heads.h2.json").read_bytes())
+    assert head == {"founder": role, "schema": SCHEMAS["heads.h2"]}
 
 
 def test_that_the_same_commands_typed_again_begin_a_new_run(jobs: Jobs) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.unit.starts import Jobs
+from tests.unit.starts import PEER, Jobs
 from toolkit.bridge import liveness, runs
-from toolkit.bridge.config import PEER, Role
+from toolkit.bridge.config import Role
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.runs import CHECKPOINT_FILE, Attachment
 
@@ -78,8 +78,8 @@ def test_that_a_job_that_starts_meanwhile_is_refused_too(
     look = runs._refuse_living
     overtaken: list[Path] = []
 
-    def look_and_be_overtaken(run_dir: Path, role: Role) -> None:
-        look(run_dir, role)
+    def look_and_be_overtaken(run_dir: Path, role: Role, job: str) -> None:
+        look(run_dir, role, job)
         if not overtaken:
             overtaken.append(run_dir)
             jobs.start(role, run="mine")
@@ -107,7 +107,7 @@ def test_that_a_named_run_that_is_over_is_refused(jobs: Jobs, role: Role, ended:
 def save(tmp_path: Path, attachment: Attachment, role: Role, **changes: Any) -> Path:
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    content = {"role": role, "run": attachment.run_dir.name, "run_id": attachment.run_id}
+    content = {"job": role, "run": attachment.run_dir.name, "run_id": attachment.run_id}
     (checkpoint / CHECKPOINT_FILE).write_text(json.dumps({**content, **changes}))
     return checkpoint
 
@@ -142,7 +142,7 @@ def test_that_a_checkpoint_of_another_runs_directory_is_refused(
         jobs.start("donor", resume_from_checkpoint=checkpoint)
 
 
-@pytest.mark.parametrize("content", [None, "", '{"role": ', "[]", "{}"])
+@pytest.mark.parametrize("content", [None, "", '{"job": ', "[]", "{}"])
 def test_that_what_is_no_checkpoint_is_refused(
     jobs: Jobs, tmp_path: Path, content: str | None
 ) -> None:

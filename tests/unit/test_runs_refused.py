@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.unit.starts import Jobs
+from tests.unit.starts import PEER, Jobs
 from toolkit.bridge import liveness, runs
-from toolkit.bridge.config import PEER, Role
+from toolkit.bridge.config import Role
 from toolkit.bridge.errors import BridgeError, SchemaMismatchError
 from toolkit.bridge.runs import has_ended
 from toolkit.bridge.transport import DirectoryTransport
@@ -29,12 +29,16 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
     jobs.kill_all()
 
 
+def with_backbone(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"schemas": {"backbone": schema}}
+
+
 @each_role
 def test_that_another_schema_is_refused_tensor_by_tensor(jobs: Jobs, role: Role) -> None:
-    jobs.start(PEER[role], {"schema": {"w": ["float32", [2, 3]], "b": ["float32", [4]]}})
+    jobs.start(PEER[role], with_backbone({"w": ["float32", [2, 3]], "b": ["float32", [4]]}))
 
     with pytest.raises(SchemaMismatchError) as caught:
-        jobs.start(role, {"schema": {"w": ["float32", [3, 2]], "c": ["int64", []]}})
+        jobs.start(role, with_backbone({"w": ["float32", [3, 2]], "c": ["int64", []]}))
     for line in (
         f"this {role} does not fit run 0001, founded by the {PEER[role]}",
         f"\n  b: {role} absent, {PEER[role]} float32 (4,)",
@@ -46,7 +50,9 @@ def test_that_another_schema_is_refused_tensor_by_tensor(jobs: Jobs, role: Role)
 
 
 @each_role
-@pytest.mark.parametrize("terms", [{"schema": {}}, {"scope": "head"}, {"unit": "tokens"}], ids=str)
+@pytest.mark.parametrize(
+    "terms", [{"schemas": {"backbone": {}}}, {"scope": "head"}, {"unit": "tokens"}], ids=str
+)
 def test_that_a_refused_job_leaves_its_role_to_another(
     jobs: Jobs, role: Role, terms: dict[str, Any]
 ) -> None:

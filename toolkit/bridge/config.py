@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -13,7 +15,8 @@ from toolkit.bridge.rescaling import LossReduction, RescaleRule, check_rule
 Scope = Literal["all", "head"]
 Role = Literal["donor", "receiver"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-PEER: dict[Role, Role] = {"donor": "receiver", "receiver": "donor"}
+TAKEN_NAMES = ("receiver", "bridge", "heads")  # of other directories of a run
+JOB_NAME = re.compile(r"[A-Za-z][\w-]*")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -30,7 +33,9 @@ class BridgeConfig:
     scope: Scope = "all"  # gradients that cross: backbone and head, or the head's only
     max_staleness: int = 0  # receiver steps that a gradient's weights may be old; 0: lockstep
     rescale: RescaleRule = "match"  # how the donor's sum meets the receiver's batch
-    donor_weight: float = 1.0  # lambda, the weight of the donor's loss
+    donor_weight: float | Mapping[str, float] = 1.0  # lambda of the donors' losses, or by head
+    donor_name: str = "donor"  # donor: its name in the run; several donors have different ones
+    num_donors: int = 1  # receiver: how many it waits for before its first step
     aggregate: str = "sum"  # receiver: how both gradients of the backbone become one
     loss_reduction: LossReduction = "mean"  # what the loss is, and what the step uses
     unit: str = "samples"  # what num_samples counts
@@ -55,8 +60,17 @@ class BridgeConfig:
             )
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
-        if not 0 <= self.donor_weight < math.inf:
-            raise ValueError(f"donor_weight must be finite, not negative: got {self.donor_weight}")
+        weight = self.donor_weight
+        for value in weight.values() if isinstance(weight, Mapping) else (weight,):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"donor_weight must be finite, not negative: got {value}")
+        if not JOB_NAME.fullmatch(self.donor_name) or self.donor_name in TAKEN_NAMES:
+            raise ValueError(
+                f"donor_name {self.donor_name!r} must begin with a letter and have letters, "
+                f"digits, _ and - only; {' and '.join(TAKEN_NAMES)} are taken"
+            )
+        if self.num_donors < 1:
+            raise ValueError(f"num_donors must be at least 1, got {self.num_donors}")
         for name in ("peer_wait", "payload_budget_files", "payload_budget_gib"):
             value = getattr(self, name)
             if not value > 0:
@@ -72,6 +86,22 @@ class BridgeConfig:
                 f"run {self.run!r} and resume_from_checkpoint {str(self.resume_from_checkpoint)!r} "
                 "exclude each other: a checkpoint knows its run; give one of them"
             )
+
+    def job_of(self, role: Role) -> str:
+        """The name in a run of the job that has this role."""
+        return self.donor_name if role == "donor" else role
+
+    def weight_of(self, head: str) -> float:
+        """Lambda of one head.
+
+        Raises:
+            ValueError: if ``donor_weight`` names heads, and not this one.
+        """
+        if not isinstance(self.donor_weight, Mapping):
+            return self.donor_weight
+        if head not in self.donor_weight:
+            raise ValueError(f"donor_weight has no {head!r}, only {sorted(self.donor_weight)}")
+        return self.donor_weight[head]
 
     def _check_replay(self, replay: Path) -> None:
         for name in ("resume_from_checkpoint", "keep_payloads", "require_peer"):

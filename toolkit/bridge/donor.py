@@ -7,6 +7,7 @@ optimizer. Where no receiver comes, or it fell silent, the donor trains alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 from collections import defaultdict
@@ -20,10 +21,12 @@ from torch.utils.data import DataLoader
 
 from toolkit.bridge.accumulation import Window, scale_grads_
 from toolkit.bridge.config import Role
-from toolkit.bridge.errors import BridgeError
+from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.job import BridgeJob
+from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.loss_scale import FollowedLossScale
 from toolkit.bridge.payload import Header, Kind, Record, all_finite, payload_dtype
+from toolkit.bridge.runs import read_claim
 from toolkit.bridge.weights_inbox import WeightsInbox
 from toolkit.parameters import check_only_shared_trains, innermost_optimizer, squared_norm
 from toolkit.sharding import full_tensor, reshard, shard_like
@@ -52,7 +55,8 @@ class GradientDonor(BridgeJob):
         optimizer: its optimizer, used only while the donor trains alone.
         config: the settings; by default lockstep in ``runs``.
         backbone: name of the backbone's submodule.
-        head: name of the submodule of the donor's head.
+        head: name of the submodule of the donor's head. Several donors of a run may have the same
+            head, whose gradients then add, or different ones.
 
     Attributes:
         following: whether the present window's gradient goes to a receiver.
@@ -73,6 +77,10 @@ class GradientDonor(BridgeJob):
 
     def _attach(self) -> None:
         check_only_shared_trains(self.model, self.shared)
+        if len(self.shared.heads) != 1:
+            raise ValueError(f"a donor gives gradients for one head, got {list(self.shared.heads)}")
+        (self.head,) = self.shared.heads
+        self._receiver_bytes = 0  # of its records, at most, as its newest claim says
         super()._attach()
         self.following = False
         self.windows_alone = 0
@@ -81,6 +89,7 @@ class GradientDonor(BridgeJob):
         self.stop_reason = ""
         self._published_windows = 0
         self._wait_seconds = 0.0
+        self._wait: Wait | None = None  # main process: for the present window
         self._weights: Header | None = None  # of the weights that are loaded
         self._is_alone = False
         self._replacements = 0  # at the present weights
@@ -89,7 +98,9 @@ class GradientDonor(BridgeJob):
         self.completed_windows = self.control.on_main(self._open_inbox)
 
     def _open_inbox(self) -> int:
-        self._inbox = WeightsInbox(self.transport, self._read)
+        self.receiver = PeerWatch(self.transport, "receiver")
+        read = functools.partial(self._read, "receiver")
+        self._inbox = WeightsInbox(self.job, self.transport, read)
         return self._inbox.completed_windows
 
     # -- the loop's calls ---------------------------------------------------------------------
@@ -166,7 +177,7 @@ class GradientDonor(BridgeJob):
         self.completed_windows += 1
         self._in_window = False
         self.metrics = {
-            "loss/donor (per sample)": window.loss,
+            f"loss/{self.job} (per sample)": window.loss,
             "bridge/wait (s)": self._wait_seconds,
         }
         if not self.following:
@@ -182,6 +193,14 @@ class GradientDonor(BridgeJob):
 
     # -- inside -------------------------------------------------------------------------------
 
+    def _read_bytes(self, job: str, sequence: int) -> bytes:
+        try:
+            return self.transport.read(job, sequence, max_bytes=self._receiver_bytes)
+        except PayloadError:  # no claim was read yet, or the receiver has more heads now
+            claim = read_claim(self.run_dir, job) or {}
+            self._receiver_bytes = int(claim.get("record_bytes", self._record_bytes()))
+            return self.transport.read(job, sequence, max_bytes=self._receiver_bytes)
+
     def _begin_window(self) -> bool:
         """Decide what the window is for and load the weights for it; False to stop."""
         if torch.is_autocast_enabled(self.accelerator.device.type):
@@ -190,9 +209,8 @@ class GradientDonor(BridgeJob):
                 "follow() outside of it"
             )
         while True:
-            decision, self._wait_seconds = self._decide(
-                "the receiver's next weights", self._poll, self._give_up
-            )
+            self._wait = None
+            decision, self._wait_seconds = self._decide(self._poll)
             if decision.action == "alone":
                 self._go_alone()
                 return True
@@ -204,7 +222,7 @@ class GradientDonor(BridgeJob):
                 continue
             if decision.sequence >= 0:
                 mine = self._inbox.fetched if self.accelerator.is_main_process else None
-                record = self._read_everywhere(decision.sequence, decision.digest, mine)
+                record = self._read_everywhere("receiver", decision.sequence, decision.digest, mine)
                 if record is None:
                     continue  # replaced by newer ones meanwhile: decide again
                 self._load(record)
@@ -214,8 +232,24 @@ class GradientDonor(BridgeJob):
             return True
 
     def _poll(self) -> _Decision | None:
-        """On the main process: one look at the receiver's stream."""
-        is_new = self._inbox.look(self.peer)
+        """On the main process: what the next window is for, or None to wait."""
+        if self._wait is None:
+            self._wait = self._open_wait(self.receiver, "the receiver's next weights")
+        decision = self._look()
+        if decision is not None:
+            self._wait.is_over()
+        elif (reason := self._wait.gave_up()) is not None:
+            logger.warning(
+                "TRAINING ALONE: %s. The donor trains its own backbone and head from here on, "
+                "until a receiver publishes weights",
+                reason,
+            )
+            return _Decision("alone")
+        return decision
+
+    def _look(self) -> _Decision | None:
+        """One look at the receiver's stream."""
+        is_new = self._inbox.look(self.receiver)
         if is_new is not None:
             fetched = self._inbox.fetched
             action: Literal["follow", "stop"] = "follow" if is_new else "stop"
@@ -225,20 +259,12 @@ class GradientDonor(BridgeJob):
         if self._is_alone:
             return _Decision("alone")
         if self.following:
-            reason = self.transport.rejection(self.role, self._next_sequence - 1)
+            reason = self.transport.rejection(self.job, self._next_sequence - 1)
             if reason is not None:
                 logger.warning("the receiver rejected the last payload (%s)", reason)
                 self._replacements += 1
                 return _Decision("again" if self._replacements <= MAX_REPLACEMENTS else "skip")
         return None
-
-    def _give_up(self, reason: str) -> _Decision:
-        logger.warning(
-            "TRAINING ALONE: %s. The donor trains its own backbone and head from here on, until a "
-            "receiver publishes weights",
-            reason,
-        )
-        return _Decision("alone")
 
     def _go_alone(self) -> None:
         if not self._is_alone:
@@ -261,14 +287,15 @@ class GradientDonor(BridgeJob):
 
     @torch.no_grad()
     def _publish_window(self, window: Window) -> None:
-        grads = [parameter.grad for parameter in self.gradient_parameters.values()]
+        parameters = self._gradient_parameters(self.head)
+        grads = [parameter.grad for parameter in parameters.values()]
         if window.count and all(grad is None for grad in grads):
             raise RuntimeError(
                 "no shared parameter got a gradient: the loss was not computed with the model that "
                 "this donor was given"
             )
         sums: dict[str, Tensor] = {}
-        for name, parameter in self.gradient_parameters.items():
+        for name, parameter in parameters.items():
             dtype = payload_dtype(parameter.dtype)
             if parameter.grad is None:
                 sums[name] = torch.zeros(parameter.shape, dtype=dtype)
@@ -284,8 +311,8 @@ class GradientDonor(BridgeJob):
                 logger.warning("no finite gradient at receiver step %d: skip", self.receiver_step)
             kind: Kind = "gradient" if finite else "skip"
             size = self._publish_payload(kind, sums if finite else {}, window)
-            self.metrics["bridge/payload (MiB)"] = size / 2**20
-            self.metrics["gradient/donor sum norm"] = math.sqrt(squared_norm(sums.values()))
+            self.metrics[f"bridge/payload {self.job} (MiB)"] = size / 2**20
+            self.metrics[f"gradient/{self.job} sum norm"] = math.sqrt(squared_norm(sums.values()))
 
     def _publish_payload(self, kind: Kind, sums: dict[str, Tensor], window: Window | None) -> int:
         weights = self._weights
@@ -294,10 +321,11 @@ class GradientDonor(BridgeJob):
         header = Header(
             kind=kind,
             run_id=self.run_id,
-            job=self.role,
+            job=self.job,
             attempt=weights.attempt,
             receiver_step=weights.receiver_step,
             weights_digest=weights.weights_digest,
+            head=self.head,
             donor_step=self.completed_windows,
             count=window.count if window else 0.0,
             unit=self.config.unit,
@@ -310,10 +338,10 @@ class GradientDonor(BridgeJob):
 
     def _prune(self) -> None:
         """Delete what will never be asked for again; refuse to grow beyond the budget."""
-        acknowledged = self.transport.acknowledged(self.role)
-        self.transport.prune(self.role, acknowledged)
+        acknowledged = self.transport.acknowledged(self.job)
+        self.transport.prune(self.job, acknowledged)
         self._inbox.forget_below(acknowledged)
-        kept = len(self.transport.sequences(self.role))
+        kept = len(self.transport.sequences(self.job))
         gib = kept * self._payload_bytes / 2**30
         config = self.config
         if kept > config.payload_budget_files or gib > config.payload_budget_gib:
@@ -337,7 +365,7 @@ class GradientDonor(BridgeJob):
         return Header(
             kind="end",
             run_id=self.run_id,
-            job=self.role,
+            job=self.job,
             attempt=self._weights.attempt if self._weights else 0,
             receiver_step=self._weights.receiver_step if self._weights else 0,
             weights_digest="",

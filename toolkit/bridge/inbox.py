@@ -1,4 +1,4 @@
-"""The receiver's view of the donor's stream: what may be applied to this step, and what not.
+"""The receiver's view of one donor's stream: what may be applied to this step, and what not.
 
 Lives on the main process. Nothing that it finds out counts until the optimizer step happened
 (:meth:`Inbox.settle`): after a skipped step the next look begins at the same cursor again.
@@ -33,6 +33,7 @@ class Verdict:
     """What one receiver step does with the donor's stream.
 
     Attributes:
+        donor: whose stream it is.
         next_cursor: where the next step begins to look.
         answered: the newest receiver step that the donor has answered with a payload or a skip.
         entries: the fates of the payloads that this step settles.
@@ -41,6 +42,7 @@ class Verdict:
         staleness: receiver steps since the weights that it was taken at.
     """
 
+    donor: str
     next_cursor: int
     answered: int
     entries: tuple[Entry, ...]
@@ -50,14 +52,18 @@ class Verdict:
 
 
 class Inbox:
-    """Reads the donor's stream in order, and judges each payload.
+    """Reads a donor's stream in order, and judges each payload.
 
     Args:
+        donor: the name of its stream.
         transport: the run's transport.
         read: reads and verifies record ``sequence`` of the donor.
-        expected: the parameters that a gradient must fit, by name.
+        expected: by head, the parameters that a gradient must fit, by name.
         unit: the unit that its count must have.
         max_staleness: receiver steps that its weights may be old.
+        digests: of the weights, by receiver step; the newest few, kept up to date by the owner.
+        is_new: whether the donor came after this start of the receiver, so that all of its records
+            say that it lives.
 
     Attributes:
         cursor: the number of the first payload without a fate.
@@ -68,34 +74,32 @@ class Inbox:
 
     def __init__(
         self,
+        donor: str,
         *,
         transport: DirectoryTransport,
         read: Callable[[int], Record],
-        expected: Mapping[str, Tensor],
+        expected: Mapping[str, Mapping[str, Tensor]],
         unit: str,
         max_staleness: int,
+        digests: Mapping[int, str],
+        is_new: bool = False,
     ) -> None:
-        self._transport, self._read = transport, read
+        self._donor, self._transport, self._read = donor, transport, read
         self._expected, self._unit, self._max_staleness = expected, unit, max_staleness
-        self._digests: dict[int, str] = {}  # of the weights, by receiver step; the newest few
+        self._digests = digests
         self._answered = -1
         # Numbers below it were published before this start and say nothing about the donor's life.
-        self._first_unseen = max(transport.sequences("donor"), default=-1) + 1
+        known = [] if is_new else transport.sequences(donor)
+        self._first_unseen = max(known, default=-1) + 1
         self._judged: dict[int, tuple[Outcome, str, Record | None]] = {}  # since the cursor moved
         self._missing, self._missing_looks, self._next_missing_look = -1, 0, 0.0
         # A receiver that starts without a checkpoint begins with what the donor still keeps.
-        self._pruned_below = transport.acknowledged("donor")
-        self.cursor = min(transport.sequences("donor"), default=self._pruned_below)
+        self._pruned_below = transport.acknowledged(donor)
+        self.cursor = min(transport.sequences(donor), default=self._pruned_below)
         self._start = self.cursor
         self._num_ends = 0  # numbers below the cursor that are ends, and no payloads
         self.donor_is_away = False
         self.fetched: Record | None = None
-
-    def remember(self, receiver_step: int, digest: str) -> None:
-        """Note the digest of the weights after ``receiver_step`` steps; forget the too old ones."""
-        self._digests[receiver_step] = digest
-        oldest = receiver_step - self._max_staleness
-        self._digests = {step: d for step, d in self._digests.items() if step >= oldest}
 
     def look(self, receiver_step: int, peer: PeerWatch) -> Verdict | None:
         """Read on from the cursor, up to the first payload to apply.
@@ -107,22 +111,25 @@ class Inbox:
         Returns:
             A verdict, or None if the donor's answer must be waited for.
         """
-        verdict = Verdict(self.cursor, self._answered, ())
+        verdict = Verdict(self._donor, self.cursor, self._answered, ())
         while (judged := self._judge(verdict.next_cursor, receiver_step)) is not None:
             outcome, reason, record = judged
             sequence, answered, entries = verdict.next_cursor, verdict.answered, verdict.entries
             self._note_life(sequence, outcome, receiver_step, peer)
             applied = record.header.tensors_digest if record and outcome == "applied" else ""
             if outcome != "ended":
-                entries = (*entries, Entry(sequence, outcome, receiver_step, reason, applied))
+                entry = Entry(self._donor, sequence, outcome, receiver_step, reason, applied)
+                entries = (*entries, entry)
             if record is not None and outcome in ("applied", "skipped"):
                 at = record.header.receiver_step
                 answered = max(answered, at)
                 if outcome == "applied":
                     self.fetched = record
                     digest, staleness = record.header.tensors_digest, receiver_step - at
-                    return Verdict(sequence + 1, answered, entries, sequence, digest, staleness)
-            verdict = Verdict(sequence + 1, answered, entries)
+                    return Verdict(
+                        self._donor, sequence + 1, answered, entries, sequence, digest, staleness
+                    )
+            verdict = Verdict(self._donor, sequence + 1, answered, entries)
         in_time = peer.seen and verdict.answered >= receiver_step - self._max_staleness
         return verdict if in_time or self.donor_is_away else None
 
@@ -144,14 +151,15 @@ class Inbox:
 
     def reject(self, sequence: int, error: PayloadError) -> None:
         """Refuse a record for good: keep it aside, tell the donor, go on without it."""
-        logger.warning("payload %d of the donor rejected: %s", sequence, error)
-        self._transport.reject("donor", sequence, error.reason, error.detail)
+        logger.warning("payload %d of the %s rejected: %s", sequence, self._donor, error)
+        self._transport.reject(self._donor, sequence, error.reason, error.detail)
         self._judged[sequence] = ("rejected", error.reason, None)
 
     def pending(self) -> int:
         """Payloads published that have no fate yet."""
         count = 0
-        there = {*self._transport.sequences("donor"), *self._transport.rejected("donor")}
+        donor, transport = self._donor, self._transport
+        there = {*transport.sequences(donor), *transport.rejected(donor)}
         for sequence in sorted(there):
             if sequence >= self.cursor:
                 try:
@@ -169,7 +177,6 @@ class Inbox:
         return {
             "cursor": self.cursor,
             "answered": self._answered,
-            "digests": self._digests,
             "start": self._start,
             "num_ends": self._num_ends,
         }
@@ -177,14 +184,13 @@ class Inbox:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state`."""
         self.cursor, self._answered = state["cursor"], state["answered"]
-        self._digests = {int(step): digest for step, digest in state["digests"].items()}
         self._start, self._num_ends = state["start"], state["num_ends"]
         self._judged.clear()
 
     def _judge(self, sequence: int, step: int) -> tuple[Outcome, str, Record | None] | None:
         """What to do with one record at receiver step ``step``; None if it is not there yet."""
         if sequence not in self._judged:
-            if (reason := self._transport.rejection("donor", sequence)) is not None:
+            if (reason := self._transport.rejection(self._donor, sequence)) is not None:
                 self._judged[sequence] = ("rejected", reason, None)
             else:
                 try:
@@ -205,7 +211,9 @@ class Inbox:
         if header.kind == "end":
             return "ended", "", None
         if header.kind == "gradient":
-            check_gradient(record, self._expected, self._unit)
+            if header.head not in self._expected:
+                raise PayloadError("schema", f"a gradient for {header.head!r}, which is not shared")
+            check_gradient(record, self._expected[header.head], self._unit)
         elif header.kind != "skip":
             raise PayloadError("alien", f"a donor publishes no record of kind {header.kind!r}")
         if header.receiver_step < step - self._max_staleness:
@@ -223,11 +231,11 @@ class Inbox:
         peer.sign_of_life()
         if outcome == "ended":
             logger.warning(
-                "TRAINING ALONE: the donor has ended. From receiver step %d on its head and its "
-                "part of the backbone's gradient are missing", step,
+                "TRAINING ALONE: the %s has ended. From receiver step %d on its head and its "
+                "part of the backbone's gradient are missing", self._donor, step,
             )  # fmt: skip
         elif self.donor_is_away:
-            logger.info("the donor is back at receiver step %d", step)
+            logger.info("the %s is back at receiver step %d", self._donor, step)
         self.donor_is_away = outcome == "ended"
 
     def _is_lost(self, sequence: int) -> bool:
@@ -238,7 +246,7 @@ class Inbox:
         elif now < self._next_missing_look:
             return False
         self._next_missing_look = now + MISSING_SECONDS
-        later = [number for number in self._transport.sequences("donor") if number > sequence]
+        later = [number for number in self._transport.sequences(self._donor) if number > sequence]
         passed_over = any(map(self._is_record, later))
         self._missing_looks = self._missing_looks + 1 if passed_over else 0
         return self._missing_looks >= MISSING_LOOKS

@@ -1,4 +1,4 @@
-"""What donor and receiver have in common: the run, the shared parameters, waiting, reading."""
+"""What donors and receiver have in common: the run, the shared parameters, waiting, reading."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -18,10 +18,10 @@ from torch import nn
 
 from toolkit.bridge import files
 from toolkit.bridge.accumulation import WindowAccumulator
-from toolkit.bridge.config import PEER, BridgeConfig, Role
+from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.errors import BridgeError, PayloadError
-from toolkit.bridge.liveness import Heartbeat, PeerWatch, Wait
+from toolkit.bridge.liveness import Heartbeat, PeerWatch, Wait, pause
 from toolkit.bridge.payload import (
     Header,
     Record,
@@ -58,7 +58,7 @@ class BridgeJob:
         config: BridgeConfig | None = None,
         *,
         backbone: str = "backbone",
-        head: str = "heads.h2",
+        head: str | Sequence[str] = "heads.h2",
     ) -> None:
         self.config = config = config or BridgeConfig()
         self.accelerator = accelerator
@@ -72,10 +72,8 @@ class BridgeJob:
             raise BridgeError(str(error)) from None
         # Taken here: FSDP2 puts other tensors in their place while a forward needs them whole.
         self.parameters = dict(self.model.named_parameters())
-        self.shared = shared_parameters(self.model, backbone, head)
-        self.gradient_parameters = (
-            self.shared.parameters if config.scope == "all" else self.shared.head
-        )
+        heads = (head,) if isinstance(head, str) else tuple(head)
+        self.shared = shared_parameters(self.model, backbone, heads)
         check_in_optimizer(self.shared.trained, optimizer)
         check_optimizer_within(self.model, optimizer)
         self.control = ControlGroup(accelerator)
@@ -89,36 +87,41 @@ class BridgeJob:
 
     def _attach(self) -> None:
         config = self.config
-        terms = {"schema": self.shared.schema(), "scope": config.scope, "unit": config.unit}
+        terms = {"schemas": self.shared.schemas(), "scope": config.scope, "unit": config.unit}
         claim = {
+            "record_bytes": self._record_bytes(),
             "payload_budget_files": config.payload_budget_files,
             "payload_budget_gib": config.payload_budget_gib,
             "payload_bytes": sum(
                 parameter.numel() * payload_dtype(parameter.dtype).itemsize
-                for parameter in self.gradient_parameters.values()
+                for head in self.shared.heads
+                for parameter in self._gradient_parameters(head).values()
             ),
             "checkpoint_interval": config.checkpoint_interval,
             "checkpoints_kept": config.checkpoints_kept,
         }
         attachment = self.control.on_main(lambda: attach(self.role, config, terms, claim))
         self.run_dir, self.run_id = attachment.run_dir, attachment.run_id
-        self.attempt = attachment.attempt
-        self.peer_role = PEER[self.role]
+        self.job, self.attempt = config.job_of(self.role), attachment.attempt
         self.transport = DirectoryTransport(self.run_dir / "bridge")
-        self.output_dir = self.run_dir / self.role
+        self.output_dir = self.run_dir / self.job
         self._heartbeat: Heartbeat | None = None
         self._closed = False
         self.control.on_main(self._open_on_main)
         if self.accelerator.is_main_process:
-            self._heartbeat = Heartbeat(self.transport, self.role)
-            logger.info("%s of run %s", self.role, self.run_dir)
+            self._heartbeat = Heartbeat(self.transport, self.job)
+            logger.info("%s of run %s", self.job, self.run_dir)
 
     def _open_on_main(self) -> None:
-        self.transport.open_stream(self.role)
+        self.transport.open_stream(self.job)
         self.output_dir.mkdir(exist_ok=True)
-        own = self.transport.sequences(self.role)
+        own = self.transport.sequences(self.job)
         self._next_sequence = own[-1] + 1 if own else 0
-        self.peer = PeerWatch(self.transport, self.peer_role)
+
+    def _gradient_parameters(self, head: str) -> dict[str, nn.Parameter]:
+        """What a gradient for one head is for: that head, and the backbone if it crosses."""
+        parameters = self.shared.heads[head]
+        return self.shared.backbone | parameters if self.config.scope == "all" else parameters
 
     # -- publishing and reading -------------------------------------------------------------
 
@@ -133,7 +136,7 @@ class BridgeJob:
         """
         while True:
             sequence = self._next_sequence
-            if self.transport.rejection(self.role, sequence) is not None:
+            if self.transport.rejection(self.job, sequence) is not None:
                 self._next_sequence += 1
                 continue
             numbered = dataclasses.replace(header, sequence=sequence)
@@ -142,7 +145,7 @@ class BridgeJob:
                 write_record(path, header, tensors)
 
             try:
-                size = self.transport.publish(self.role, sequence, write)
+                size = self.transport.publish(self.job, sequence, write)
             except FileExistsError:
                 self._refuse_rival(sequence)
                 self._next_sequence += 1
@@ -151,34 +154,40 @@ class BridgeJob:
             return size
 
     def _refuse_rival(self, sequence: int) -> None:
-        path = self.transport.path(self.role, sequence)
+        path = self.transport.path(self.job, sequence)
         try:
-            data = self.transport.read(self.role, sequence, max_bytes=self._max_record_bytes())
-            check_identity(parse_header(data), run_id=self.run_id, job=self.role, sequence=sequence)
+            data = self.transport.read(self.job, sequence, max_bytes=self._record_bytes())
+            check_identity(parse_header(data), run_id=self.run_id, job=self.job, sequence=sequence)
         except (FileNotFoundError, PayloadError):
             logger.warning("%s is taken by an alien file; publishing under the next number", path)
             return
         raise BridgeError(
-            f"{path} exists already: another process publishes as the {self.role} of this run. End "
+            f"{path} exists already: another process publishes as the {self.job} of this run. End "
             "one of the two, or start a new run"
         )
 
-    def _max_record_bytes(self) -> int:
+    def _record_bytes(self) -> int:
+        """The size of a record of all that this job shares, at most."""
         # A gradient may be wider than its parameter, at most 8 bytes an element.
         elements = sum(tensor.numel() for tensor in self.shared.weights.values())
         return 8 * elements + 1024 * len(self.shared.weights) + _HEADER_ALLOWANCE_BYTES
 
-    def _read(self, sequence: int) -> Record:
-        """Read and verify one record of the other job, on this rank."""
-        data = self.transport.read(self.peer_role, sequence, max_bytes=self._max_record_bytes())
-        record = parse_record(data)
-        check_identity(record.header, run_id=self.run_id, job=self.peer_role, sequence=sequence)
+    def _read(self, job: str, sequence: int) -> Record:
+        """Read and verify one record of another job, on this rank."""
+        record = parse_record(self._read_bytes(job, sequence))
+        check_identity(record.header, run_id=self.run_id, job=job, sequence=sequence)
         return record
 
-    def _read_everywhere(self, sequence: int, digest: str, mine: Record | None) -> Record | None:
+    def _read_bytes(self, job: str, sequence: int) -> bytes:
+        return self.transport.read(job, sequence, max_bytes=self._record_bytes())
+
+    def _read_everywhere(
+        self, job: str, sequence: int, digest: str, mine: Record | None
+    ) -> Record | None:
         """The same record on every rank, or None on every rank if one of them lacks it.
 
         Args:
+            job: whose record it is.
             sequence: the record's number.
             digest: the tensors' digest that the main process read; every rank must find it.
             mine: the record, where this rank has read it already.
@@ -187,7 +196,7 @@ class BridgeJob:
         deadline = time.monotonic() + SLICE_SECONDS
         while record is None:
             try:
-                record = self._read(sequence)
+                record = self._read(job, sequence)
             except (FileNotFoundError, PayloadError) as error:
                 # A network file system may show a new file to one host before another.
                 if time.monotonic() > deadline:
@@ -199,41 +208,36 @@ class BridgeJob:
 
     # -- waiting ----------------------------------------------------------------------------
 
-    def _decide(
-        self, what: str, poll: Callable[[], T | None], give_up: Callable[[str], T | None]
-    ) -> tuple[T, float]:
-        """Wait until the main process has a decision; the same one on every rank.
-
-        Args:
-            what: what is waited for, for the status line.
-            poll: on the main process, the decision or None for not yet.
-            give_up: on the main process, the decision to take for a reason to give up, or None
-                to wait on.
-
-        Returns:
-            The decision and the seconds waited.
-        """
+    def _open_wait(self, peer: PeerWatch, what: str) -> Wait:
+        """Begin a wait for something of another job (main process)."""
         config = self.config
-        hint = f"Start it now, for instance: accelerate launch recipes/{self.peer_role}.py"
+        recipe = "receiver" if self.role == "donor" else "donor"
+        hint = f"Start it now, for instance: accelerate launch recipes/{recipe}.py"
         if str(config.runs_dir) != "runs":
             hint += f" --runs_dir {config.runs_dir}"
         if config.run is not None:
             hint += f" --run {config.run}"
-        wait = Wait(self.peer, what, config.peer_wait, config.require_peer, hint) if (
-            self.accelerator.is_main_process
-        ) else None  # fmt: skip
+        return Wait(peer, what, config.peer_wait, config.require_peer, hint)
+
+    def _decide(self, poll: Callable[[], T | None]) -> tuple[T, float]:
+        """Poll on the main process until there is a decision; the same one on every rank.
+
+        Args:
+            poll: the decision, or None for not yet; it ends its waits by itself.
+
+        Returns:
+            The decision and the seconds waited.
+        """
+        start = time.monotonic()
 
         def one_slice() -> tuple[T, float] | None:
-            assert wait is not None
             end = time.monotonic() + SLICE_SECONDS
             while time.monotonic() < end:
-                if (decision := poll()) is not None:
-                    self.peer.longest_round = max(self.peer.longest_round, wait.seconds)
-                    return decision, wait.seconds
-                reason = wait.gave_up()
-                if reason is not None and (decision := give_up(reason)) is not None:
-                    return decision, wait.seconds
-                wait.pause()
+                decision = poll()
+                waited = time.monotonic() - start
+                if decision is not None:
+                    return decision, waited
+                pause(waited)
             return None
 
         while True:
@@ -266,7 +270,7 @@ class BridgeJob:
             )
         if self.accelerator.is_main_process:
             content = {
-                "role": self.role,
+                "job": self.job,
                 "run": self.run_dir.name,
                 "run_id": self.run_id,
                 **self._state(),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from toolkit.bridge import files
+from toolkit.bridge.config import JOB_NAME
 from toolkit.bridge.errors import BridgeError
 
 Fate = Literal["applied", "dropped", "rejected", "skipped"]
@@ -23,6 +24,7 @@ Fate = Literal["applied", "dropped", "rejected", "skipped"]
 class Entry:
     """What became of one payload, at which receiver step, and why."""
 
+    donor: str  # whose stream it is in
     sequence: int
     fate: Fate
     receiver_step: int
@@ -48,18 +50,22 @@ class Ledger:
 
     def __init__(self, path: Path | None, *, durable: bool = False) -> None:
         self._path, self._durable = path, durable
-        self.counts: dict[str, int] = dict.fromkeys(get_args(Fate), 0)
+        self.by_donor: dict[str, dict[str, int]] = {}
+
+    def counts(self, donor: str) -> dict[str, int]:
+        """How many payloads of one donor met which fate."""
+        return self.by_donor.setdefault(donor, dict.fromkeys(get_args(Fate), 0))
 
     def record(self, entries: Iterable[Entry]) -> None:
         """Count ``entries`` and append them to the trail."""
         entries = list(entries)
         for entry in entries:
-            self.counts[entry.fate] += 1
+            self.counts(entry.donor)[entry.fate] += 1
         self._append(entries)
 
-    def resume(self, resumption: Resumption, counts: dict[str, int]) -> None:
+    def resume(self, resumption: Resumption, by_donor: dict[str, dict[str, int]]) -> None:
         """Go on from a checkpoint and the counts in it."""
-        self.counts = dict(counts)
+        self.by_donor = {donor: dict(counts) for donor, counts in by_donor.items()}
         self._append([resumption])
 
     def _append(self, lines: Iterable[Entry | Resumption]) -> None:
@@ -121,6 +127,8 @@ def _parse(trail: Path, number: int, line: str) -> Entry | Resumption:
         for name in {"sequence", "receiver_step", "resumed_attempt"} & set(fields):
             if type(fields[name]) is not int:
                 raise TypeError(f"{name} is {fields[name]!r}")
+        if isinstance(found, Entry) and not JOB_NAME.fullmatch(found.donor):
+            raise ValueError(f"donor {found.donor!r} is no name of a job")
         if isinstance(found, Entry) and found.fate not in get_args(Fate):
             raise ValueError(f"fate {found.fate!r} is unknown")
     except (ValueError, TypeError) as error:

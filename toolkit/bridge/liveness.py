@@ -99,11 +99,16 @@ class PeerWatch:
         return self.seen
 
 
+def pause(waited_seconds: float) -> None:
+    """Sleep a little: 5 % of the time waited so far, 0.5 ms at least and 0.5 s at most."""
+    time.sleep(min(0.5, max(0.0005, 0.05 * waited_seconds)))
+
+
 class Wait:
     """One bounded wait for the other job, with a status line while it lasts.
 
     Args:
-        peer: the job waited for.
+        peer: the job waited for; its longest round is kept up to date.
         what: what is waited for, for the status line.
         peer_wait: seconds of silence after which the wait is given up.
         require_peer: raise instead of giving up.
@@ -125,9 +130,9 @@ class Wait:
         """How long the wait has lasted."""
         return time.monotonic() - self._start
 
-    def pause(self) -> None:
-        """Sleep a little: 5 % of the time waited so far, 0.5 ms at least and 0.5 s at most."""
-        time.sleep(min(0.5, max(0.0005, 0.05 * self.seconds)))
+    def is_over(self) -> None:
+        """What was waited for has come."""
+        self._peer.longest_round = max(self._peer.longest_round, self.seconds)
 
     def gave_up(self) -> str | None:
         """Observe the peer, say how things stand, and the reason for giving up once there is one.

@@ -1,4 +1,4 @@
-"""The receiver's side: weights out, the donor's gradient in.
+"""The receiver's side: weights out, the donors' gradients in.
 
 In a training loop, :meth:`GradientReceiver.backward` takes the place of ``accelerator.backward``,
 :meth:`~GradientReceiver.inject` stands before clipping, :meth:`~GradientReceiver.commit` after
@@ -9,22 +9,29 @@ the gradients are synchronised.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from toolkit.aggregation import find_rule, guarded_weights
-from toolkit.bridge.accumulation import scale_grads_
+from toolkit.bridge.accumulation import Window, scale_grads_
 from toolkit.bridge.config import Role
-from toolkit.bridge.errors import PayloadError, PeerError
+from toolkit.bridge.donors import Donors
+from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.frozen_state import FrozenOptimizerState, frozen_sharded
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger, Resumption, trail_path
-from toolkit.bridge.measures import aggregation_metrics, injection_metrics, inner_products
+from toolkit.bridge.measures import (
+    aggregation_metrics,
+    donor_metrics,
+    inner_products,
+    own_metrics,
+)
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.rescaling import rescale_factors
@@ -42,22 +49,22 @@ WEIGHTS_KEPT = 2  # the newest weights, and the ones that a donor may be reading
 
 
 class GradientReceiver(BridgeJob):
-    """Joins a training loop to a donor's gradients.
+    """Joins a training loop to the gradients of one donor or several.
 
     Args:
         accelerator: the job's accelerator.
-        model: the prepared model, whole or sharded by FSDP2. The donor's head must not be managed
-            by DDP: call ``requires_grad_(False)`` on it before ``prepare``, and give all parameters
-            to the optimizer. A parameter of the backbone that does not require a gradient rests:
-            the donor's does not move it either.
+        model: the prepared model, whole or sharded by FSDP2. The donors' heads must not be managed
+            by DDP: call ``requires_grad_(False)`` on them before ``prepare``, and give all
+            parameters to the optimizer. A parameter of the backbone that does not require a
+            gradient rests: the donors' do not move it either.
         optimizer: its optimizer, with the shared parameters in its groups.
         config: the settings; by default lockstep in ``runs``.
         backbone: name of the backbone's submodule.
-        head: name of the submodule of the donor's head.
+        head: name of the submodule of the donors' head, or several names.
 
     Attributes:
         completed_steps: optimizer steps that happened.
-        steps_alone: those of them without a gradient of the donor.
+        steps_alone: those of them without a gradient of any donor.
         completed_windows: accumulation windows, those included whose step a loss scaler skipped.
         metrics: numbers of the newest step, plain floats, for ``accelerator.log``.
         output_dir: where this job's results belong.
@@ -76,6 +83,7 @@ class GradientReceiver(BridgeJob):
         check_takes_late_gradients(self.optimizer)
         replay = self.config.replay
         self._kept = KeptPayloads(Path(replay)) if replay is not None else None
+        self._weights_of_heads = {h: self.config.weight_of(h) for h in self.shared.heads}
         super()._attach()
         self.completed_steps = 0
         self.completed_windows = 0
@@ -84,23 +92,13 @@ class GradientReceiver(BridgeJob):
         self._weights: dict[str, Tensor] = {}  # main process: the present ones, whole, on the CPU
         self._step_on_disk = -1  # of the newest weights that a donor can read
         self._injected: _Injection | None = None
-        # What the donor has been told that it may delete, exclusive.
-        self._acknowledged = self.transport.acknowledged("donor")
+        # What donors have been told that they may delete, exclusive.
+        self._acknowledged: dict[str, int] = {}
         self.ledger = Ledger(
             trail_path(self.run_dir, self.attempt) if self.accelerator.is_main_process else None,
             durable=self.config.keep_payloads,
         )
-        self._inbox: Inbox | Replay
-        if self._kept is not None:
-            self._inbox = Replay(self._kept.path, self._read)
-        else:
-            self._inbox = Inbox(
-                transport=self.transport,
-                read=self._read,
-                expected=dict(self.gradient_parameters),
-                unit=self.config.unit,
-                max_staleness=self.config.max_staleness,
-            )
+        self._donors = self._open_donors() if self.accelerator.is_main_process else None
         self._initial_digest = ""
         self._retention = CheckpointCursors(self.run_id)
         if frozen := frozen_sharded(self.shared.head):
@@ -142,40 +140,55 @@ class GradientReceiver(BridgeJob):
             raise RuntimeError("inject() was called twice in this accumulation window")
         window = self.accumulator.close()
         self.accumulator.reduce_unmanaged_(self.parameters.items())
-        verdict, record, wait_seconds = self._receive()
-        num_donor = record.header.count if record is not None else 0.0
-        own_factor, donor_factor = rescale_factors(
+        verdicts, records, wait_seconds = self._receive()
+        counts = dict.fromkeys(self.shared.heads, 0.0)
+        for record in records:
+            counts[record.header.head] += record.header.count
+        own_factor, donor_factors = rescale_factors(
             self.config.rescale,
             self.config.loss_reduction,
             window.count,
-            num_donor,
-            self.config.donor_weight,
+            counts,
+            self._weights_of_heads,
         )
         for parameter in self.shared.head.values():
             parameter.grad = None  # zeros would let the optimizer's moments move the head
         scale_grads_(self.parameters.values(), window.sum_factor * own_factor)
-        self._injected = _Injection(window.scale, verdict)
+        self._injected = _Injection(window.scale, verdicts)
         self.metrics = {
             "loss/own (per sample)": window.loss,
             "bridge/wait (s)": wait_seconds,
             "bridge/samples own (samples)": window.count,
         }
-        if record is not None:
-            tensors = {
-                name: shard_like(record.tensors[name].to(p.device, p.dtype), p)
-                for name, p in self.gradient_parameters.items()
-                if name in self.shared.trained
+        if records:
+            self._inject(records, window, [donor_factors[r.header.head] for r in records])
+
+    def _inject(self, records: Sequence[Record], window: Window, factors: Sequence[float]) -> None:
+        """Add the donors' sums, each times its factor, and measure what that makes."""
+        parameters, trained = self.shared.parameters, self.shared.trained
+        sums = [
+            {
+                name: shard_like(tensor.to(parameters[name].device, parameters[name].dtype), p)
+                for name, tensor in record.tensors.items()
+                if (p := trained.get(name)) is not None
             }
-            backbone, heads = inner_products(
-                self.parameters.values(), self.shared.backbone, tensors, self.control,
-                1 / window.scale, donor_factor,
-            )  # fmt: skip
-            self.metrics |= injection_metrics(backbone, heads, window, record, donor_factor)
-            own_weight, donor_weight = self._weigh(backbone)
-            if own_weight != 1.0:
-                scale_grads_(self.shared.backbone.values(), own_weight)
-            self._add_(tensors, donor_factor * window.scale, donor_weight)
-            self.metrics["bridge/staleness (receiver steps)"] = float(verdict.staleness)
+            for record in records
+        ]
+        backbone, heads = inner_products(
+            self.parameters.values(), self.shared.backbone, sums, self.control,
+            [1 / window.scale, *factors],
+        )  # fmt: skip
+        self.metrics |= own_metrics(backbone, heads)
+        for place, (record, factor) in enumerate(zip(records, factors, strict=True), 1):
+            self.metrics |= donor_metrics(place, backbone, heads, window, record, factor)
+            age = self.completed_steps - record.header.receiver_step
+            self.metrics[f"bridge/staleness {record.header.job} (receiver steps)"] = float(age)
+        names = ["own", *(record.header.job for record in records)]
+        own_weight, *weights = self._weigh(backbone, names)
+        if own_weight != 1.0:
+            scale_grads_(self.shared.backbone.values(), own_weight)
+        for tensors, factor, weight in zip(sums, factors, weights, strict=True):
+            self._add_(tensors, factor * window.scale, weight)
 
     def commit(self) -> bool:
         """After ``optimizer.step()``: settle whether the step happened, publish the new weights.
@@ -200,88 +213,124 @@ class GradientReceiver(BridgeJob):
         self.completed_windows += 1
         if self._step_was_skipped(injected.scale):
             return False
-        if self.accelerator.is_main_process:
-            if self.config.keep_payloads and injected.verdict.digest is not None:
-                self.transport.keep("donor", injected.verdict.sequence)
-            self.ledger.record(self._inbox.settle(injected.verdict))
+        applied = [verdict for verdict in injected.verdicts if verdict.digest is not None]
+        if self._donors is not None:
+            if self.config.keep_payloads:
+                for verdict in applied:
+                    self.transport.keep(verdict.donor, verdict.sequence)
+            self.ledger.record(self._donors.settle(injected.verdicts))
         self.completed_steps += 1
-        self.steps_alone += injected.verdict.digest is None
+        self.steps_alone += not applied
         self._publish_weights()
         return True
 
     # -- inside -----------------------------------------------------------------------------
 
-    def _read(self, sequence: int) -> Record:
-        return super()._read(sequence) if self._kept is None else self._kept.read(sequence)
+    def _open_donors(self) -> Donors | Replay:
+        if self._kept is not None:
+            return Replay(self._kept)
+        expected = {head: self._gradient_parameters(head) for head in self.shared.heads}
 
-    def _receive(self) -> tuple[Verdict, Record | None, float]:
-        """The donor's part of this step, the same on every rank."""
-        waited = 0.0
-        while True:
-            verdict, seconds = self._decide(
-                f"the donor's gradient at receiver step {self.completed_steps}",
-                self._poll,
-                self._give_up,
+        def open_inbox(donor: str, digests: Mapping[int, str], is_new: bool) -> Inbox:
+            return Inbox(
+                donor,
+                transport=self.transport,
+                read=functools.partial(self._read, donor),
+                expected=expected,
+                unit=self.config.unit,
+                max_staleness=self.config.max_staleness,
+                digests=digests,
+                is_new=is_new,
             )
+
+        return Donors(
+            self.transport,
+            open_inbox=open_inbox,
+            open_wait=self._open_wait,
+            num_expected=self.config.num_donors,
+            max_staleness=self.config.max_staleness,
+            peer_wait=self.config.peer_wait,
+        )
+
+    @property
+    def _on_main(self) -> Donors | Replay:
+        """The donors, on the main process."""
+        assert self._donors is not None
+        return self._donors
+
+    def _read(self, job: str, sequence: int) -> Record:
+        if self._kept is not None:
+            return self._kept.read(job, sequence)
+        return super()._read(job, sequence)
+
+    def _receive(self) -> tuple[tuple[Verdict, ...], list[Record], float]:
+        """The donors' parts of this step, the same on every rank."""
+        waited = 0.0
+        if self._donors is not None:
+            self._donors.begin()
+        while True:
+            verdicts, seconds = self._decide(self._poll)
             waited += seconds
-            if verdict.digest is None:
-                return verdict, None, waited
-            mine = self._inbox.fetched if self.accelerator.is_main_process else None
-            record = self._read_everywhere(verdict.sequence, verdict.digest, mine)
-            if record is not None:
-                return verdict, record, waited
-            if self.accelerator.is_main_process:
-                detail = "not every rank could read the same bytes"
-                self._inbox.reject(verdict.sequence, PayloadError("unreadable", detail))
+            records = []
+            for verdict in verdicts:
+                if verdict.digest is None:
+                    continue
+                mine = self._donors.fetched(verdict) if self._donors is not None else None
+                record = self._read_everywhere(
+                    verdict.donor, verdict.sequence, verdict.digest, mine
+                )
+                if record is not None:
+                    records.append(record)
+                    continue
+                if self._donors is not None:
+                    detail = "not every rank could read the same bytes"
+                    self._donors.reject(verdict, PayloadError("unreadable", detail))
+                break
+            else:
+                return verdicts, records, waited
 
-    def _poll(self) -> Verdict | None:
-        """On the main process: one look at the donor's stream."""
+    def _poll(self) -> tuple[Verdict, ...] | None:
+        """On the main process: one look at the donors' streams."""
         if self.transport.rejection("receiver", self._next_sequence - 1) is not None:
-            logger.warning("the donor could not read the weights; publishing them again")
+            logger.warning("a donor could not read the weights; publishing them again")
             self._offer_weights()
-        verdict = self._inbox.look(self.completed_steps, self.peer)
-        if self._inbox.donor_is_away and self.config.require_peer:
-            raise PeerError("the donor has ended, and --require_peer is set")
-        if verdict is None and self._step_on_disk != self.completed_steps:
-            # The donor is back after a silence in which nothing was published for it.
+        verdicts = self._on_main.look(self.completed_steps)
+        if self.config.require_peer:
+            self._on_main.require_peers()
+        if verdicts is None and self._step_on_disk != self.completed_steps:
+            # A donor is back after a silence in which nothing was published for it.
             self._offer_weights()
-        return verdict
+        return verdicts
 
-    def _give_up(self, reason: str) -> Verdict | None:
-        verdict = self._inbox.give_up(self.completed_steps, self.peer)
-        if verdict is None:
-            return None
-        logger.warning(
-            "TRAINING ALONE: %s. From receiver step %d on the donor's head and its part of the "
-            "backbone's gradient are missing, until it comes back",
-            reason, self.completed_steps,
-        )  # fmt: skip
-        return verdict
+    def _weigh(self, backbone: Tensor, names: Sequence[str]) -> list[float]:
+        """Weights of all parts on the backbone, from their Gramian. A collective but for sums.
 
-    def _weigh(self, backbone: Tensor) -> tuple[float, float]:
-        """Weights of both parts on the backbone, from their Gramian. A collective but for sums.
+        The parts are what a sum would add: rescaled, the donors' times ``donor_weight``. The
+        heads keep what they get as it is, as is usual for parameters of one task. The main process
+        decides, so that ranks cannot differ by rounding.
 
-        The parts are what a sum would add: rescaled, the donor's times ``donor_weight``. The
-        heads, of which each has one part only, keep it as it is, as is usual for parameters of
-        one task. The main process decides, so that ranks cannot differ by rounding.
+        Args:
+            backbone: the Gramian, the receiver's part first.
+            names: of the parts.
         """
         if self._rule is None:
-            return 1.0, 1.0
+            return [1.0] * len(names)
         rule = self._rule
-        own, donor = self.control.on_main(lambda: guarded_weights(rule, backbone).tolist())
-        self.metrics |= aggregation_metrics(backbone, (own, donor))
-        return own, donor
+        weights = self.control.on_main(lambda: guarded_weights(rule, backbone).tolist())
+        self.metrics |= aggregation_metrics(backbone, names, weights)
+        return weights
 
     def _add_(self, tensors: Mapping[str, Tensor], factor: float, backbone_weight: float) -> None:
-        """Add ``factor`` times the donor's sum to ``.grad``; identical on every rank.
+        """Add ``factor`` times a donor's sum to ``.grad``; identical on every rank.
 
         Args:
             tensors: the sum, by name, like the parameters in device and dtype.
             factor: of all of it.
             backbone_weight: a further factor of the backbone's.
         """
+        parameters = self.shared.parameters
         for name, tensor in tensors.items():
-            parameter = self.gradient_parameters[name]
+            parameter = parameters[name]
             weight = factor * backbone_weight if name in self.shared.backbone else factor
             if parameter.grad is None:
                 # a copy: after a skipped step the sum is used again
@@ -312,22 +361,22 @@ class GradientReceiver(BridgeJob):
         digest = digest_tensors(tensors)
         if self.completed_steps == 0:
             self._initial_digest = digest
-        self._inbox.remember(self.completed_steps, digest)
-        self.peer.observe()
-        if not self._inbox.donor_is_away or self.peer.is_alive(self.config.peer_wait):
+        donors = self._on_main
+        donors.remember(self.completed_steps, digest)
+        if donors.want_weights():
             self._publish(self._header("weights", digest), tensors)
             self.transport.prune("receiver", self._next_sequence - WEIGHTS_KEPT)
             self._step_on_disk = self.completed_steps
-        needed = self._retention.oldest_needed(self._inbox.cursor)
-        if needed > self._acknowledged:
-            self.transport.acknowledge("donor", needed)
-            self._acknowledged = needed
+        for donor, needed in self._retention.oldest_needed(donors.cursors()).items():
+            if needed > self._acknowledged.get(donor, 0):
+                self.transport.acknowledge(donor, needed)
+                self._acknowledged[donor] = needed
 
     def _header(self, kind: Any, digest: str) -> Header:
         return Header(
             kind=kind,
             run_id=self.run_id,
-            job=self.role,
+            job=self.job,
             attempt=self.attempt,
             receiver_step=self.completed_steps,
             weights_digest=digest,
@@ -350,8 +399,8 @@ class GradientReceiver(BridgeJob):
             "completed_steps": self.completed_steps,
             "completed_windows": self.completed_windows,
             "steps_alone": self.steps_alone,
-            "ledger": self.ledger.counts,
-            "inbox": self._inbox.state(),
+            "ledger": self.ledger.by_donor,
+            **self._on_main.state(),
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
@@ -360,7 +409,8 @@ class GradientReceiver(BridgeJob):
         self.completed_windows = state["completed_windows"]
         self.steps_alone = state["steps_alone"]
         self.ledger.resume(Resumption(state["attempt"], self.completed_steps), state["ledger"])
-        self._inbox.load_state(state["inbox"])
+        if self._donors is not None:
+            self._donors.load_state(state)
 
     def _on_load_state(self, models: list[nn.Module], directory: str) -> None:
         super()._on_load_state(models, directory)
@@ -373,20 +423,30 @@ class GradientReceiver(BridgeJob):
             self._retention.saved_below(Path(directory).absolute().parent)
 
     def fates(self) -> dict[str, int]:
-        """How many payloads met which fate, for ``results.json``.
+        """How many payloads met which fate, over all donors, for ``results.json``.
 
         ``applied + dropped + rejected + skipped + pending = published``; ``alien`` counts files in
-        the donor's directory that are no payloads.
+        the donors' directories that are no payloads. All zero but on the main process.
         """
-        if not self.accelerator.is_main_process:
-            return dict(self.ledger.counts)
-        pending = self._inbox.pending()
-        return {
-            **self.ledger.counts,
-            "pending": pending,
-            "published": self._inbox.num_settled() + pending,
-            "alien": len(self.transport.alien_names("donor")),
-        }
+        names = ["applied", "dropped", "rejected", "skipped", "pending", "published", "alien"]
+        total = dict.fromkeys(names, 0)
+        for fates in self.fates_by_donor().values():
+            for name, count in fates.items():
+                total[name] += count
+        return total
+
+    def fates_by_donor(self) -> dict[str, dict[str, int]]:
+        """The same for each donor; empty but on the main process."""
+        fates: dict[str, dict[str, int]] = {}
+        for donor in self._donors.names if self._donors is not None else ():
+            pending, published = self._on_main.published(donor)
+            fates[donor] = {
+                **self.ledger.counts(donor),
+                "pending": pending,
+                "published": published,
+                "alien": len(self.transport.alien_names(donor)),
+            }
+        return fates
 
     def evidence(self, model_state: Mapping[str, Tensor]) -> dict[str, Any]:
         """What ``gradient-bridge verify`` must know beside the arguments, for ``results.json``.
@@ -404,8 +464,8 @@ class GradientReceiver(BridgeJob):
             "initial_weights_digest": self._initial_digest,
             "final_weights_digest": digest_tensors(model_state),
         }
-        if isinstance(self._inbox, Replay):
-            evidence["departed_at"] = self._inbox.departed_at
+        if isinstance(self._donors, Replay):
+            evidence["departed_at"] = self._donors.departed_at
         return evidence
 
 
@@ -414,4 +474,4 @@ class _Injection:
     """An injected step that is not committed yet."""
 
     scale: float
-    verdict: Verdict
+    verdicts: tuple[Verdict, ...]

@@ -1,9 +1,10 @@
-"""How a donor's gradient sum is weighed against the receiver's own.
+"""How donors' gradient sums are weighed against the receiver's own.
 
-Everything here is arithmetic on two sums: ``S_r``, the receiver's sum over its samples of the
-per-sample gradient, and ``S``, the donor's. One optimizer step uses
+Everything here is arithmetic on sums: ``S_r``, the receiver's sum over its samples of the
+per-sample gradient, and ``S_h``, the sum for each head ``h`` of the donors that train it. One
+optimizer step uses
 
-    own_factor * S_r + donor_factor * S
+    own_factor * S_r + sum over h of factors[h] * S_h
 
 and a rule says which factors make that step equal to one step of which joint training.
 """
@@ -11,6 +12,7 @@ and a rule says which factors make that step equal to one step of which joint tr
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 RescaleRule = Literal["match", "append", "pool"]
@@ -43,57 +45,59 @@ def rescale_factors(
     rule: RescaleRule,
     loss_reduction: LossReduction,
     num_own: float,
-    num_donor: float,
-    donor_weight: float = 1.0,
-) -> tuple[float, float]:
-    """The factors of the receiver's own and of the donor's gradient sum.
+    num_donor: Mapping[str, float],
+    weights: Mapping[str, float],
+) -> tuple[float, dict[str, float]]:
+    """The factors of the receiver's own and of the donors' gradient sums.
 
-    With ``n_r = num_own``, ``n_d = num_donor`` and ``lambda = donor_weight``:
+    With ``n_r = num_own``, and ``n_h = num_donor[h]`` and ``w_h = weights[h]`` for each head:
 
     ========== ============================== ============================ =====================
     rule       mean loss                      sum loss                     one joint step on
     ========== ============================== ============================ =====================
-    ``match``  ``S_r/n_r + lambda S/n_d``     ``S_r + lambda S n_r/n_d``   mean l1 + lambda mean
-                                                                           l2 (n_r times it)
-    ``append`` ``(S_r + lambda S)/n_r``       ``S_r + lambda S``           the donor's samples
+    ``match``  ``S_r/n_r + sum w_h S_h/n_h``  ``S_r + sum w_h S_h n_r/n_h``  mean l1 + sum of w_h
+                                                                           mean l_h (n_r times it)
+    ``append`` ``(S_r + sum w_h S_h)/n_r``    ``S_r + sum w_h S_h``        the donors' samples
                                                                            added to the batch
-    ``pool``   ``(S_r + lambda S)/(n_r+n_d)`` refused                      the mean of the union
+    ``pool``   ``(S_r + sum w_h S_h)``        refused                      the mean of the union
+               ``/ (n_r + sum n_h)``
     ========== ============================== ============================ =====================
 
-    A side with no samples is absent: its factor is 0. (Its sum is zero; the other side's factor
-    is what it would be, where that is defined.)
+    A part with no samples is absent: its factor is 0. (Its sum is zero; the other factors are
+    what they would be, where that is defined.)
 
     Args:
         rule: one of ``match``, ``append``, ``pool``.
         loss_reduction: what the step uses: ``mean`` or ``sum`` over the global batch.
         num_own: the receiver's samples in this step, over ranks and micro-steps; not negative.
-        num_donor: the payload's samples; not negative.
-        donor_weight: lambda, the weight of the donor's loss in the joint loss.
+        num_donor: by head, the samples of all payloads for it; not negative.
+        weights: by head, lambda, the weight of its loss in the joint loss.
 
     Returns:
-        ``(own_factor, donor_factor)``.
+        The receiver's factor, and by head the donors'.
 
     Raises:
         ValueError: for unknown or contradictory settings, a negative or non-finite count, and for
             ``append`` on means where the receiver has no samples to be appended to.
     """
     check_rule(rule, loss_reduction)
-    for name, value in (("num_own", num_own), ("num_donor", num_donor)):
+    counts = {"num_own": num_own, **{f"num_donor[{h!r}]": n for h, n in num_donor.items()}}
+    for name, value in counts.items():
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"{name} must be finite and not negative, got {value!r}")
-    if loss_reduction == "sum":
-        own_factor = 1.0 if num_own else 0.0
-        if not num_donor:
-            return own_factor, 0.0
-        return own_factor, donor_weight * (num_own / num_donor if rule == "match" else 1.0)
-    if rule == "match":
-        own_factor = 1.0 / num_own if num_own else 0.0
-        return own_factor, donor_weight / num_donor if num_donor else 0.0
-    if rule == "append" and num_donor and not num_own:
+    if rule == "append" and loss_reduction == "mean" and not num_own and any(num_donor.values()):
         raise ValueError(
             "rescale rule 'append' divides by the receiver's number of samples, which is 0 in this "
             "step; use 'match' or 'pool' where a step of the receiver may have no samples"
         )
-    total = num_own if rule == "append" else num_own + num_donor
-    own_factor = 1.0 / total if num_own else 0.0
-    return own_factor, donor_weight / total if num_donor else 0.0
+    union = num_own + sum(num_donor.values())
+
+    def factor(count: float, weight: float) -> float:
+        """Of the sum over ``count`` samples."""
+        if not count:
+            return 0.0
+        if loss_reduction == "sum":
+            return weight * (num_own / count if rule == "match" else 1.0)
+        return weight / {"match": count, "append": num_own, "pool": union}[rule]
+
+    return factor(num_own, 1.0), {h: factor(n, weights[h]) for h, n in num_donor.items()}

@@ -1,4 +1,4 @@
-"""Which payloads a resume may ask for again.
+"""Which payloads of a donor a resume may ask for again.
 
 Without checkpoints none: a payload is never needed again once its step is committed. With them,
 those from the oldest retained checkpoint on. Accelerate syncs nothing, so a checkpoint counts
@@ -8,6 +8,7 @@ only once it is complete and synced here.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from toolkit.bridge import files
@@ -15,7 +16,7 @@ from toolkit.bridge.runs import CHECKPOINT_FILE
 
 
 class CheckpointCursors:
-    """The donor cursors of the checkpoints of one run.
+    """The donors' cursors in the checkpoints of one run.
 
     Args:
         run_id: checkpoints of other runs beside them are no concern.
@@ -24,7 +25,7 @@ class CheckpointCursors:
     def __init__(self, run_id: str) -> None:
         self._run_id = run_id
         self._parents: set[Path] = set()
-        self._cursors: list[int] = []
+        self._cursors: list[dict[str, int]] = []  # of each checkpoint, by donor
         self._is_stale = False
 
     def saved_below(self, parent: Path) -> None:
@@ -32,32 +33,36 @@ class CheckpointCursors:
         self._parents.add(parent)
         self._is_stale = True
 
-    def oldest_needed(self, cursor: int) -> int:
-        """The number below which no payload is needed again.
+    def oldest_needed(self, cursors: Mapping[str, int]) -> dict[str, int]:
+        """By donor, the number below which no payload is needed again.
 
         Call it only when no save is under way: checkpoints saved since the last call are taken
         as complete, and synced to the disk.
 
         Args:
-            cursor: the receiver's present cursor.
+            cursors: the receiver's present ones, by donor.
         """
         if self._is_stale:
             self._cursors = [
                 cursor for parent in self._parents for cursor in self._synced_cursors(parent)
             ]
             self._is_stale = False
-        return min([cursor, *self._cursors])
+        return {
+            # A donor that a checkpoint does not know joined after it: all of it may be needed.
+            donor: min([cursor, *(saved.get(donor, 0) for saved in self._cursors)])
+            for donor, cursor in cursors.items()
+        }
 
-    def _synced_cursors(self, parent: Path) -> list[int]:
+    def _synced_cursors(self, parent: Path) -> list[dict[str, int]]:
         cursors = []
         for path in parent.glob(f"*/{CHECKPOINT_FILE}"):
             try:
                 content = json.loads(path.read_bytes())
-                is_ours = content["run_id"] == self._run_id and content["role"] == "receiver"
-                cursor = int(content["inbox"]["cursor"]) if is_ours else None
-            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                if content["run_id"] != self._run_id or content["job"] != "receiver":
+                    continue
+                saved = {d: int(state["cursor"]) for d, state in content["donors"].items()}
+            except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
                 continue  # deleted while we look, or cut short by a kill: nobody resumes from it
-            if cursor is not None:
-                files.fsync_tree(path.parent)
-                cursors.append(cursor)
+            files.fsync_tree(path.parent)
+            cursors.append(saved)
         return cursors

@@ -2,12 +2,13 @@
 
 ::
 
-    runs/0001/bridge/run.json                      what both jobs agreed on; the first one wrote it
+    runs/0001/bridge/run.json                      what all jobs agreed on; the first one wrote it
+    runs/0001/bridge/heads/heads.h2.json           the same for each head
     runs/0001/bridge/donor/attempts/0001.json      each start of a job claims the next number
     runs/0001/donor, runs/0001/receiver            what each job writes for its user
 
-``mkdir`` of the next number and the creation of ``run.json`` and of a claim are exclusive, so any
-number of jobs may start at the same moment, in any order.
+``mkdir`` of the next number and the creation of each of these files are exclusive, so any number of
+jobs may start at the same moment, in any order. A run has one receiver; each donor has a name.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.bridge import files
-from toolkit.bridge.config import PEER, BridgeConfig, Role
+from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.errors import BridgeError, PayloadError, SchemaMismatchError
 from toolkit.bridge.liveness import BEAT_SECONDS, PeerWatch
 from toolkit.bridge.payload import FORMAT_VERSION, read_header
@@ -55,8 +56,9 @@ def attach(
     Args:
         role: ``donor`` or ``receiver``.
         config: names the runs directory and, maybe, a run or a checkpoint.
-        terms: what both jobs must agree on: ``schema``, ``scope``, ``unit``.
-        claim: what the other job may want to know of this one; fit for JSON.
+        terms: what jobs must agree on: ``scope``, ``unit``, ``schemas``: the schema of the
+            ``backbone`` and of each head that this job shares.
+        claim: what other jobs may want to know of this one; fit for JSON.
 
     Raises:
         BridgeError: if a named run is over or its role is taken by a living job, the checkpoint
@@ -64,12 +66,13 @@ def attach(
         SchemaMismatchError: if the other job's terms differ.
     """
     runs_dir = Path(config.runs_dir).absolute()
+    job = config.job_of(role)
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
         while True:
             try:
-                run_dir, attempts = _choose_run(runs_dir, role, config)
-                return _join(run_dir, role, terms, claim, attempts + 1)
+                run_dir, attempts = _choose_run(runs_dir, role, job, config)
+                return _join(run_dir, role, job, terms, claim, attempts + 1)
             except _OvertakenError:
                 continue  # another job was faster between our look and our claim: look again
     except OSError as error:
@@ -87,7 +90,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = json.loads((checkpoint / CHECKPOINT_FILE).read_bytes())
-        missing = {"role", "run", "run_id"} - set(content)
+        missing = {"job", "run", "run_id"} - set(content)
         if missing:
             raise ValueError(f"{CHECKPOINT_FILE} lacks {sorted(missing)}")
     except (OSError, ValueError, TypeError) as error:
@@ -98,7 +101,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
-def has_ended(run_dir: Path, job: Role) -> bool:
+def has_ended(run_dir: Path, job: str) -> bool:
     """Whether the newest record of ``job`` is its ``end``."""
     transport = DirectoryTransport(run_dir / "bridge")
     for sequence in reversed(transport.sequences(job)):
@@ -114,25 +117,25 @@ class _OvertakenError(Exception):
     """Another job took what this one was about to take."""
 
 
-def _choose_run(runs_dir: Path, role: Role, config: BridgeConfig) -> tuple[Path, int]:
-    """The run to join, and how many starts of this role it had when it was judged."""
+def _choose_run(runs_dir: Path, role: Role, job: str, config: BridgeConfig) -> tuple[Path, int]:
+    """The run to join, and how many starts of this job it had when it was judged."""
     if config.resume_from_checkpoint is not None:
-        run_dir = _run_of_checkpoint(runs_dir, role, Path(config.resume_from_checkpoint))
+        run_dir = _run_of_checkpoint(runs_dir, job, Path(config.resume_from_checkpoint))
     elif config.run is not None:
         run_dir = _named_run(runs_dir, config.run)
     else:
-        return _open_or_new_run(runs_dir, role), 0
-    attempts = len(_attempts(run_dir, role))
+        return _open_or_new_run(runs_dir, role, job), 0
+    attempts = len(_attempts(run_dir, job))
     if config.run is not None:
         _refuse_over(run_dir, role)
-    _refuse_living(run_dir, role)
+    _refuse_living(run_dir, role, job)
     return run_dir, attempts
 
 
-def _run_of_checkpoint(runs_dir: Path, role: Role, checkpoint: Path) -> Path:
+def _run_of_checkpoint(runs_dir: Path, job: str, checkpoint: Path) -> Path:
     content = read_checkpoint(checkpoint)
-    if content["role"] != role:
-        raise BridgeError(f"{checkpoint} is a checkpoint of the {content['role']}, not the {role}")
+    if content["job"] != job:
+        raise BridgeError(f"{checkpoint} is a checkpoint of the {content['job']}, not the {job}")
     run_dir = runs_dir / content["run"]
     try:
         run_id = json.loads((run_dir / "bridge" / "run.json").read_bytes())["run_id"]
@@ -162,19 +165,33 @@ def _refuse_over(run_dir: Path, role: Role) -> None:
     )
     if has_ended(run_dir, "receiver"):
         raise BridgeError(f"run {name!r} is over: its receiver has ended; {ways_out}")
-    if role == "receiver" and has_ended(run_dir, "donor"):
-        raise BridgeError(f"run {name!r} is over: its donor has ended; {ways_out}")
+    donors = donors_of(run_dir) if role == "receiver" else []
+    if donors and all(has_ended(run_dir, donor) for donor in donors):
+        who = "its donor has" if len(donors) == 1 else "all its donors have"
+        raise BridgeError(f"run {name!r} is over: {who} ended; {ways_out}")
 
 
-def _refuse_living(run_dir: Path, role: Role) -> None:
-    attempts = _attempts(run_dir, role)
-    if attempts and _lives(run_dir, role):
-        holder = json.loads(attempts[-1].read_bytes())
+def _refuse_living(run_dir: Path, role: Role, job: str) -> None:
+    holder = read_claim(run_dir, job)
+    if holder is not None and _lives(run_dir, job):
+        another = "" if role == "receiver" else "give this one a name of its own (--donor_name), "
         raise BridgeError(
-            f"run {run_dir.name!r} has a living {role} (process {holder['pid']} on "
-            f"{holder['host']}): end that one first, name another run (--run), or leave --run and "
-            "--resume_from_checkpoint out to begin a new run"
+            f"run {run_dir.name!r} has a living {job} (process {holder['pid']} on "
+            f"{holder['host']}): end that one first, {another}name another run (--run), or leave "
+            "--run and --resume_from_checkpoint out to begin a new run"
         )
+
+
+def donors_of(run_dir: Path) -> list[str]:
+    """The names of a run's donors, in order."""
+    claims = (run_dir / "bridge").glob("*/attempts/*.json")
+    return sorted({path.parent.parent.name for path in claims} - {"receiver"})
+
+
+def read_claim(run_dir: Path, job: str) -> dict[str, Any] | None:
+    """What the newest start of a job says of itself; None if there was none."""
+    attempts = _attempts(run_dir, job)
+    return dict(json.loads(attempts[-1].read_bytes())) if attempts else None
 
 
 def newest_run(runs_dir: Path) -> str | None:
@@ -183,15 +200,15 @@ def newest_run(runs_dir: Path) -> str | None:
     return max((path.name for path in numbered if path.is_dir()), key=int, default=None)
 
 
-def newest_attempt(run_dir: Path, role: Role) -> int:
+def newest_attempt(run_dir: Path, job: str) -> int:
     """The number of the newest start of a job; 0 if there was none."""
-    return max((int(path.stem) for path in _attempts(run_dir, role)), default=0)
+    return max((int(path.stem) for path in _attempts(run_dir, job)), default=0)
 
 
-def _open_or_new_run(runs_dir: Path, role: Role) -> Path:
-    """The newest numbered run if it waits for this role, else a new one of the next number."""
+def _open_or_new_run(runs_dir: Path, role: Role, job: str) -> Path:
+    """The newest numbered run if it waits for this job, else a new one of the next number."""
     newest = newest_run(runs_dir)
-    if newest is not None and _waits_for(runs_dir / newest, role):
+    if newest is not None and _waits_for(runs_dir / newest, role, job):
         return runs_dir / newest
     # The number follows from the very look that found no run to join: of two jobs that start at
     # the same moment one makes the directory, and the other looks again and joins it.
@@ -205,66 +222,95 @@ def _open_or_new_run(runs_dir: Path, role: Role) -> Path:
     return run_dir
 
 
-def _waits_for(run_dir: Path, role: Role) -> bool:
-    if _attempts(run_dir, role) or has_ended(run_dir, "receiver") or has_ended(run_dir, "donor"):
+def _waits_for(run_dir: Path, role: Role, job: str) -> bool:
+    if _attempts(run_dir, job) or has_ended(run_dir, "receiver"):
         return False
-    peer = PEER[role]
-    if _attempts(run_dir, peer) and not _lives(run_dir, peer):
-        logger.info("run %s has a %s that does not live; not joining it", run_dir.name, peer)
+    donors = donors_of(run_dir)
+    peers = ["receiver"] if role == "donor" and _attempts(run_dir, "receiver") else donors
+    open_peers = [peer for peer in peers if not has_ended(run_dir, peer)]
+    if peers and not any(_lives(run_dir, peer) for peer in open_peers):
+        if open_peers:
+            who = ", ".join(open_peers)
+            logger.info("run %s: %s does not live; not joining it", run_dir.name, who)
         return False
     return True
 
 
 def _join(
-    run_dir: Path, role: Role, terms: dict[str, Any], claim: dict[str, Any], attempt: int
+    run_dir: Path, role: Role, job: str, terms: dict[str, Any], claim: dict[str, Any], attempt: int
 ) -> Attachment:
     """Agree on the terms, then claim this attempt."""
     bridge = run_dir / "bridge"
-    (bridge / role / "attempts").mkdir(parents=True, exist_ok=True)
-    run_id = _agree(bridge, role, terms)
-    content = {**claim, "host": socket.gethostname(), "pid": os.getpid()}
-    claimed = bridge / role / "attempts" / f"{attempt:04d}.json"
+    (bridge / job / "attempts").mkdir(parents=True, exist_ok=True)
+    run_id = _agree(bridge, job, terms)
+    heads = sorted(set(terms["schemas"]) - {"backbone"})
+    content = {**claim, "heads": heads, "host": socket.gethostname(), "pid": os.getpid()}
+    claimed = bridge / job / "attempts" / f"{attempt:04d}.json"
     try:
         _create_json(claimed, content)
     except FileExistsError:
         raise _OvertakenError from None
-    if others := _attempts(run_dir, PEER[role]):
-        try:
-            _check_budget({role: content, PEER[role]: json.loads(others[-1].read_bytes())})
-        except BridgeError:
-            claimed.unlink()  # a corrected start must find its place free
-            raise
+    try:  # of two jobs that start at the same moment, the later one finds the other's claim
+        for other in donors_of(run_dir) if role == "receiver" else ("receiver",):
+            if (theirs := read_claim(run_dir, other)) is not None:
+                pair = (other, theirs, content) if role == "receiver" else (job, content, theirs)
+                _check_pair(*pair)
+    except BridgeError:
+        claimed.unlink()  # a corrected start must find its place free
+        raise
     return Attachment(run_dir, run_id, attempt)
 
 
-def _agree(bridge: Path, role: Role, terms: dict[str, Any]) -> str:
-    path = bridge / "run.json"
-    mine = {"run_id": uuid.uuid4().hex, "format_version": FORMAT_VERSION, "founder": role, **terms}
-    try:
-        _create_json(path, mine)
-        return str(mine["run_id"])
-    except FileExistsError:
-        theirs = json.loads(path.read_bytes())
-    founder = theirs["founder"] if theirs["founder"] != role else f"earlier {role}"
+def _agree(bridge: Path, job: str, terms: dict[str, Any]) -> str:
+    """Found the run, or fit what its founder wrote; the run's id."""
+    schemas = dict(terms["schemas"])
+    mine: dict[str, Any] = {"run_id": uuid.uuid4().hex, "founder": job}
+    mine |= {"format_version": FORMAT_VERSION}
+    mine |= {"scope": terms["scope"], "unit": terms["unit"], "schema": schemas.pop("backbone")}
+    found = _create_or_read(bridge / "run.json", mine)
+    founder = found["founder"] if found["founder"] != job else f"earlier {job}"
     differences = [
-        f"{key}: {role} {mine[key]!r}, {founder} {theirs[key]!r}"
+        f"{key}: {job} {mine[key]!r}, {founder} {found.get(key)!r}"
         for key in ("format_version", "scope", "unit")
-        if mine[key] != theirs[key]
+        if mine[key] != found.get(key)
     ]
-    differences += schema_differences(mine["schema"], theirs["schema"], role, founder)
+    differences += schema_differences(mine["schema"], found["schema"], job, founder)
+    if not differences:
+        (bridge / "heads").mkdir(exist_ok=True)
+        for head, schema in schemas.items():
+            ours = {"founder": job, "schema": schema}
+            theirs = _create_or_read(bridge / "heads" / f"{head}.json", ours)
+            founder = theirs["founder"] if theirs["founder"] != job else f"earlier {job}"
+            differences += schema_differences(schema, theirs["schema"], job, founder)
     if differences:
         raise SchemaMismatchError(
-            f"this {role} does not fit run {bridge.parent.name}, founded by the {founder}; these "
-            "differ:\n  " + "\n  ".join(differences) + "\nBoth jobs must share the backbone and "
-            "the donor's head exactly. Give both the same model settings, or begin another run "
-            "(--run NAME, or another --runs_dir)"
+            f"this {job} does not fit run {bridge.parent.name}, founded by the {founder}; these "
+            "differ:\n  " + "\n  ".join(differences) + "\nAll jobs must share the backbone, and "
+            "those with the same head that head, exactly. Give them the same model settings, or "
+            "begin another run (--run NAME, or another --runs_dir)"
         )
-    return str(theirs["run_id"])
+    return str(found["run_id"])
 
 
-def _check_budget(claims: dict[Role, dict[str, Any]]) -> None:
-    """Refuse a donor's budget that cannot hold what the receiver's checkpoints may ask for."""
-    donor, receiver = claims["donor"], claims["receiver"]
+def _create_or_read(path: Path, mine: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds: mine, if this job is the first to write it."""
+    try:
+        _create_json(path, mine)
+        return mine
+    except FileExistsError:
+        return dict(json.loads(path.read_bytes()))
+
+
+def _check_pair(name: str, donor: dict[str, Any], receiver: dict[str, Any]) -> None:
+    """Refuse a donor whose head or budget does not fit the receiver.
+
+    A budget must hold what the receiver's checkpoints may ask for.
+    """
+    if foreign := sorted(set(donor["heads"]) - set(receiver["heads"])):
+        raise SchemaMismatchError(
+            f"the donor {name!r} gives gradients for {foreign[0]!r}, the receiver takes those for "
+            f"{', '.join(receiver['heads'])}: give the receiver all heads that its donors train"
+        )
     interval = receiver["checkpoint_interval"]
     if interval is None:
         return
@@ -287,15 +333,15 @@ def _check_budget(claims: dict[Role, dict[str, Any]]) -> None:
             )
 
 
-def _attempts(run_dir: Path, role: Role) -> list[Path]:
-    claims = (run_dir / "bridge" / role / "attempts").glob("*.json")
+def _attempts(run_dir: Path, job: str) -> list[Path]:
+    claims = (run_dir / "bridge" / job / "attempts").glob("*.json")
     return sorted(
         (path for path in claims if _NUMBER.fullmatch(path.stem)), key=lambda path: int(path.stem)
     )
 
 
-def _lives(run_dir: Path, role: Role) -> bool:
-    watch = PeerWatch(DirectoryTransport(run_dir / "bridge"), role)
+def _lives(run_dir: Path, job: str) -> bool:
+    watch = PeerWatch(DirectoryTransport(run_dir / "bridge"), job)
     return watch.await_life(5 * BEAT_SECONDS)
 
 

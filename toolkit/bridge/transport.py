@@ -1,7 +1,7 @@
 """The storage link between the jobs: a directory on a shared file system.
 
 A stream is the sequence of records that one job publishes; ``transport`` knows files and numbers,
-not gradients. Layout below its root, with ``J`` the publishing job::
+not gradients. Layout below its root, with ``J`` the name of the publishing job::
 
     J/records/0000000012.safetensors   record 12 of J, created once, never replaced
     J/rejected/0000000012.safetensors  a record that a reader refused, kept aside
@@ -10,7 +10,7 @@ not gradients. Layout below its root, with ``J`` the publishing job::
     J/acknowledged                     J's reader needs no record below this number again
     J/heartbeat                        a counter that moves while J lives
 
-Names are predictable: a receiver that waits for a donor looks up one name, and lists nothing.
+Names are predictable: a receiver that waits for a donor looks up one name of its stream.
 """
 
 from __future__ import annotations
@@ -177,6 +177,10 @@ class DirectoryTransport:
             return (self.root / job / "heartbeat").read_text()
         except OSError:
             return ""
+
+    def jobs(self) -> list[str]:
+        """The names of the jobs that have opened a stream here, at whatever time, in order."""
+        return sorted(path.parent.name for path in self.root.glob("*/records"))
 
     def rejected(self, job: str) -> list[int]:
         """The numbers of ``job``'s records that were refused, ascending."""

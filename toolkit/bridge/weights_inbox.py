@@ -22,6 +22,7 @@ class WeightsInbox:
     """Finds the newest weights that have no answer yet.
 
     Args:
+        donor: the name of this donor's own stream.
         transport: the run's transport.
         read: reads and verifies a record of the receiver.
 
@@ -30,16 +31,18 @@ class WeightsInbox:
         completed_windows: what the retained payloads say was done in earlier starts.
     """
 
-    def __init__(self, transport: DirectoryTransport, read: Callable[[int], Record]) -> None:
+    def __init__(
+        self, donor: str, transport: DirectoryTransport, read: Callable[[int], Record]
+    ) -> None:
         self._transport, self._read = transport, read
         self._seen = -1  # the newest record that has been dealt with
         # The weights (receiver step and digest) that a retained payload answers, and its number.
         self._answered: dict[tuple[int, str], int] = {}
         self.fetched: Record | None = None
         self.completed_windows = 0
-        for sequence in transport.sequences("donor"):
+        for sequence in transport.sequences(donor):
             try:
-                header = read_header(functools.partial(transport.read_head, "donor", sequence))
+                header = read_header(functools.partial(transport.read_head, donor, sequence))
             except (FileNotFoundError, PayloadError):
                 continue
             self.completed_windows = header.donor_step

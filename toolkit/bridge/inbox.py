@@ -62,8 +62,8 @@ class Inbox:
         unit: the unit that its count must have.
         max_staleness: receiver steps that its weights may be old.
         digests: of the weights, by receiver step; the newest few, kept up to date by the owner.
-        is_new: whether the donor came after this start of the receiver, so that all of its records
-            say that it lives.
+        is_new: whether the donor came after this start of the receiver: its stream begins at the
+            beginning, and all of its records say that it lives.
 
     Attributes:
         cursor: the number of the first payload without a fate.
@@ -95,7 +95,7 @@ class Inbox:
         self._missing, self._missing_looks, self._next_missing_look = -1, 0, 0.0
         # A receiver that starts without a checkpoint begins with what the donor still keeps.
         self._pruned_below = transport.acknowledged(donor)
-        self.cursor = min(transport.sequences(donor), default=self._pruned_below)
+        self.cursor = min(known, default=self._pruned_below)
         self._start = self.cursor
         self._num_ends = 0  # numbers below the cursor that are ends, and no payloads
         self.donor_is_away = False

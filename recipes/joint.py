@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from toolkit.arguments import check_arguments, data_arguments, training_arguments
 from toolkit.bridge.arguments import rescaling_arguments
+from toolkit.bridge.config import BridgeConfig
 from toolkit.bridge.rescaling import check_rule, rescale_factors
 from toolkit.configuration import check_configuration
 from toolkit.data import TASKS, window_indices, windows_per_epoch
@@ -108,6 +109,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--resume_from_checkpoint latest needs the --output_dir of the earlier job")
     try:
         check_rule(args.rescale, args.loss_reduction)
+        weights = BridgeConfig(donor_weight=args.donor_weight)
+        args.donor_weight = weights.weight_of(f"heads.{HEADS[1]}")
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -147,9 +150,13 @@ def loss_factors(args: argparse.Namespace, num_labels: Sequence[int]) -> Sequenc
         return [1.0 if args.loss_reduction == "sum" else 1.0 / number for number in num_labels]
     number, of_donor = num_labels
     own, donors = rescale_factors(
-        args.rescale, args.loss_reduction, number, {"h2": of_donor}, {"h2": args.donor_weight}
+        args.rescale,
+        args.loss_reduction,
+        number,
+        {HEADS[1]: of_donor},
+        {HEADS[1]: args.donor_weight},
     )
-    return own, donors["h2"]
+    return own, donors[HEADS[1]]
 
 
 def main() -> None:

@@ -45,6 +45,14 @@ def checkpointing_steps(text: str) -> int | str:
     return _number(text, int, lambda value: value >= 1, "a number of steps, or 'epoch'")
 
 
+def weights(text: str) -> float | dict[str, float]:
+    """A number of at least 0, or several by name: ``first=0.7,second=0.3``."""
+    if "=" not in text:
+        return non_negative_float(text)
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    return {name.strip(): non_negative_float(value) for name, _, value in pairs}
+
+
 def _number(
     text: str, convert: Callable[[str], float], accept: Callable[[float], bool], wanted: str
 ) -> int:

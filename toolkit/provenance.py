@@ -59,6 +59,8 @@ def flags_of(arguments: Mapping[str, Any], leave_out: Collection[str] = ()) -> l
             continue
         if value is True:
             flags.append(f"--{name}")
+        elif isinstance(value, Mapping):
+            flags.append(f"--{name}=" + ",".join(f"{key}={part}" for key, part in value.items()))
         elif isinstance(value, (list, tuple)):
             flags += [f"--{name}", *map(str, value)]
         else:

@@ -11,6 +11,7 @@ from toolkit.bridge.config import SCOPES, BridgeConfig, Role
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.rescaling import RESCALE_RULES
 from toolkit.bridge.runs import newest_run
+from toolkit.flag_types import weights
 from toolkit.training import find_checkpoint
 
 _DEFAULTS = BridgeConfig()
@@ -58,6 +59,12 @@ def donor_arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("bridge (donor)")
     group.add_argument(
+        "--donor_name",
+        default=_DEFAULTS.donor_name,
+        metavar="NAME",
+        help="this donor's name in the run; several donors of one run need different ones",
+    )
+    group.add_argument(
         "--payload_budget_files",
         type=int,
         default=_DEFAULTS.payload_budget_files,
@@ -87,10 +94,11 @@ def rescaling_arguments() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--donor_weight",
-        type=float,
+        type=weights,
         default=_DEFAULTS.donor_weight,
         metavar="LAMBDA",
-        help="weight of the donor's loss in the joint loss",
+        help="weight of the donors' losses in the joint loss; where donors train several heads, "
+        "of each: heads.h2=0.7,heads.h3=0.3",
     )
     return parser
 
@@ -99,6 +107,13 @@ def receiver_arguments() -> argparse.ArgumentParser:
     """Flags of the receiver only."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("bridge (receiver)")
+    group.add_argument(
+        "--num_donors",
+        type=int,
+        default=_DEFAULTS.num_donors,
+        metavar="N",
+        help="donors to wait for before the first step; others may join and leave at any time",
+    )
     group.add_argument(
         "--max_staleness",
         type=int,

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from toolkit.bridge.accumulation import Window, scale_grads_
+from toolkit.bridge.agreement import read_claim
 from toolkit.bridge.config import Role
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.loss_scale import FollowedLossScale
 from toolkit.bridge.payload import Header, Kind, Record, all_finite, payload_dtype
-from toolkit.bridge.runs import read_claim
 from toolkit.bridge.weights_inbox import WeightsInbox
 from toolkit.parameters import check_only_shared_trains, innermost_optimizer, squared_norm
 from toolkit.sharding import full_tensor, reshard, shard_like

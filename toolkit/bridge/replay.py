@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from toolkit.bridge.agreement import newest_attempt
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.inbox import Verdict
 from toolkit.bridge.ledger import Entry, read_path
 from toolkit.bridge.payload import Record, check_identity, parse_record
-from toolkit.bridge.runs import newest_attempt
 from toolkit.bridge.transport import DirectoryTransport
 
 

@@ -2,13 +2,12 @@
 
 ::
 
-    runs/0001/bridge/run.json                      what all jobs agreed on; the first one wrote it
-    runs/0001/bridge/heads/heads.h2.json           the same for each head
+    runs/0001/bridge/                              what the jobs share, see ``agreement``
     runs/0001/bridge/donor/attempts/0001.json      each start of a job claims the next number
     runs/0001/donor, runs/0001/receiver            what each job writes for its user
 
-``mkdir`` of the next number and the creation of each of these files are exclusive, so any number of
-jobs may start at the same moment, in any order. A run has one receiver; each donor has a name.
+``mkdir`` of the next number and the creation of a claim are exclusive, so any number of jobs may
+start at the same moment, in any order. A run has one receiver; each donor has a name.
 """
 
 from __future__ import annotations
@@ -20,17 +19,22 @@ import logging
 import os
 import re
 import socket
-import uuid
 from pathlib import Path
 from typing import Any
 
-from toolkit.bridge import files
+from toolkit.bridge.agreement import (
+    agree,
+    attempts_of,
+    check_pair,
+    create_json,
+    donors_of,
+    read_claim,
+)
 from toolkit.bridge.config import BridgeConfig, Role
-from toolkit.bridge.errors import BridgeError, PayloadError, SchemaMismatchError
+from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.liveness import BEAT_SECONDS, PeerWatch
-from toolkit.bridge.payload import FORMAT_VERSION, read_header
+from toolkit.bridge.payload import read_header
 from toolkit.bridge.transport import DirectoryTransport
-from toolkit.parameters import schema_differences
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +129,7 @@ def _choose_run(runs_dir: Path, role: Role, job: str, config: BridgeConfig) -> t
         run_dir = _named_run(runs_dir, config.run)
     else:
         return _open_or_new_run(runs_dir, role, job), 0
-    attempts = len(_attempts(run_dir, job))
+    attempts = len(attempts_of(run_dir, job))
     if config.run is not None:
         _refuse_over(run_dir, role)
     _refuse_living(run_dir, role, job)
@@ -182,27 +186,10 @@ def _refuse_living(run_dir: Path, role: Role, job: str) -> None:
         )
 
 
-def donors_of(run_dir: Path) -> list[str]:
-    """The names of a run's donors, in order."""
-    claims = (run_dir / "bridge").glob("*/attempts/*.json")
-    return sorted({path.parent.parent.name for path in claims} - {"receiver"})
-
-
-def read_claim(run_dir: Path, job: str) -> dict[str, Any] | None:
-    """What the newest start of a job says of itself; None if there was none."""
-    attempts = _attempts(run_dir, job)
-    return dict(json.loads(attempts[-1].read_bytes())) if attempts else None
-
-
 def newest_run(runs_dir: Path) -> str | None:
     """The name of the numbered run with the highest number, or None."""
     numbered = (path for path in runs_dir.glob("*") if _NUMBER.fullmatch(path.name))
     return max((path.name for path in numbered if path.is_dir()), key=int, default=None)
-
-
-def newest_attempt(run_dir: Path, job: str) -> int:
-    """The number of the newest start of a job; 0 if there was none."""
-    return max((int(path.stem) for path in _attempts(run_dir, job)), default=0)
 
 
 def _open_or_new_run(runs_dir: Path, role: Role, job: str) -> Path:
@@ -223,10 +210,10 @@ def _open_or_new_run(runs_dir: Path, role: Role, job: str) -> Path:
 
 
 def _waits_for(run_dir: Path, role: Role, job: str) -> bool:
-    if _attempts(run_dir, job) or has_ended(run_dir, "receiver"):
+    if attempts_of(run_dir, job) or has_ended(run_dir, "receiver"):
         return False
     donors = donors_of(run_dir)
-    peers = ["receiver"] if role == "donor" and _attempts(run_dir, "receiver") else donors
+    peers = ["receiver"] if role == "donor" and attempts_of(run_dir, "receiver") else donors
     open_peers = [peer for peer in peers if not has_ended(run_dir, peer)]
     if peers and not any(_lives(run_dir, peer) for peer in open_peers):
         if open_peers:
@@ -242,109 +229,25 @@ def _join(
     """Agree on the terms, then claim this attempt."""
     bridge = run_dir / "bridge"
     (bridge / job / "attempts").mkdir(parents=True, exist_ok=True)
-    run_id = _agree(bridge, job, terms)
+    run_id = agree(bridge, job, terms)
     heads = sorted(set(terms["schemas"]) - {"backbone"})
     content = {**claim, "heads": heads, "host": socket.gethostname(), "pid": os.getpid()}
     claimed = bridge / job / "attempts" / f"{attempt:04d}.json"
     try:
-        _create_json(claimed, content)
+        create_json(claimed, content)
     except FileExistsError:
         raise _OvertakenError from None
     try:  # of two jobs that start at the same moment, the later one finds the other's claim
         for other in donors_of(run_dir) if role == "receiver" else ("receiver",):
             if (theirs := read_claim(run_dir, other)) is not None:
                 pair = (other, theirs, content) if role == "receiver" else (job, content, theirs)
-                _check_pair(*pair)
+                check_pair(*pair)
     except BridgeError:
         claimed.unlink()  # a corrected start must find its place free
         raise
     return Attachment(run_dir, run_id, attempt)
 
 
-def _agree(bridge: Path, job: str, terms: dict[str, Any]) -> str:
-    """Found the run, or fit what its founder wrote; the run's id."""
-    schemas = dict(terms["schemas"])
-    mine: dict[str, Any] = {"run_id": uuid.uuid4().hex, "founder": job}
-    mine |= {"format_version": FORMAT_VERSION}
-    mine |= {"scope": terms["scope"], "unit": terms["unit"], "schema": schemas.pop("backbone")}
-    found = _create_or_read(bridge / "run.json", mine)
-    founder = found["founder"] if found["founder"] != job else f"earlier {job}"
-    differences = [
-        f"{key}: {job} {mine[key]!r}, {founder} {found.get(key)!r}"
-        for key in ("format_version", "scope", "unit")
-        if mine[key] != found.get(key)
-    ]
-    differences += schema_differences(mine["schema"], found["schema"], job, founder)
-    if not differences:
-        (bridge / "heads").mkdir(exist_ok=True)
-        for head, schema in schemas.items():
-            ours = {"founder": job, "schema": schema}
-            theirs = _create_or_read(bridge / "heads" / f"{head}.json", ours)
-            founder = theirs["founder"] if theirs["founder"] != job else f"earlier {job}"
-            differences += schema_differences(schema, theirs["schema"], job, founder)
-    if differences:
-        raise SchemaMismatchError(
-            f"this {job} does not fit run {bridge.parent.name}, founded by the {founder}; these "
-            "differ:\n  " + "\n  ".join(differences) + "\nAll jobs must share the backbone, and "
-            "those with the same head that head, exactly. Give them the same model settings, or "
-            "begin another run (--run NAME, or another --runs_dir)"
-        )
-    return str(found["run_id"])
-
-
-def _create_or_read(path: Path, mine: dict[str, Any]) -> dict[str, Any]:
-    """What the file holds: mine, if this job is the first to write it."""
-    try:
-        _create_json(path, mine)
-        return mine
-    except FileExistsError:
-        return dict(json.loads(path.read_bytes()))
-
-
-def _check_pair(name: str, donor: dict[str, Any], receiver: dict[str, Any]) -> None:
-    """Refuse a donor whose head or budget does not fit the receiver.
-
-    A budget must hold what the receiver's checkpoints may ask for.
-    """
-    if foreign := sorted(set(donor["heads"]) - set(receiver["heads"])):
-        raise SchemaMismatchError(
-            f"the donor {name!r} gives gradients for {foreign[0]!r}, the receiver takes those for "
-            f"{', '.join(receiver['heads'])}: give the receiver all heads that its donors train"
-        )
-    interval = receiver["checkpoint_interval"]
-    if interval is None:
-        return
-    kept = receiver["checkpoints_kept"] or 1
-    payloads = interval * (kept + 1)
-    for have, need, flag in (
-        (donor["payload_budget_files"], payloads, "--payload_budget_files"),
-        (
-            donor["payload_budget_gib"],
-            payloads * donor["payload_bytes"] / 2**30,
-            "--payload_budget_gib",
-        ),
-    ):
-        if need > have:
-            raise BridgeError(
-                f"the donor may keep {have:g} ({flag}), but a receiver that checkpoints every "
-                f"{interval} steps and keeps {kept} of them can ask for {need:.3g}: raise {flag} "
-                "on the donor, or checkpoint more often or keep fewer (--checkpointing_steps, "
-                "--checkpoints_total_limit) on the receiver"
-            )
-
-
-def _attempts(run_dir: Path, job: str) -> list[Path]:
-    claims = (run_dir / "bridge" / job / "attempts").glob("*.json")
-    return sorted(
-        (path for path in claims if _NUMBER.fullmatch(path.stem)), key=lambda path: int(path.stem)
-    )
-
-
 def _lives(run_dir: Path, job: str) -> bool:
     watch = PeerWatch(DirectoryTransport(run_dir / "bridge"), job)
     return watch.await_life(5 * BEAT_SECONDS)
-
-
-def _create_json(path: Path, content: dict[str, Any]) -> None:
-    data = json.dumps(content, indent=1, sort_keys=True).encode()
-    files.create(path, lambda temporary: temporary.write_bytes(data))

@@ -1,0 +1,158 @@
+"""The donors of a run over real streams: found, waited for, given up, remembered."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from toolkit.bridge.donors import Donors
+from toolkit.bridge.errors import PeerError
+from toolkit.bridge.inbox import Inbox
+from toolkit.bridge.liveness import PeerWatch, Wait
+from toolkit.bridge.payload import Header, Kind, Record, parse_record, write_record
+from toolkit.bridge.transport import DirectoryTransport
+
+PATIENCE = 0.05  # seconds
+
+
+class Run:
+    """A receiver's donors, whose records this test writes."""
+
+    def __init__(self, root: Path, num_expected: int = 1, require_peer: bool = False) -> None:
+        self.transport = DirectoryTransport(root)
+        self.require_peer = require_peer
+        self.donors = Donors(
+            self.transport,
+            open_inbox=self.open_inbox,
+            open_wait=self.open_wait,
+            num_expected=num_expected,
+            max_staleness=0,
+            peer_wait=PATIENCE,
+        )
+        self.step = -1
+        self.next_step()
+
+    def open_inbox(self, donor: str, digests: Mapping[int, str], is_new: bool) -> Inbox:
+        def read(sequence: int) -> Record:
+            return parse_record(self.transport.read(donor, sequence, max_bytes=10_000))
+
+        expected = {"heads.h2": {"w": torch.zeros(3)}}
+        return Inbox(
+            donor, transport=self.transport, read=read, expected=expected, unit="samples",
+            max_staleness=0, digests=digests, is_new=is_new,
+        )  # fmt: skip
+
+    def open_wait(self, peer: PeerWatch, what: str) -> Wait:
+        return Wait(peer, what, PATIENCE, self.require_peer, "start it")
+
+    def donate(self, donor: str, sequence: int, at: int, kind: Kind = "gradient") -> None:
+        header = Header(
+            kind=kind, run_id="run", job=donor, sequence=sequence, attempt=1, receiver_step=at,
+            weights_digest=f"weights-{at}", head="heads.h2", count=4.0,
+        )  # fmt: skip
+        tensors = {"w": torch.ones(3)} if kind == "gradient" else {}
+        self.transport.open_stream(donor)
+        self.transport.publish(donor, sequence, lambda path: write_record(path, header, tensors))
+
+    def next_step(self) -> None:
+        self.step += 1
+        self.donors.remember(self.step, f"weights-{self.step}")
+        self.donors.begin()
+
+    def take(self) -> dict[str, int | None]:
+        """The payload of each donor in this step, once there is a decision; the step happens."""
+        while (verdicts := self.donors.look(self.step)) is None:
+            pass
+        self.donors.settle(verdicts)
+        self.next_step()
+        return {v.donor: v.sequence if v.digest else None for v in verdicts}
+
+
+def test_that_a_step_waits_for_every_donor_that_was_found(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.donate("a", 0, at=0)
+    run.transport.open_stream("b")
+    assert run.donors.look(0) is None
+    run.donate("b", 0, at=0)
+    assert run.take() == {"a": 0, "b": 0}
+
+
+def test_that_a_donor_that_comes_later_takes_part_from_then_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path)
+    run.donate("a", 0, at=0)
+    assert run.take() == {"a": 0}
+    run.donate("a", 1, at=1)
+    run.donate("late", 0, at=1)
+    with caplog.at_level(logging.INFO):
+        assert run.take() == {"a": 1, "late": 0}
+    assert "the late joins at receiver step 1" in caplog.text
+
+
+def test_that_a_donor_that_leaves_stops_nobody(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for donor in ("a", "b"):
+        run.donate(donor, 0, at=0)
+    run.take()
+    run.donate("b", 1, at=0, kind="end")
+    run.donate("a", 1, at=1)
+    assert run.take() == {"a": 1, "b": None}
+    with pytest.raises(PeerError, match="the b has ended"):
+        run.donors.require_peers()
+
+
+def test_that_as_many_donors_are_waited_for_as_are_expected(tmp_path: Path) -> None:
+    run = Run(tmp_path, num_expected=2, require_peer=True)
+    run.donate("a", 0, at=0)
+    with pytest.raises(PeerError, match=r"the donor did not come .* waited for the donor's"):
+        run.take()
+
+
+def test_that_one_that_never_comes_is_given_up_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path)
+    assert run.donors.want_weights()
+    assert run.take() == run.take() == {}
+    assert caplog.text.count("TRAINING ALONE: the donor did not come") == 1
+    assert not run.donors.want_weights(), "nobody is there to read them"
+    run.donate("donor", 0, at=2)
+    assert run.take() == {"donor": 0}
+    assert run.donors.want_weights()
+
+
+def test_that_each_silent_donor_is_given_up_for_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path)
+    for donor in ("a", "b"):
+        run.donate(donor, 0, at=0)
+    run.take()
+    run.donate("a", 1, at=1)
+    assert run.take() == {"a": 1, "b": None}
+    assert caplog.text.count("TRAINING ALONE: the b fell silent") == 1
+    assert "the a fell silent" not in caplog.text
+    run.donate("b", 1, at=2)
+    run.donate("a", 2, at=2)
+    assert run.take() == {"a": 2, "b": 1}, "it is back"
+
+
+def test_that_the_state_crosses_a_json_file(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for donor in ("a", "b"):
+        run.donate(donor, 0, at=0)
+    run.take()
+    state = json.loads(json.dumps(run.donors.state()))
+
+    later = Run(tmp_path)
+    assert later.donors.cursors() == {"a": 0, "b": 0}
+    later.donors.load_state(state)
+    assert later.donors.cursors() == {"a": 1, "b": 1}
+    assert json.loads(json.dumps(later.donors.state())) == state
+    assert [later.donors.published(name) for name in later.donors.names] == [(0, 1), (0, 1)]

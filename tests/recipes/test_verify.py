@@ -153,6 +153,24 @@ def break_ledger(run: Path) -> None:
         file.write("{}\n")
 
 
+def write_results_of_another_run(run: Path) -> None:
+    path = run / "receiver" / "results.json"
+    results = json.loads(path.read_bytes())
+    results["provenance"]["run_id"] = "another"
+    path.write_text(json.dumps(results))
+
+
+def forget_the_ranks(run: Path) -> None:
+    path = run / "receiver" / "results.json"
+    results = json.loads(path.read_bytes())
+    del results["num_processes"]
+    path.write_text(json.dumps(results))
+
+
+def forget_the_weights(run: Path) -> None:
+    (run / "receiver" / "model.safetensors").unlink()
+
+
 @pytest.mark.parametrize(
     ("meddle", "phrases"),
     [
@@ -161,6 +179,9 @@ def break_ledger(run: Path) -> None:
         (put_another_payload_in_its_place, ["payload 3 (", "sequence is 4, expected 3"]),
         (forget_the_flag, ["kept no payloads", "train with --keep_payloads on the receiver"]),
         (forget_the_end, ["has not ended", "results.json", "Resume the receiver"]),
+        (forget_the_weights, ["has not ended: there is no ", "receiver/model.safetensors. Resume"]),
+        (forget_the_ranks, ["does not hold the results of recipes/receiver.py", "num_processes"]),
+        (write_results_of_another_run, ["holds the results of another run", "--output_dir"]),
         (begin_again, ["was gone on with (start 3", "results of start 2", "resume it"]),
         (break_ledger, ["ledger-0002.jsonl is no line of a ledger"]),
     ],
@@ -185,6 +206,13 @@ def test_a_run_that_is_not_there(verify: Verify) -> None:
     assert "there is no run '0007': looked for 0007 and mine/0007" in err
 
 
+def test_what_the_system_refuses_is_no_verdict_on_the_weights(verify: Verify) -> None:
+    status, out, err = verify("7" * 300)
+
+    assert (status, out) == (2, "")
+    assert "File name too long" in err
+
+
 def test_a_changed_weight(copied: Path, verify: Verify) -> None:
     path = copied / "receiver" / "model.safetensors"
     weights = load_file(path)
@@ -199,7 +227,10 @@ def test_a_changed_weight(copied: Path, verify: Verify) -> None:
 
 
 def test_a_changed_ledger(copied: Path, verify: Verify) -> None:
-    """Two payloads change places, each with its own digest."""
+    """Two payloads change places, each with its own digest; the results tell of one step more."""
+    results_path = copied / "receiver" / "results.json"
+    results = json.loads(results_path.read_bytes())
+    results_path.write_text(json.dumps(results | {"completed_steps": 61}))
     path = copied / LEDGERS / "ledger-0001.jsonl"
     entries: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
     entries[3]["receiver_step"], entries[4]["receiver_step"] = 4, 3
@@ -212,3 +243,8 @@ def test_a_changed_ledger(copied: Path, verify: Verify) -> None:
     assert 0 < figures["largest_difference"] == max(figures["differences"].values())
     assert "backbone" in next(iter(figures["differences"]))
     assert figures["departed_at"] == 4
+    assert figures["warnings"] == [
+        "the ledger has 60 payloads that were applied, but results.json has 61 steps, 0 of them "
+        "alone",
+        "the replay took 60 steps, and the run 61",
+    ]

@@ -395,11 +395,12 @@ class GradientReceiver(BridgeJob):
             model_state: the final weights by plain parameter name.
 
         Returns:
-            ``attempt``, which start of the receiver this is; the digest of the shared weights at
-            step 0 and of all weights at the end; in a replay ``departed_at``, as :class:`Replay`
-            has it.
+            ``run_id``; ``attempt``, which start of the receiver this is; the digest of the shared
+            weights at step 0 and of all weights at the end; in a replay ``departed_at``, as
+            :class:`Replay` has it.
         """
-        evidence = {
+        evidence: dict[str, Any] = {
+            "run_id": self.run_id,
             "attempt": self.attempt,
             "initial_weights_digest": self._initial_digest,
             "final_weights_digest": digest_tensors(model_state),

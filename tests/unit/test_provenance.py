@@ -60,4 +60,5 @@ def test_that_the_environment_is_what_bits_depend_on(monkeypatch: pytest.MonkeyP
 
     assert recorded["torch"] == torch.__version__
     assert (recorded["device"], recorded["mixed_precision"]) == ("cpu", "no")
+    assert recorded["dynamo_backend"] == "NO"
     assert recorded["num_threads"] == torch.get_num_threads()

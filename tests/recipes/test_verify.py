@@ -58,7 +58,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return recipes.path()
 
 
-def test_a_run_that_was_killed_and_resumed(resumed: Path) -> None:
+def test_a_run_that_was_killed_and_resumed(resumed: Path, tmp_path: Path) -> None:
     ledgers = sorted(path.name for path in (resumed / "0001" / LEDGERS).glob("ledger-*"))
     assert ledgers == ["ledger-0001.jsonl", "ledger-0002.jsonl"]
     done = subprocess.run(
@@ -66,7 +66,7 @@ def test_a_run_that_was_killed_and_resumed(resumed: Path) -> None:
         capture_output=True,
         text=True,
         cwd=resumed.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TMPDIR": str(tmp_path)},
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
@@ -76,6 +76,7 @@ def test_a_run_that_was_killed_and_resumed(resumed: Path) -> None:
     assert "warning" not in done.stdout
     assert "checking payloads" in done.stderr
     assert [path.name for path in resumed.iterdir()] == ["0001"], "the replay leaves nothing behind"
+    assert not list(tmp_path.glob("gradient-bridge-*")), "the replay leaves nothing behind"
 
 
 @pytest.mark.slow
@@ -197,6 +198,7 @@ def test_what_cannot_be_replayed(
     for phrase in phrases:
         assert phrase in error
     assert f"error: {error}" in err
+    assert "replaying" not in error, "it began before it looked"
 
 
 def test_a_run_that_is_not_there(verify: Verify) -> None:
@@ -224,12 +226,14 @@ def test_a_changed_weight(copied: Path, verify: Verify) -> None:
     assert "not those that the run wrote" in out
     assert "tensors that differ: heads.h1.weight (by " in out
     assert "the replay had other weights" not in out
+    assert "the receiver was started 2 times; the replay has the arguments of the last" in out
 
 
 def test_a_changed_ledger(copied: Path, verify: Verify) -> None:
     """Two payloads change places, each with its own digest; the results tell of one step more."""
     results_path = copied / "receiver" / "results.json"
     results = json.loads(results_path.read_bytes())
+    results["provenance"]["environment"]["torch"] = "1.0"
     results_path.write_text(json.dumps(results | {"completed_steps": 61}))
     path = copied / LEDGERS / "ledger-0001.jsonl"
     entries: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
@@ -244,6 +248,7 @@ def test_a_changed_ledger(copied: Path, verify: Verify) -> None:
     assert "backbone" in next(iter(figures["differences"]))
     assert figures["departed_at"] == 4
     assert figures["warnings"] == [
+        f"torch: the run had 1.0, the replay has {torch.__version__}; bits may differ",
         "the ledger has 60 payloads that were applied, but results.json has 61 steps, 0 of them "
         "alone",
         "the replay took 60 steps, and the run 61",

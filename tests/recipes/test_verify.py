@@ -38,6 +38,7 @@ class Verify:
 @pytest.fixture
 def verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Verify:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("MASTER_PORT", "29500")  # as a shell has it where several processes meet
     return Verify(capsys)
 
 
@@ -223,6 +224,7 @@ def test_a_changed_weight(copied: Path, verify: Verify) -> None:
     status, out, err = verify(copied)
 
     assert status == 1, out + err
+    assert "replaying" in err
     assert "not those that the run wrote" in out
     assert "tensors that differ: heads.h1.weight (by " in out
     assert "the replay had other weights" not in out

@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "transformer_cls_names_to_wrap": ["Linear"],
         "cpu_ram_efficient_loading": True,
+        "activation_checkpointing": True,
     },
     "donor": {"auto_wrap_policy": "NO_WRAP"},
 }

@@ -135,7 +135,7 @@ def test_that_a_checkpointed_module_keeps_its_plain_names_and_buffers() -> None:
 
     shared = shared_parameters(net, "backbone", ["heads.h2"])
 
-    assert shared.schemas() == plain.schema()
+    assert shared.schemas() == plain.schemas()
     assert list(shared.weights) == list(plain.weights)
 
 

@@ -27,6 +27,7 @@ from tests.oracle import NUM_SAMPLES, Case, UnevenBatches, build_dataset, build_
 from tests.oracle import build_optimizer as build_optimizer_of
 from toolkit import BridgeConfig, GradientDonor, GradientReceiver
 from toolkit.bridge import accumulation
+from toolkit.bridge.injection import Injector
 from toolkit.bridge.payload import Record
 from toolkit.bridge.transport import DirectoryTransport
 
@@ -110,8 +111,8 @@ def donate(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Mod
 
 # -- deliberate faults: each makes the bridge wrong in one way --------------------------------
 
-_add = GradientReceiver._add_
-_weigh = GradientReceiver._weigh
+_add = Injector.add_
+_weigh = Injector.weigh
 _load = GradientDonor._load
 _close = accumulation.WindowAccumulator.close
 _backward = accumulation.WindowAccumulator.backward
@@ -119,32 +120,30 @@ _publish_window = GradientDonor._publish_window
 _publish = DirectoryTransport.publish
 
 
-def _scaled(factor: Callable[[GradientReceiver], float]) -> Callable[..., None]:
-    def add(self: GradientReceiver, tensors: Any, donor_factor: float, weight: float) -> None:
+def _scaled(factor: Callable[[Injector], float]) -> Callable[..., None]:
+    def add(self: Injector, tensors: Any, donor_factor: float, weight: float) -> None:
         _add(self, tensors, donor_factor * factor(self), weight)
 
     return add
 
 
-def _twice(self: GradientReceiver, tensors: Any, factor: float, weight: float) -> None:
+def _twice(self: Injector, tensors: Any, factor: float, weight: float) -> None:
     _add(self, tensors, factor, weight)
     _add(self, tensors, factor, weight)
 
 
-def _on_one_rank(self: GradientReceiver, tensors: Any, factor: float, weight: float) -> None:
+def _on_one_rank(self: Injector, tensors: Any, factor: float, weight: float) -> None:
     if self.accelerator.is_main_process:
         _add(self, tensors, factor, weight)
 
 
-def _drop_tensor(
-    self: GradientReceiver, tensors: dict[str, Tensor], factor: float, weight: float
-) -> None:
+def _drop_tensor(self: Injector, tensors: dict[str, Tensor], factor: float, weight: float) -> None:
     name = next(iter(self.shared.head))
     _add(self, {**tensors, name: torch.zeros_like(tensors[name])}, factor, weight)
 
 
-def _other_weights(self: GradientReceiver, backbone: Tensor, names: Any) -> list[float]:
-    return _weigh(self, backbone, names)[::-1]
+def _other_weights(self: Injector, backbone: Tensor) -> list[float]:
+    return _weigh(self, backbone)[::-1]
 
 
 def _stale_by_one(self: GradientDonor, record: Record) -> None:
@@ -192,20 +191,20 @@ def _bad_files(
 
 
 MUTATIONS: dict[str, tuple[Any, str, Any]] = {
-    "half": (GradientReceiver, "_add_", _scaled(lambda job: 0.5)),
+    "half": (Injector, "add_", _scaled(lambda job: 0.5)),
     "times_world_size": (
-        GradientReceiver, "_add_", _scaled(lambda job: job.accelerator.num_processes),
+        Injector, "add_", _scaled(lambda job: job.accelerator.num_processes),
     ),
-    "twice": (GradientReceiver, "_add_", _twice),
-    "on_one_rank": (GradientReceiver, "_add_", _on_one_rank),
-    "drop_tensor": (GradientReceiver, "_add_", _drop_tensor),
+    "twice": (Injector, "add_", _twice),
+    "on_one_rank": (Injector, "add_", _on_one_rank),
+    "drop_tensor": (Injector, "add_", _drop_tensor),
     "stale_by_one": (GradientDonor, "_load", _stale_by_one),
     "forget_accumulation": (
         accumulation.WindowAccumulator, "close", _forget("gradient_accumulation_steps"),
     ),
     "forget_world_size": (accumulation.WindowAccumulator, "close", _forget("num_processes")),
     "mean_for_sum": (GradientDonor, "_publish_window", _mean_for_sum),
-    "other_weights": (GradientReceiver, "_weigh", _other_weights),
+    "other_weights": (Injector, "weigh", _other_weights),
     "bad_files": (DirectoryTransport, "publish", _bad_files),
     "mean_of_means": (accumulation.WindowAccumulator, "backward", _mean_of_means),
 }  # fmt: skip

@@ -13,9 +13,10 @@ from tests.matrix.setting import MAX_GRAD_NORM, Setting, Side
 from toolkit import GradientDonor, GradientReceiver
 from toolkit.bridge.accumulation import Window, WindowAccumulator
 from toolkit.bridge.config import Role
+from toolkit.bridge.injection import Injector
 from toolkit.bridge.payload import Record
 
-_add = GradientReceiver._add_
+_add = Injector.add_
 _load = GradientDonor._load
 _close = WindowAccumulator.close
 _backward = WindowAccumulator.backward
@@ -45,35 +46,35 @@ class Mutation:
         return self.matters(setting) and not (self.is_constant_factor and is_invariant)
 
 
-def _payload(change: Callable[[GradientReceiver, dict[str, Tensor]], dict[str, Tensor]]) -> Any:
+def _payload(change: Callable[[Injector, dict[str, Tensor]], dict[str, Tensor]]) -> Any:
     """Change the donor's tensors before they are added."""
 
-    def add(self: GradientReceiver, tensors: dict[str, Tensor], factor: float, w: float) -> None:
+    def add(self: Injector, tensors: dict[str, Tensor], factor: float, w: float) -> None:
         _add(self, change(self, dict(tensors)), factor, w)
 
     return add
 
 
-def _times(factor: Callable[[GradientReceiver], float]) -> Any:
+def _times(factor: Callable[[Injector], float]) -> Any:
     return _payload(lambda job, tensors: {n: t * factor(job) for n, t in tensors.items()})
 
 
-def _twice(self: GradientReceiver, tensors: Any, factor: float, w: float) -> None:
+def _twice(self: Injector, tensors: Any, factor: float, w: float) -> None:
     _add(self, tensors, factor, w)
     _add(self, tensors, factor, w)
 
 
-def _on_one_rank(self: GradientReceiver, tensors: Any, factor: float, w: float) -> None:
+def _on_one_rank(self: Injector, tensors: Any, factor: float, w: float) -> None:
     if self.accelerator.is_main_process:
         _add(self, tensors, factor, w)
 
 
-def _without_one(job: GradientReceiver, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_one(job: Injector, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     name = next(iter(job.shared.head))
     return {**tensors, name: torch.zeros_like(tensors[name])}
 
 
-def _swapped(job: GradientReceiver, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _swapped(job: Injector, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The first two tensors of one shape, each in the place of the other."""
     trained = [n for n in tensors if n in job.shared.head or job.shared.backbone[n].requires_grad]
     first, second = next(
@@ -85,11 +86,11 @@ def _swapped(job: GradientReceiver, tensors: dict[str, Tensor]) -> dict[str, Ten
     return {**tensors, first: tensors[second], second: tensors[first]}
 
 
-def clip_before(self: GradientReceiver, tensors: Any, factor: float, w: float) -> None:
+def clip_before(self: Injector, tensors: Any, factor: float, w: float) -> None:
     """Clip the receiver's own part only; the loop's own clipping is left out (see ``job.py``)."""
     scaler = self.accelerator.scaler
     scale = float(scaler.get_scale()) if scaler is not None else 1.0
-    nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM * scale)
+    nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM * scale)
     _add(self, tensors, factor, w)
 
 
@@ -125,7 +126,7 @@ def _stale(self: GradientDonor, record: Record) -> None:
     _load(self, dataclasses.replace(previous, header=record.header))
 
 
-def _unscaled_injection(self: GradientReceiver, tensors: Any, factor: float, w: float) -> None:
+def _unscaled_injection(self: Injector, tensors: Any, factor: float, w: float) -> None:
     assert self.accelerator.scaler is not None
     _add(self, tensors, factor / float(self.accelerator.scaler.get_scale()), w)
 
@@ -143,26 +144,26 @@ def _mutations() -> dict[str, Mutation]:
     receiver, donor = GradientReceiver, GradientDonor
     found = {
         "payload halved": Mutation(
-            "receiver", receiver, "_add_", _times(lambda job: 0.5), is_constant_factor=True
+            "receiver", Injector, "add_", _times(lambda job: 0.5), is_constant_factor=True
         ),
-        "payload twice": Mutation("receiver", receiver, "_add_", _twice, is_constant_factor=True),
+        "payload twice": Mutation("receiver", Injector, "add_", _twice, is_constant_factor=True),
         "payload without one tensor": Mutation(
-            "receiver", receiver, "_add_", _payload(_without_one)
+            "receiver", Injector, "add_", _payload(_without_one)
         ),
-        "two layers swapped": Mutation("receiver", receiver, "_add_", _payload(_swapped)),
+        "two layers swapped": Mutation("receiver", Injector, "add_", _payload(_swapped)),
         "payload times world size": Mutation(
-            "receiver", receiver, "_add_", _times(lambda job: job.accelerator.num_processes),
+            "receiver", Injector, "add_", _times(lambda job: job.accelerator.num_processes),
             _on_side("receiver", lambda side: side.ranks > 1), is_constant_factor=True,
         ),
         "payload on one rank": Mutation(
-            "receiver", receiver, "_add_", _on_one_rank,
+            "receiver", Injector, "add_", _on_one_rank,
             _on_side("receiver", lambda side: side.ranks > 1),
         ),
         "clip before the payload": Mutation(
-            "receiver", receiver, "_add_", clip_before, lambda setting: setting.clip
+            "receiver", Injector, "add_", clip_before, lambda setting: setting.clip
         ),
         "injection not scaled": Mutation(
-            "receiver", receiver, "_add_", _unscaled_injection,
+            "receiver", Injector, "add_", _unscaled_injection,
             _on_side("receiver", lambda side: side.precision == "fp16"), is_constant_factor=True,
         ),
         "overflowed step taken for a step": Mutation(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from tests.oracle import Case, build_network
 from tests.unit.jobs import ReceiverAlone, batches, reset
-from toolkit.bridge import receiver as receiver_module
+from toolkit.bridge import injection
 
 LAMBDA, NUM_DONOR = 0.7, 4.0
 RULES = ["sum", "pcgrad", "upgrad", "mgda", "protect"]
@@ -173,7 +173,7 @@ def test_that_a_sum_asks_no_rule(
         asked.append(rule)
         return torch.ones(2)
 
-    monkeypatch.setattr(receiver_module, "guarded_weights", ones)
+    monkeypatch.setattr(injection, "guarded_weights", ones)
     with receiver_alone(tmp_path, aggregate=rule) as job:
         job.backward()
         job.donate(donor_sums(job, -9.0, 5), NUM_DONOR)

@@ -11,30 +11,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from toolkit.aggregation import find_rule, guarded_weights
-from toolkit.bridge.accumulation import Window, scale_grads_
 from toolkit.bridge.config import Role
 from toolkit.bridge.donors import Donors
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.frozen_state import FrozenOptimizerState, frozen_sharded
 from toolkit.bridge.inbox import Inbox, Verdict
+from toolkit.bridge.injection import Injector
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger, Resumption, trail_path
-from toolkit.bridge.measures import (
-    aggregation_metrics,
-    donor_metrics,
-    inner_products,
-    own_metrics,
-)
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
-from toolkit.bridge.rescaling import rescale_factors
 from toolkit.bridge.retention import CheckpointCursors
 from toolkit.configuration import check_one_scaled_optimizer
 from toolkit.parameters import (
@@ -42,7 +34,7 @@ from toolkit.parameters import (
     check_takes_late_gradients,
     innermost_optimizer,
 )
-from toolkit.sharding import full_tensor, shard_like
+from toolkit.sharding import full_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +78,9 @@ class GradientReceiver(BridgeJob):
         check_one_scaled_optimizer(self.accelerator)
         replay = self.config.replay
         self._kept = KeptPayloads(Path(replay)) if replay is not None else None
-        self._weights_of_heads = {h: self.config.weight_of(h) for h in self.shared.heads}
+        self._injector = Injector(
+            self.accelerator, self.parameters.values(), self.shared, self.control, self.config
+        )
         super()._attach()
         self.completed_steps = 0
         self.completed_windows = 0
@@ -107,8 +101,6 @@ class GradientReceiver(BridgeJob):
         if frozen := frozen_sharded(self.shared.head):
             inner = innermost_optimizer(self.optimizer)
             self.accelerator.register_for_checkpointing(FrozenOptimizerState(inner, frozen))
-        aggregate = self.config.aggregate
-        self._rule = None if aggregate == "sum" else find_rule(aggregate)
 
     # -- the three calls --------------------------------------------------------------------
 
@@ -144,54 +136,14 @@ class GradientReceiver(BridgeJob):
         window = self.accumulator.close()
         self.accumulator.reduce_unmanaged_(self.parameters.items())
         verdicts, records, wait_seconds = self._receive()
-        counts = dict.fromkeys(self.shared.heads, 0.0)
-        for record in records:
-            counts[record.header.head] += record.header.count
-        own_factor, donor_factors = rescale_factors(
-            self.config.rescale,
-            self.config.loss_reduction,
-            window.count,
-            counts,
-            self._weights_of_heads,
-        )
         for parameter in self.shared.head.values():
             parameter.grad = None  # zeros would let the optimizer's moments move the head
-        scale_grads_(self.parameters.values(), window.sum_factor * own_factor)
-        self._injected = _Injection(window.scale, verdicts)
         self.metrics = {
             "loss/own (per sample)": window.loss,
             "bridge/wait (s)": wait_seconds,
-            "bridge/samples own (samples)": window.count,
+            **self._injector.inject(window, records, self.completed_steps),
         }
-        if records:
-            self._inject(records, window, [donor_factors[r.header.head] for r in records])
-
-    def _inject(self, records: Sequence[Record], window: Window, factors: Sequence[float]) -> None:
-        """Add the donors' sums, each times its factor, and measure what that makes."""
-        parameters, trained = self.shared.parameters, self.shared.trained
-        sums = [
-            {
-                name: shard_like(tensor.to(parameters[name].device, parameters[name].dtype), p)
-                for name, tensor in record.tensors.items()
-                if (p := trained.get(name)) is not None
-            }
-            for record in records
-        ]
-        backbone, heads = inner_products(
-            self.parameters.values(), self.shared.backbone, sums, self.control,
-            [1 / window.scale, *factors],
-        )  # fmt: skip
-        self.metrics |= own_metrics(backbone, heads)
-        for place, (record, factor) in enumerate(zip(records, factors, strict=True), 1):
-            self.metrics |= donor_metrics(place, backbone, heads, window, record, factor)
-            age = self.completed_steps - record.header.receiver_step
-            self.metrics[f"bridge/staleness {record.header.job} (receiver steps)"] = float(age)
-        names = ["own", *(record.header.job for record in records)]
-        own_weight, *weights = self._weigh(backbone, names)
-        if own_weight != 1.0:
-            scale_grads_(self.shared.backbone.values(), own_weight)
-        for tensors, factor, weight in zip(sums, factors, weights, strict=True):
-            self._add_(tensors, factor * window.scale, weight)
+        self._injected = _Injection(window.scale, verdicts)
 
     def commit(self) -> bool:
         """After ``optimizer.step()``: settle whether the step happened, publish the new weights.
@@ -304,42 +256,6 @@ class GradientReceiver(BridgeJob):
             # A donor is back after a silence in which nothing was published for it.
             self._offer_weights()
         return verdicts
-
-    def _weigh(self, backbone: Tensor, names: Sequence[str]) -> list[float]:
-        """Weights of all parts on the backbone, from their Gramian. A collective but for sums.
-
-        The parts are what a sum would add: rescaled, the donors' times ``donor_weight``. The
-        heads keep what they get as it is, as is usual for parameters of one task. The main process
-        decides, so that ranks cannot differ by rounding.
-
-        Args:
-            backbone: the Gramian, the receiver's part first.
-            names: of the parts.
-        """
-        if self._rule is None:
-            return [1.0] * len(names)
-        rule = self._rule
-        weights = self.control.on_main(lambda: guarded_weights(rule, backbone).tolist())
-        self.metrics |= aggregation_metrics(backbone, names, weights)
-        return weights
-
-    def _add_(self, tensors: Mapping[str, Tensor], factor: float, backbone_weight: float) -> None:
-        """Add ``factor`` times a donor's sum to ``.grad``; identical on every rank.
-
-        Args:
-            tensors: the sum, by name, like the parameters in device and dtype.
-            factor: of all of it.
-            backbone_weight: a further factor of the backbone's.
-        """
-        parameters = self.shared.parameters
-        for name, tensor in tensors.items():
-            parameter = parameters[name]
-            weight = factor * backbone_weight if name in self.shared.backbone else factor
-            if parameter.grad is None:
-                # a copy: after a skipped step the sum is used again
-                parameter.grad = tensor * weight
-            else:
-                parameter.grad.add_(tensor, alpha=weight)
 
     def _step_was_skipped(self, scale_before: float) -> bool:
         """Whether the loss scaler skipped the step; a fused optimizer's own flag is unreliable."""

@@ -1,0 +1,136 @@
+"""How donors' gradient sums join the receiver's own in ``.grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from toolkit.aggregation import find_rule, guarded_weights
+from toolkit.bridge.accumulation import Window, scale_grads_
+from toolkit.bridge.config import BridgeConfig
+from toolkit.bridge.control import ControlGroup
+from toolkit.bridge.measures import (
+    aggregation_metrics,
+    donor_metrics,
+    inner_products,
+    own_metrics,
+)
+from toolkit.bridge.payload import Record
+from toolkit.bridge.rescaling import rescale_factors
+from toolkit.parameters import SharedParameters
+from toolkit.sharding import shard_like
+
+
+class Injector:
+    """Makes ``.grad`` the gradient of the joint step, alike on every rank.
+
+    Args:
+        accelerator: the job's accelerator.
+        parameters: all of the model's.
+        shared: those that donors have gradients for.
+        control: the job's control group.
+        config: the rules.
+
+    Raises:
+        ValueError: if ``config.donor_weight`` names heads, and not all of them.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        parameters: Collection[nn.Parameter],
+        shared: SharedParameters,
+        control: ControlGroup,
+        config: BridgeConfig,
+    ) -> None:
+        self.accelerator, self.parameters, self.shared = accelerator, parameters, shared
+        self._control, self._config = control, config
+        self._weights = {head: config.weight_of(head) for head in shared.heads}
+        self._rule = None if config.aggregate == "sum" else find_rule(config.aggregate)
+
+    def inject(
+        self, window: Window, records: Sequence[Record], receiver_step: int
+    ) -> dict[str, float]:
+        """Rescale the receiver's own gradients and add the donors'. A collective.
+
+        Args:
+            window: the receiver's, closed.
+            records: this step's payloads, of several donors.
+            receiver_step: the receiver's completed steps.
+
+        Returns:
+            What was done, as plain floats by tag.
+        """
+        config, counts = self._config, dict.fromkeys(self.shared.heads, 0.0)
+        for record in records:
+            counts[record.header.head] += record.header.count
+        own_factor, donor_factors = rescale_factors(
+            config.rescale, config.loss_reduction, window.count, counts, self._weights
+        )
+        scale_grads_(self.parameters, window.sum_factor * own_factor)
+        metrics = {"bridge/samples own (samples)": window.count}
+        if not records:
+            return metrics
+        sums = [self._placed(record) for record in records]
+        factors = [donor_factors[record.header.head] for record in records]
+        backbone, heads = inner_products(
+            self.parameters, self.shared.backbone, sums, self._control,
+            [1 / window.scale, *factors],
+        )  # fmt: skip
+        metrics |= own_metrics(backbone, heads)
+        for place, (record, factor) in enumerate(zip(records, factors, strict=True), 1):
+            metrics |= donor_metrics(place, backbone, heads, window, record, factor)
+            age = receiver_step - record.header.receiver_step
+            metrics[f"bridge/staleness {record.header.job} (receiver steps)"] = float(age)
+        own_weight, *weights = self.weigh(backbone)
+        if self._rule is not None:
+            names = ["own", *(record.header.job for record in records)]
+            metrics |= aggregation_metrics(backbone, names, [own_weight, *weights])
+        if own_weight != 1.0:
+            scale_grads_(self.shared.backbone.values(), own_weight)
+        for tensors, factor, weight in zip(sums, factors, weights, strict=True):
+            self.add_(tensors, factor * window.scale, weight)
+        return metrics
+
+    def _placed(self, record: Record) -> dict[str, Tensor]:
+        """A payload's tensors where their parameters are, without those of frozen parameters."""
+        return {
+            name: shard_like(record.tensors[name].to(parameter.device, parameter.dtype), parameter)
+            for name, parameter in self.shared.trained.items()
+            if name in record.tensors
+        }
+
+    def weigh(self, backbone: Tensor) -> list[float]:
+        """Weights of all parts on the backbone, from their Gramian. A collective but for sums.
+
+        The parts are what a sum would add: rescaled, the donors' times ``donor_weight``. The
+        heads keep what they get as it is, as is usual for parameters of one task. The main process
+        decides, so that ranks cannot differ by rounding.
+
+        Args:
+            backbone: the Gramian, the receiver's part first.
+        """
+        if self._rule is None:
+            return [1.0] * len(backbone)
+        rule = self._rule
+        return self._control.on_main(lambda: guarded_weights(rule, backbone).tolist())
+
+    def add_(self, tensors: Mapping[str, Tensor], factor: float, backbone_weight: float) -> None:
+        """Add ``factor`` times a donor's sum to ``.grad``; identical on every rank.
+
+        Args:
+            tensors: the sum, by name, like the parameters in device and dtype.
+            factor: of all of it.
+            backbone_weight: a further factor of the backbone's.
+        """
+        parameters = self.shared.parameters
+        for name, tensor in tensors.items():
+            parameter = parameters[name]
+            weight = factor * backbone_weight if name in self.shared.backbone else factor
+            if parameter.grad is None:
+                # a copy: after a skipped step the sum is used again
+                parameter.grad = tensor * weight
+            else:
+                parameter.grad.add_(tensor, alpha=weight)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from toolkit.bridge.config import Scope
+from toolkit.bridge.config import Exchange, Scope
 from toolkit.bridge.rescaling import LossReduction, RescaleRule
 
 NUM_FEATURES, NUM_CLASSES = 6, {"h1": 3, "h2": 4}
@@ -42,6 +42,10 @@ class Case:
     num_steps: int = 50
     prepared: bool = True  # False: the model is not prepared, so that no DDP reduces its gradients
     sharded: str = ""  # "donor", "receiver" or "both": by FSDP2, through Accelerate if prepared
+    exchange: Exchange = "gradient"
+    local_steps: int = 4  # of exchange "delta"
+    outer_learning_rate: float = 0.8
+    outer_momentum: float = 0.0
     max_staleness: int = 0
     donor_pause: float = 0.0  # seconds that the donor sleeps before each window
     mutation: str = ""  # applied in one of the jobs, see tests/jobs/bridge_job.py
@@ -241,6 +245,38 @@ def train_jointly(
         if case.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), case.max_grad_norm)
         optimizer.step()
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def train_with_deltas(case: Case, num_receiver: int, num_donor: int) -> dict[str, Tensor]:
+    """Both jobs of exchange ``delta`` in one process, by hand: the receiver's final weights."""
+    model, donor = build_network(case), build_network(case)
+    optimizer = build_optimizer(case, model)
+    donor_optimizer = build_optimizer(case, nn.ModuleList([donor.backbone, donor.heads["h2"]]))
+    data = {head: build_dataset(case, head) for head in ("h1", "h2")}
+    own, donated = windows(case, "h1", num_receiver), windows(case, "h2", num_donor)
+    shared = {n: p for n, p in model.named_parameters() if not n.startswith("heads.h1")}
+    momentum = {name: torch.zeros_like(p) for name, p in shared.items()}
+
+    def step(net: Network, optim: torch.optim.Optimizer, head: str, indices: list[int]) -> None:
+        optim.zero_grad()
+        (summed_loss(net, data[head], indices, head) / len(indices)).backward()
+        if case.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(optim.param_groups[0]["params"], case.max_grad_norm)
+        optim.step()
+
+    for _ in range(case.num_steps // case.local_steps):
+        start = {name: p.detach().clone() for name, p in shared.items()}
+        donor.load_state_dict(start, strict=False)
+        for _ in range(case.local_steps):
+            step(model, optimizer, "h1", next(own))
+            step(donor, donor_optimizer, "h2", next(donated))
+        with torch.no_grad():
+            for name, parameter in shared.items():
+                change = case.donor_weight * (donor.get_parameter(name) - start[name])
+                momentum[name] = case.outer_momentum * momentum[name] + change
+                update = change + case.outer_momentum * momentum[name]
+                parameter += case.outer_learning_rate * update
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 

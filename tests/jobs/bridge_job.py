@@ -84,7 +84,7 @@ def receive(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Mo
         if accelerator.is_main_process:
             fates = receiver.fates()
             (receiver.run_dir / "fates.json").write_text(json.dumps(fates))
-            if not case.max_staleness:
+            if not case.max_staleness and case.exchange == "gradient":
                 assert fates["applied"] == case.num_steps, fates
             settled = sum(fates[k] for k in ("applied", "dropped", "rejected", "skipped"))
             assert settled + fates["pending"] == fates["published"], fates
@@ -102,7 +102,11 @@ def donate(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Mod
                 loss = F.cross_entropy(model(features, "h2"), labels, reduction=case.loss_reduction)
                 donor.backward(loss, num_samples=len(labels))
                 if not donor.publish():
-                    raise AssertionError("the donor went alone")
+                    assert case.exchange == "delta"
+                    assert donor.following, "the donor went alone"
+                    if accelerator.sync_gradients and case.max_grad_norm is not None:
+                        accelerator.clip_grad_norm_(model.parameters(), case.max_grad_norm)
+                    optimizer.step()
                 optimizer.zero_grad()
             if sharding.is_asked_for(case, "h2"):
                 sharding.evaluate(model, features, "h2")
@@ -233,6 +237,10 @@ def main() -> None:
             aggregate=case.aggregate,
             donor_weight=case.donor_weight,
             loss_reduction=case.loss_reduction,
+            exchange=case.exchange,
+            local_steps=case.local_steps,
+            outer_learning_rate=case.outer_learning_rate,
+            outer_momentum=case.outer_momentum,
             require_peer=True,
             max_staleness=case.max_staleness,
         )

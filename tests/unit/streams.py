@@ -42,7 +42,8 @@ class Bridge:
         """A new attempt of the receiver, with nothing in memory."""
         self.digests = {self.step: digest(self.step)}
         self.inbox = Inbox(
-            "donor", transport=self.transport, read=self.read, expected=SCHEMA, unit="samples",
+            "donor", transport=self.transport, read=self.read, expected=SCHEMA,
+            kind="gradient", unit="samples",
             max_staleness=self.max_staleness, digests=self.digests,
         )  # fmt: skip
 

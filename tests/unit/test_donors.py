@@ -43,7 +43,8 @@ class Run:
 
         expected = {"heads.h2": {"w": torch.zeros(3)}}
         return Inbox(
-            donor, transport=self.transport, read=read, expected=expected, unit="samples",
+            donor, transport=self.transport, read=read, expected=expected,
+            kind="gradient", unit="samples",
             max_staleness=0, digests=digests, is_new=is_new,
         )  # fmt: skip
 

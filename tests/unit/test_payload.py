@@ -20,8 +20,8 @@ from toolkit.bridge.payload import (
     Header,
     Record,
     all_finite,
-    check_gradient,
     check_identity,
+    check_sum,
     digest_tensors,
     parse_header,
     parse_record,
@@ -123,7 +123,7 @@ def test_that_a_record_in_the_wrong_place_is_alien(change: dict[str, Any], word:
 
 
 def test_that_a_fitting_gradient_passes() -> None:
-    check_gradient(record(), EXPECTED, "samples")
+    check_sum(record(), EXPECTED, "samples")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_that_another_schema_is_refused(change: dict[str, Tensor | None], words:
         name: tensor for name, tensor in {**tensors(), **change}.items() if tensor is not None
     }
     with pytest.raises(PayloadError, match=words) as caught:
-        check_gradient(record(content), EXPECTED, "samples")
+        check_sum(record(content), EXPECTED, "samples")
     assert caught.value.reason == "schema"
 
 
@@ -153,7 +153,7 @@ def test_that_a_value_that_is_not_finite_is_refused(value: float) -> None:
     content["b"][1] = value
 
     with pytest.raises(PayloadError) as caught:
-        check_gradient(record(content), EXPECTED, "samples")
+        check_sum(record(content), EXPECTED, "samples")
     assert caught.value.reason == "nonfinite"
     assert not all_finite(content.values())
 
@@ -161,13 +161,13 @@ def test_that_a_value_that_is_not_finite_is_refused(value: float) -> None:
 @pytest.mark.parametrize("count", [0.0, -1.0, math.nan, math.inf])
 def test_that_an_impossible_count_is_refused(count: float) -> None:
     with pytest.raises(PayloadError) as caught:
-        check_gradient(record(count=count), EXPECTED, "samples")
+        check_sum(record(count=count), EXPECTED, "samples")
     assert caught.value.reason == "count"
 
 
 def test_that_another_unit_is_refused() -> None:
     with pytest.raises(PayloadError, match="in 'tokens', expected 'samples'") as caught:
-        check_gradient(record(unit="tokens"), EXPECTED, "samples")
+        check_sum(record(unit="tokens"), EXPECTED, "samples")
     assert caught.value.reason == "unit"
 
 

@@ -169,6 +169,6 @@ def test_that_a_header_field_of_another_type_is_refused(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     # the types of the fields are not looked at; a string for a number ends the reading job
-    # with a TypeError later on (check_gradient, Inbox, metrics).
+    # with a TypeError later on (check_sum, Inbox, metrics).
     with pytest.raises(PayloadError):
         parse_record(crafted(tmp_path, json.dumps(fields(**change))))

@@ -69,13 +69,13 @@ def agree(bridge: Path, job: str, terms: dict[str, Any]) -> str:
     """
     schemas = dict(terms["schemas"])
     mine: dict[str, Any] = {"run_id": uuid.uuid4().hex, "founder": job}
-    mine |= {"format_version": FORMAT_VERSION}
-    mine |= {"scope": terms["scope"], "unit": terms["unit"], "schema": schemas.pop("backbone")}
+    mine |= {"format_version": FORMAT_VERSION, "schema": schemas.pop("backbone")}
+    mine |= {key: terms[key] for key in ("exchange", "scope", "unit")}
     found = _create_or_read(bridge / "run.json", mine)
     founder = found["founder"] if found["founder"] != job else f"earlier {job}"
     differences = [
         f"{key}: {job} {mine[key]!r}, {founder} {found.get(key)!r}"
-        for key in ("format_version", "scope", "unit")
+        for key in ("format_version", "exchange", "scope", "unit")
         if mine[key] != found.get(key)
     ]
     differences += schema_differences(mine["schema"], found["schema"], job, founder)

@@ -12,8 +12,10 @@ from typing import Literal, get_args
 from toolkit.aggregation import find_rule
 from toolkit.bridge.rescaling import LossReduction, RescaleRule, check_rule
 
+Exchange = Literal["gradient", "delta"]
 Scope = Literal["all", "head"]
 Role = Literal["donor", "receiver"]
+EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 TAKEN_NAMES = ("receiver", "bridge", "heads")  # of other directories of a run
 JOB_NAME = re.compile(r"[A-Za-z][\w-]*")
@@ -30,8 +32,12 @@ class BridgeConfig:
     runs_dir: str | Path = "runs"  # the directory that the jobs share
     run: str | None = None  # attach to this run of it; None: the newest that waits for this job
     resume_from_checkpoint: str | Path | None = None  # reattach to the run of this checkpoint
-    scope: Scope = "all"  # gradients that cross: backbone and head, or the head's only
-    max_staleness: int = 0  # receiver steps that a gradient's weights may be old; 0: lockstep
+    exchange: Exchange = "gradient"  # what crosses: gradients, or differences of weights
+    scope: Scope = "all"  # what of it: backbone and head, or the head's only
+    max_staleness: int = 0  # receiver steps that a payload may come late; 0: lockstep
+    local_steps: int = 32  # delta: steps of either job between two exchanges
+    outer_learning_rate: float = 1.0  # delta, receiver: of the outer step
+    outer_momentum: float = 0.0  # delta, receiver: Nesterov momentum of the outer step
     rescale: RescaleRule = "match"  # how the donor's sum meets the receiver's batch
     donor_weight: float | Mapping[str, float] = 1.0  # lambda of the donors' losses, or by head
     donor_name: str = "donor"  # donor: its name in the run; several donors have different ones
@@ -58,6 +64,12 @@ class BridgeConfig:
                 f"aggregate {self.aggregate!r} weighs two gradients of the backbone, and with "
                 "scope 'head' the donor's does not cross: use scope 'all', or aggregate 'sum'"
             )
+        if self.exchange not in EXCHANGES:
+            raise ValueError(
+                f"exchange {self.exchange!r} is unknown; choose one of {list(EXCHANGES)}"
+            )
+        if self.exchange == "delta":
+            self._check_delta()
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
         weight = self.donor_weight
@@ -86,6 +98,39 @@ class BridgeConfig:
                 f"run {self.run!r} and resume_from_checkpoint {str(self.resume_from_checkpoint)!r} "
                 "exclude each other: a checkpoint knows its run; give one of them"
             )
+
+    def _check_delta(self) -> None:
+        if self.aggregate != "sum":
+            raise ValueError(
+                f"aggregate {self.aggregate!r} weighs gradients, and exchange 'delta' has none of "
+                "the donor's: use aggregate 'sum', or exchange 'gradient'"
+            )
+        if self.local_steps < 1:
+            raise ValueError(f"local_steps must be at least 1, got {self.local_steps}")
+        if self.max_staleness % self.local_steps:
+            raise ValueError(
+                f"max_staleness {self.max_staleness} must be a multiple of local_steps "
+                f"({self.local_steps}): differences are applied after so many steps"
+            )
+        if not self.outer_learning_rate > 0:
+            raise ValueError(
+                f"outer_learning_rate must be positive, got {self.outer_learning_rate}"
+            )
+        if not 0 <= self.outer_momentum < 1:
+            raise ValueError(
+                f"outer_momentum must be at least 0 and below 1, got {self.outer_momentum}"
+            )
+        interval = self.checkpoint_interval
+        if interval is not None and interval % self.local_steps:
+            raise ValueError(
+                f"checkpoint_interval {interval} must be a multiple of local_steps "
+                f"({self.local_steps}): a checkpoint between two exchanges loses the donor's steps"
+            )
+
+    @property
+    def payload_age(self) -> int:
+        """Receiver steps between the weights of a payload and its place, at most."""
+        return self.max_staleness + (self.local_steps if self.exchange == "delta" else 0)
 
     def job_of(self, role: Role) -> str:
         """The name in a run of the job that has this role."""

@@ -26,6 +26,7 @@ from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.loss_scale import FollowedLossScale
+from toolkit.bridge.outer import LocalRound
 from toolkit.bridge.payload import Header, Kind, Record, all_finite, payload_dtype
 from toolkit.bridge.weights_inbox import WeightsInbox
 from toolkit.parameters import check_only_shared_trains, innermost_optimizer, squared_norm
@@ -59,7 +60,7 @@ class GradientDonor(BridgeJob):
             head, whose gradients then add, or different ones.
 
     Attributes:
-        following: whether the present window's gradient goes to a receiver.
+        following: whether the present window serves a receiver.
         completed_windows: accumulation windows done, in this and earlier starts.
         windows_alone: those of this start that no receiver was followed in.
         receiver_step: the receiver step that this window's gradient is meant for (while alone: how
@@ -92,6 +93,7 @@ class GradientDonor(BridgeJob):
         self._wait: Wait | None = None  # main process: for the present window
         self._weights: Header | None = None  # of the weights that are loaded
         self._is_alone = False
+        self._round: LocalRound | None = None  # exchange "delta": the steps since these weights
         self._replacements = 0  # at the present weights
         self._payload_bytes = 0  # of the largest payload so far
         self._loss_scale = FollowedLossScale(self.accelerator)
@@ -166,22 +168,26 @@ class GradientDonor(BridgeJob):
         """At the synchronised micro-step: hand the gradient sum over. A collective.
 
         Returns:
-            Whether this window is the receiver's: if True, do not clip, do not step the optimizer
-            or the schedule. If False the donor trains alone, and ``.grad`` holds the exact mean
-            (or sum) for an ordinary step.
+            Whether this window's gradient is the receiver's: if True, do not clip, do not step the
+            optimizer or the schedule. If False (the donor trains alone, or it takes the local steps
+            of exchange ``delta``) ``.grad`` holds the exact mean (or sum) for an ordinary step.
         """
         if not self.accelerator.sync_gradients:
             return self.following
         window = self.accumulator.close()
         self.accumulator.reduce_unmanaged_(self.parameters.items())
         self.completed_windows += 1
+        self.receiver_step += self._round is not None
         self._in_window = False
         self.metrics = {
             f"loss/{self.job} (per sample)": window.loss,
             "bridge/wait (s)": self._wait_seconds,
         }
-        if not self.following:
-            self.windows_alone += 1
+        if self._round is not None or not self.following:
+            if self._round is not None:
+                self._round.add(window)
+            else:
+                self.windows_alone += 1
             mean = self.config.loss_reduction == "mean"
             divisor = window.count if mean and window.count else 1.0
             scale_grads_(self.parameters.values(), window.sum_factor / divisor)
@@ -208,6 +214,11 @@ class GradientDonor(BridgeJob):
                 "new weights would not be seen inside an open autocast context: iterate over "
                 "follow() outside of it"
             )
+        if self._round is not None:
+            if self._round.num_windows < self.config.local_steps:
+                return True
+            self._publish_round(self._round)
+            self._round = None
         while True:
             self._wait = None
             decision, self._wait_seconds = self._decide(self._poll)
@@ -263,7 +274,10 @@ class GradientDonor(BridgeJob):
             if reason is not None:
                 logger.warning("the receiver rejected the last payload (%s)", reason)
                 self._replacements += 1
-                return _Decision("again" if self._replacements <= MAX_REPLACEMENTS else "skip")
+                # The weights that a difference was taken from are not loaded any more.
+                may_repeat = self.config.exchange == "gradient"
+                is_over = not may_repeat or self._replacements > MAX_REPLACEMENTS
+                return _Decision("skip" if is_over else "again")
         return None
 
     def _go_alone(self) -> None:
@@ -284,6 +298,19 @@ class GradientDonor(BridgeJob):
             self._inbox.note_loaded(record.header)
         self.receiver_step = record.header.receiver_step + 1
         self._is_alone, self.following, self._replacements = False, True, 0
+        if self.config.exchange == "delta":
+            self._round = LocalRound(self._gradient_parameters(self.head))
+
+    @torch.no_grad()
+    def _publish_round(self, local: LocalRound) -> None:
+        """Hand over what the local steps since the last weights changed."""
+        changes = local.difference()
+        finite = self.control.agree(all_finite(changes.values()) and local.count > 0)
+        self._published_windows += local.num_windows
+        if self.accelerator.is_main_process:
+            if not finite:
+                logger.warning("no finite weights after the local steps: skip")
+            self._publish_payload("delta" if finite else "skip", changes if finite else {}, local)
 
     @torch.no_grad()
     def _publish_window(self, window: Window) -> None:
@@ -315,7 +342,9 @@ class GradientDonor(BridgeJob):
             self.metrics[f"bridge/payload {self.job} (MiB)"] = size / 2**20
             self.metrics[f"gradient/{self.job} sum norm"] = math.sqrt(squared_norm(sums.values()))
 
-    def _publish_payload(self, kind: Kind, sums: dict[str, Tensor], window: Window | None) -> int:
+    def _publish_payload(
+        self, kind: Kind, sums: dict[str, Tensor], window: Window | LocalRound | None
+    ) -> int:
         weights = self._weights
         assert weights is not None
         self._prune()

@@ -17,7 +17,7 @@ from torch import Tensor
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.ledger import Entry, Fate
 from toolkit.bridge.liveness import PeerWatch
-from toolkit.bridge.payload import Record, check_gradient
+from toolkit.bridge.payload import Kind, Record, check_sum
 from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class Inbox:
         transport: the run's transport.
         read: reads and verifies record ``sequence`` of the donor.
         expected: by head, the parameters that a gradient must fit, by name.
+        kind: what the donor sends: gradients or differences.
         unit: the unit that its count must have.
         max_staleness: receiver steps that its weights may be old.
         digests: of the weights, by receiver step; the newest few, kept up to date by the owner.
@@ -79,13 +80,15 @@ class Inbox:
         transport: DirectoryTransport,
         read: Callable[[int], Record],
         expected: Mapping[str, Mapping[str, Tensor]],
+        kind: Kind,
         unit: str,
         max_staleness: int,
         digests: Mapping[int, str],
         is_new: bool = False,
     ) -> None:
         self._donor, self._transport, self._read = donor, transport, read
-        self._expected, self._unit, self._max_staleness = expected, unit, max_staleness
+        self._expected, self._kind, self._unit = expected, kind, unit
+        self._max_staleness = max_staleness
         self._digests = digests
         self._answered = -1
         # Numbers below it were published before this start and say nothing about the donor's life.
@@ -210,19 +213,21 @@ class Inbox:
         header = record.header
         if header.kind == "end":
             return "ended", "", None
-        if header.kind == "gradient":
+        if header.kind == self._kind:
             if header.head not in self._expected:
-                raise PayloadError("schema", f"a gradient for {header.head!r}, which is not shared")
-            check_gradient(record, self._expected[header.head], self._unit)
+                raise PayloadError("schema", f"a payload for {header.head!r}, which is not shared")
+            check_sum(record, self._expected[header.head], self._unit)
         elif header.kind != "skip":
-            raise PayloadError("alien", f"a donor publishes no record of kind {header.kind!r}")
+            raise PayloadError(
+                "alien", f"a donor publishes no {header.kind!r} where {self._kind!r} is exchanged"
+            )
         if header.receiver_step < step - self._max_staleness:
             return "dropped", "stale", None
         # The step and the digest together: a step may leave the weights as they are (a learning
         # rate of 0), and a resumed receiver may come to a step with other weights.
         if self._digests.get(header.receiver_step) != header.weights_digest:
             return "dropped", "superseded", None
-        return ("applied" if header.kind == "gradient" else "skipped"), "", record
+        return ("skipped" if header.kind == "skip" else "applied"), "", record
 
     def _note_life(self, sequence: int, outcome: Outcome, step: int, peer: PeerWatch) -> None:
         if sequence < self._first_unseen:

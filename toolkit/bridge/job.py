@@ -87,7 +87,12 @@ class BridgeJob:
 
     def _attach(self) -> None:
         config = self.config
-        terms = {"schemas": self.shared.schemas(), "scope": config.scope, "unit": config.unit}
+        terms = {
+            "schemas": self.shared.schemas(),
+            "exchange": config.exchange,
+            "scope": config.scope,
+            "unit": config.unit,
+        }
         claim = {
             "record_bytes": self._record_bytes(),
             "payload_budget_files": config.payload_budget_files,

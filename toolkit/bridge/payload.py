@@ -24,7 +24,7 @@ from torch import Tensor
 from toolkit.bridge.errors import PayloadError
 
 FORMAT_VERSION = 2
-Kind = Literal["gradient", "weights", "skip", "end"]
+Kind = Literal["gradient", "delta", "weights", "skip", "end"]
 _HEADER_KEY, _DIGEST_KEY = "gradient_bridge", "digest"
 MAX_HEADER_BYTES = 16 * 2**20
 
@@ -40,7 +40,7 @@ class Header:
     attempt: int  # the weights version: which start of the receiver ...
     receiver_step: int  # ... and after how many of its optimizer steps
     weights_digest: str  # digest of the weights published, or that the gradient was taken at
-    head: str = ""  # of a gradient: the module that it is for, beside the backbone
+    head: str = ""  # of a gradient or delta: the module that it is for, beside the backbone
     donor_step: int = 0  # accumulation windows that the donor has completed, this one included
     count: float = 0.0  # samples in the sum
     unit: str = "samples"  # what `count` counts
@@ -197,8 +197,8 @@ def check_identity(header: Header, *, run_id: str, job: str, sequence: int) -> N
             raise PayloadError("alien", f"{field} is {found!r}, expected {value!r}")
 
 
-def check_gradient(record: Record, expected: Mapping[str, Tensor], unit: str) -> None:
-    """Refuse a gradient that cannot be added to the parameters ``expected``.
+def check_sum(record: Record, expected: Mapping[str, Tensor], unit: str) -> None:
+    """Refuse a gradient or a difference that cannot be added to the parameters ``expected``.
 
     Raises:
         PayloadError: for wrong names, shapes or dtypes, a count that is not finite and positive,
@@ -222,7 +222,7 @@ def check_gradient(record: Record, expected: Mapping[str, Tensor], unit: str) ->
     if header.unit != unit:
         raise PayloadError("unit", f"the count is in {header.unit!r}, expected {unit!r}")
     if not all_finite(tensors.values()):
-        raise PayloadError("nonfinite", "a gradient value is not finite")
+        raise PayloadError("nonfinite", f"a {header.kind} value is not finite")
 
 
 def payload_dtype(parameter_dtype: torch.dtype) -> torch.dtype:

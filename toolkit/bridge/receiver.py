@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.injection import Injector
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger, Resumption, trail_path
+from toolkit.bridge.outer import OuterOptimizer
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
@@ -87,6 +88,7 @@ class GradientReceiver(BridgeJob):
         self.steps_alone = 0
         self._has_published = False
         self._weights: dict[str, Tensor] = {}  # main process: the present ones, whole, on the CPU
+        self._weights_step = -1  # theirs
         self._step_on_disk = -1  # of the newest weights that a donor can read
         self._injected: _Injection | None = None
         # What donors have been told that they may delete, exclusive.
@@ -98,6 +100,15 @@ class GradientReceiver(BridgeJob):
         self._donors = self._open_donors() if self.accelerator.is_main_process else None
         self._initial_digest = ""
         self._retention = CheckpointCursors(self.run_id)
+        self._outer: OuterOptimizer | None = None
+        if self.config.exchange == "delta":
+            config = self.config
+            weights = {head: config.weight_of(head) for head in self.shared.heads}
+            self._outer = OuterOptimizer(
+                self.shared, weights, config.outer_learning_rate, config.outer_momentum
+            )
+            if config.outer_momentum:
+                self.accelerator.register_for_checkpointing(self._outer.optimizer)
         if frozen := frozen_sharded(self.shared.head):
             inner = innermost_optimizer(self.optimizer)
             self.accelerator.register_for_checkpointing(FrozenOptimizerState(inner, frozen))
@@ -135,7 +146,7 @@ class GradientReceiver(BridgeJob):
             raise RuntimeError("inject() was called twice in this accumulation window")
         window = self.accumulator.close()
         self.accumulator.reduce_unmanaged_(self.parameters.items())
-        verdicts, records, wait_seconds = self._receive()
+        verdicts, records, wait_seconds = self._receive() if self._outer is None else ((), [], 0.0)
         for parameter in self.shared.head.values():
             parameter.grad = None  # zeros would let the optimizer's moments move the head
         self.metrics = {
@@ -168,18 +179,32 @@ class GradientReceiver(BridgeJob):
         self.completed_windows += 1
         if self._step_was_skipped(injected.scale):
             return False
-        applied = [verdict for verdict in injected.verdicts if verdict.digest is not None]
+        if self._outer is None:
+            self._settle(injected.verdicts, num_steps=1)
+            self.completed_steps += 1
+            self._publish_weights()
+            return True
+        self.completed_steps += 1
+        if self.completed_steps % self.config.local_steps == 0:
+            verdicts, records, wait_seconds = self._receive()
+            self.metrics["bridge/wait (s)"] = wait_seconds
+            if records:
+                self.metrics |= self._outer.step(records)
+            self._settle(verdicts, num_steps=self.config.local_steps)
+            self._publish_weights()
+        return True
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _settle(self, verdicts: Sequence[Verdict], num_steps: int) -> None:
+        """What was received has been applied in as many steps: record its fate."""
+        applied = [verdict for verdict in verdicts if verdict.digest is not None]
         if self._donors is not None:
             if self.config.keep_payloads:
                 for verdict in applied:
                     self.transport.keep(verdict.donor, verdict.sequence)
-            self.ledger.record(self._donors.settle(injected.verdicts))
-        self.completed_steps += 1
-        self.steps_alone += not applied
-        self._publish_weights()
-        return True
-
-    # -- inside -----------------------------------------------------------------------------
+            self.ledger.record(self._donors.settle(verdicts))
+        self.steps_alone += 0 if applied else num_steps
 
     def _open_donors(self) -> Donors | Replay:
         if self._kept is not None:
@@ -192,8 +217,9 @@ class GradientReceiver(BridgeJob):
                 transport=self.transport,
                 read=functools.partial(self._read, donor),
                 expected=expected,
+                kind=self.config.exchange,
                 unit=self.config.unit,
-                max_staleness=self.config.max_staleness,
+                max_staleness=self.config.payload_age,
                 digests=digests,
                 is_new=is_new,
             )
@@ -203,7 +229,7 @@ class GradientReceiver(BridgeJob):
             open_inbox=open_inbox,
             open_wait=self._open_wait,
             num_expected=self.config.num_donors,
-            max_staleness=self.config.max_staleness,
+            max_staleness=self.config.payload_age,
             peer_wait=self.config.peer_wait,
         )
 
@@ -252,7 +278,7 @@ class GradientReceiver(BridgeJob):
         verdicts = self._on_main.look(self.completed_steps)
         if self.config.require_peer:
             self._on_main.require_peers()
-        if verdicts is None and self._step_on_disk != self.completed_steps:
+        if verdicts is None and self._step_on_disk != self._weights_step:
             # A donor is back after a silence in which nothing was published for it.
             self._offer_weights()
         return verdicts
@@ -266,6 +292,7 @@ class GradientReceiver(BridgeJob):
     def _publish_weights(self) -> None:
         """Take the present weights and publish them. A collective where they are sharded."""
         self._has_published = True
+        self._weights_step = self.completed_steps
         self._weights = {}  # free the last ones first
         for name, tensor in self.shared.weights.items():
             whole = full_tensor(tensor.detach())
@@ -278,14 +305,17 @@ class GradientReceiver(BridgeJob):
         """Publish the newest weights taken, unless nobody is there (main process)."""
         tensors = self._weights
         digest = digest_tensors(tensors)
-        if self.completed_steps == 0:
+        if self._weights_step == 0:
             self._initial_digest = digest
         donors = self._on_main
-        donors.remember(self.completed_steps, digest)
+        donors.remember(self._weights_step, digest)
         if donors.want_weights():
-            self._publish(self._header("weights", digest), tensors)
+            header = dataclasses.replace(
+                self._header("weights", digest), receiver_step=self._weights_step
+            )
+            self._publish(header, tensors)
             self.transport.prune("receiver", self._next_sequence - WEIGHTS_KEPT)
-            self._step_on_disk = self.completed_steps
+            self._step_on_disk = self._weights_step
         for donor, needed in self._retention.oldest_needed(donors.cursors()).items():
             if needed > self._acknowledged.get(donor, 0):
                 self.transport.acknowledge(donor, needed)
@@ -309,6 +339,11 @@ class GradientReceiver(BridgeJob):
     def _check_at_boundary(self) -> None:
         if self._injected is not None:
             raise RuntimeError("save_state() between inject() and commit(): save after commit()")
+        if self._outer is not None and self.completed_steps % self.config.local_steps:
+            raise RuntimeError(
+                f"save_state() at step {self.completed_steps} would lose the donors' local steps: "
+                f"save at multiples of local_steps ({self.config.local_steps})"
+            )
         super()._check_at_boundary()
 
     def _state(self) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def attach(
     Args:
         role: ``donor`` or ``receiver``.
         config: names the runs directory and, maybe, a run or a checkpoint.
-        terms: what jobs must agree on: ``scope``, ``unit``, ``schemas``: the schema of the
-            ``backbone`` and of each head that this job shares.
+        terms: what jobs must agree on: ``exchange``, ``scope``, ``unit``, and ``schemas``: that of
+            the ``backbone`` and of each head that this job shares.
         claim: what other jobs may want to know of this one; fit for JSON.
 
     Raises:

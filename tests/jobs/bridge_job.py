@@ -241,6 +241,7 @@ def main() -> None:
         patches = [mock.patch.object(*faults[case.mutation])] if case.mutation else []
         for patch in patches:
             patch.start()
+        sharded: contextlib.AbstractContextManager[None]
         if case.prepared and case.sharded in (args.role, "both"):
             sharded = sharding.fsdp2(accelerator, **sharding.SETTINGS[args.role])
         else:

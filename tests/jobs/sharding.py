@@ -27,7 +27,7 @@ BY_LAYER: dict[str, Any] = {
     "transformer_cls_names_to_wrap": ["Linear"],
     "cpu_ram_efficient_loading": True,
 }
-WHOLE: dict[str, Any] = {"auto_wrap_policy": "NO_WRAP"}
+WHOLE: dict[str, Any] = {"auto_wrap_policy": "NO_WRAP", "cpu_ram_efficient_loading": False}
 SETTINGS = {"receiver": BY_LAYER, "donor": WHOLE}
 
 

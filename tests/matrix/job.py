@@ -117,7 +117,7 @@ class Job:
         """The loss of a micro-batch as a user would write it, and its count."""
         reduction, unit = self.setting.loss_reduction, self.setting.unit
         logits = self.model(batch["features"], batch["keys"], HEAD[self.role]).flatten(0, 1)
-        logits = logits.to(getattr(torch, self.setting.dtype))  # of FSDP2 they come as computed
+        logits = logits.to(getattr(torch, self.setting.dtype))  # FSDP2 gives half precision
         labels = batch["labels"].flatten()
         if unit == "weights":
             losses = F.cross_entropy(logits, labels, reduction="none") * batch["weights"]

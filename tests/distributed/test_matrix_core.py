@@ -23,7 +23,7 @@ def shortened(number: int) -> Setting:
 
 
 TWO_BY_TWO = [n for n, row in enumerate(ROWS) if row["receiver.ranks"] == row["donor.ranks"] == 2]
-CORE = {f"case {number:02d}": shortened(number) for number in TWO_BY_TWO[:6]}
+CORE = {f"case {number:02d}": shortened(number) for number in TWO_BY_TWO[:5]}
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def main() -> None:
     )
     configure_logging(accelerator)
     with clean_errors(ValueError):
-        check_configuration(accelerator, may_shard=True)
+        check_configuration(accelerator, may_shard=True, dtype=args.dtype)
     set_seed(args.seed)
 
     # -- data, model ----------------------------------------------------------------------------
@@ -211,12 +211,15 @@ def main() -> None:
         "num_processes": accelerator.num_processes,
         "seconds": time.monotonic() - start_time,
         "fates": receiver.fates(),
+        "fates_by_donor": receiver.fates_by_donor(),
         "provenance": {**provenance(accelerator, args), **receiver.evidence(state)},
     }
     write_results(output_dir, results, state)
     logger.info(f"accuracy: {describe_accuracies(accuracies)}")
-    fates = ", ".join(f"{count} {fate}" for fate, count in receiver.fates().items())
-    logger.info(f"steps alone: {receiver.steps_alone}; the donor's payloads: {fates}")
+    logger.info(f"steps alone: {receiver.steps_alone}")
+    for donor, fates in receiver.fates_by_donor().items():
+        counts = ", ".join(f"{count} {fate}" for fate, count in fates.items())
+        logger.info(f"payloads of the {donor}: {counts}")
     logger.info(f"results: {output_dir}; curves: tensorboard --logdir {receiver.run_dir.parent}")
     accelerator.free_memory()
     accelerator.wait_for_everyone()

@@ -1,7 +1,8 @@
 """What a job was configured to run as, against what it runs as.
 
 Accelerate drops some settings without a word: on the CPU an FSDP configuration becomes
-DistributedDataParallel, and fp16 becomes fp32. Nothing here is run as something else.
+DistributedDataParallel, and fp16 becomes fp32; autocast leaves float64 as it is. Nothing here is
+run as something else.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ _REQUESTS = {
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def check_configuration(accelerator: Accelerator, *, may_shard: bool = False) -> None:
+def check_configuration(
+    accelerator: Accelerator, *, may_shard: bool = False, dtype: str = "float32"
+) -> None:
     """Refuse what this toolkit cannot do, and what Accelerate would run as something else.
 
     Args:
         accelerator: the job's accelerator.
         may_shard: whether the caller can work on parameters that FSDP2 has sharded.
+        dtype: what the caller has chosen for its weights.
 
     Raises:
         ValueError: naming the setting, the reason and the remedy.
@@ -63,6 +67,13 @@ def check_configuration(accelerator: Accelerator, *, may_shard: bool = False) ->
         raise ValueError(
             f"mixed precision fp16 needs a GPU: on device {accelerator.device.type} Accelerate "
             "would train in fp32 without a word. Use bf16, or no mixed precision"
+        )
+    if dtype == "float64" and accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"--dtype float64 with mixed precision {accelerator.mixed_precision}: autocast leaves "
+            "float64 as it is, and all would run in float64 without a word. Give --mixed_precision "
+            "no (to the recipe, whatever `accelerate launch` or its configuration says), or "
+            "--dtype float32"
         )
 
 

@@ -142,9 +142,10 @@ def verify_run(run: FinishedRun, directory: Path, progress: Progress) -> Verific
     follow([job], progress)
     replayed: dict[str, Any] = job.results()
     warnings = environment_warnings(environment, replayed["provenance"]["environment"])
-    if run.results["steps_alone"] + len(applied) != run.results["completed_steps"]:
+    together = len({entry.receiver_step for entry in applied})
+    if run.results["steps_alone"] + together != run.results["completed_steps"]:
         warnings.append(
-            f"the ledger has {len(applied)} payloads that were applied, but results.json has "
+            f"the ledger has {together} steps in which payloads were applied, but results.json has "
             f"{run.results['completed_steps']} steps, {run.results['steps_alone']} of them alone"
         )
     if replayed["completed_steps"] != run.results["completed_steps"]:

@@ -251,7 +251,7 @@ def test_a_changed_ledger(copied: Path, verify: Verify) -> None:
     assert figures["departed_at"] == 4
     assert figures["warnings"] == [
         f"torch: the run had 1.0, the replay has {torch.__version__}; bits may differ",
-        "the ledger has 60 payloads that were applied, but results.json has 61 steps, 0 of them "
-        "alone",
+        "the ledger has 60 steps in which payloads were applied, but results.json has 61 "
+        "steps, 0 of them alone",
         "the replay took 60 steps, and the run 61",
     ]

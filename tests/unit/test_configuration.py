@@ -134,3 +134,11 @@ def test_that_fp16_without_a_scaler_is_refused() -> None:
         check_configuration(accelerator)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     check_configuration(accelerator)
+
+
+def test_that_float64_in_mixed_precision_is_refused_where_a_recipe_says_so() -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    check_configuration(accelerator, dtype="float32")
+    check_configuration(accelerator)  # a bridge's model may have parts in either
+    with pytest.raises(ValueError, match=r"float64 with mixed precision bf16: .*--dtype float32"):
+        check_configuration(accelerator, dtype="float64")

@@ -48,6 +48,10 @@ class Header:
     tensors_digest: str = ""  # digest of the record's own tensors
     format_version: int = FORMAT_VERSION
 
+    def of_weights(self, digest: str) -> Header:
+        """The same place, for weights with this digest."""
+        return dataclasses.replace(self, kind="weights", weights_digest=digest)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Record:

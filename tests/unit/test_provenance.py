@@ -17,7 +17,8 @@ from toolkit.verify import NOT_REPEATED
 EVERY_KIND = [
     "--task=overlap", "--learning_rate=0.0123456789", "--max_grad_norm=1", "--num_train_epochs=2",
     "--max_staleness=3", "--aggregate=pcgrad", "--keep_payloads", "--output_dir=-strange name",
-    "--checkpointing_steps=epoch", "--donor_weight=1e-3", "--run=-mine",
+    "--checkpointing_steps=epoch", "--donor_weight=1e-3", "--run=-mine", "--lr_head2=0.25",
+    "--optimizer=sgd", "--optimizer_args", "momentum=0.9", "nesterov=True",
 ]  # fmt: skip
 OWN_DATA = [
     "--dataset_name=own.parquet", "--num_classes", "10", "5", "--image_shape", "1", "8", "9",

@@ -88,6 +88,24 @@ def test_that_labels_are_where_a_snippet_comes_from(sources: Path) -> None:
         assert names[token] <= {2 * label, 2 * label + 1}
 
 
+def test_that_camel_and_snake_case_are_words_in_lower_case(sources: Path) -> None:
+    for tokens in parts(text_task(0, sources)):
+        assert torch.equal(tokens[:, 3], tokens[:, 5])  # of camelCase and of SNAKE_case
+
+
+def test_that_the_order_of_a_directory_does_not_matter(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = parts(text_task(0, sources))
+    (sources / MODULES[0] / "other.py").write_text("a b c d e f g h i j k")
+    found = [parts(text_task(0, sources))]
+    in_order = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda *args: sorted(in_order(*args), reverse=True))
+    found.append(parts(text_task(0, sources)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(first[0], found[0][0])
+
+
 def test_missing_sources(sources: Path) -> None:
     (sources / "doctest.py").unlink()
     with pytest.raises(

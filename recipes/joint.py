@@ -163,7 +163,7 @@ def main() -> None:
     )
     configure_logging(accelerator)
     with clean_errors(ValueError):
-        check_configuration(accelerator)
+        check_configuration(accelerator, dtype=args.dtype)
     set_seed(args.seed)
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     output_dir = output_directory(args, "joint")

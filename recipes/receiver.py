@@ -94,7 +94,7 @@ def main() -> None:
     )
     configure_logging(accelerator)
     with clean_errors(ValueError):
-        check_configuration(accelerator, may_shard=True)
+        check_configuration(accelerator, may_shard=True, dtype=args.dtype)
     set_seed(args.seed)
 
     # -- data, model ----------------------------------------------------------------------------

@@ -251,8 +251,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(
             "--num_warmup_steps needs a schedule: --lr_scheduler_type constant_with_warmup"
         )
-    if args.dtype == "float64" and args.mixed_precision not in (None, "no"):
-        parser.error(f"--dtype float64 excludes --mixed_precision {args.mixed_precision}")
     check_output_arguments(parser, args)
     if args.max_train_steps is None and args.num_train_epochs is None:
         args.max_train_steps = 400

@@ -14,6 +14,22 @@ from torch import Tensor
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.replay import KeptPayloads
 
+# What a replay needs of results.json, as paths of keys with the type of the value.
+_NEEDED: dict[tuple[str, ...], type] = {
+    ("num_processes",): int,
+    ("completed_steps",): int,
+    ("steps_alone",): int,
+    ("provenance", "attempt"): int,
+    ("provenance", "run_id"): str,
+    ("provenance", "final_weights_digest"): str,
+    ("provenance", "arguments"): dict,
+    ("provenance", "arguments", "keep_payloads"): bool,
+    ("provenance", "environment", "device"): str,
+    ("provenance", "environment", "mixed_precision"): str,
+    ("provenance", "environment", "num_threads"): int,
+    ("provenance", "environment", "working_directory"): str,
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedRun:
@@ -59,13 +75,12 @@ def open_run(directory: Path, output_dir: Path | None = None) -> FinishedRun:
     """
     output_dir = output_dir or directory / "receiver"
     try:
-        results = json.loads((output_dir / "results.json").read_bytes())
-        provenance = results["provenance"]
-        keeps = provenance["arguments"]["keep_payloads"]
+        results = _read_results(output_dir / "results.json")
         weights = load_file(output_dir / "model.safetensors")
     except FileNotFoundError as error:
+        absent = error.filename or output_dir / "model.safetensors"  # safetensors names none
         raise BridgeError(
-            f"run {directory} has not ended: there is no {error.filename or output_dir}. Resume "
+            f"run {directory} has not ended: there is no {absent}. Resume "
             "the receiver; if it had an --output_dir, give the same to verify. A script of your "
             "own replays with BridgeConfig(replay=...)"
         ) from None
@@ -73,15 +88,41 @@ def open_run(directory: Path, output_dir: Path | None = None) -> FinishedRun:
         raise BridgeError(
             f"{output_dir} does not hold the results of recipes/receiver.py: {error!r}"
         ) from None
-    if not keeps:
+    provenance = results["provenance"]
+    if not provenance["arguments"]["keep_payloads"]:
         raise BridgeError(
             f"run {directory} kept no payloads, so there is nothing to replay it from: train with "
             "--keep_payloads on the receiver"
         )
     payloads = KeptPayloads(directory)
+    if payloads.run_id != provenance["run_id"]:
+        raise BridgeError(
+            f"{output_dir} holds the results of another run than {directory}: give the one that "
+            "its receiver wrote to (--output_dir). If a later run wrote to the same directory, the "
+            "results of this one are gone"
+        )
     if payloads.attempt != provenance["attempt"]:
         raise BridgeError(
             f"run {directory} was gone on with (start {payloads.attempt} of its receiver) after "
             f"the results of start {provenance['attempt']}, and has not ended: resume it"
         )
     return FinishedRun(directory=directory, results=results, weights=weights, payloads=payloads)
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """``results.json``, with all that a replay needs of it.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no JSON.
+        KeyError: if something is missing.
+        TypeError: if something is of another type.
+    """
+    results: dict[str, Any] = json.loads(path.read_bytes())
+    for keys, kind in _NEEDED.items():
+        value: Any = results
+        for key in keys:
+            value = value[key]
+        if type(value) is not kind:
+            raise TypeError(f"{'.'.join(keys)} is {value!r}")
+    return results

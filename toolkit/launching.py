@@ -109,6 +109,8 @@ def launch(
     log = output_dir.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+    for variable in ("MASTER_ADDR", "MASTER_PORT"):  # of this process's own launch
+        environment.pop(variable, None)
     if not on_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with log.open("wb") as stream:

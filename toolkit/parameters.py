@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # a module's name below a wrapper
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SharedParameters:
@@ -66,21 +68,23 @@ def shared_parameters(model: nn.Module, backbone: str, head: str) -> SharedParam
     for name, parameter in parts[1].items():
         if id(parameter) in in_backbone:
             raise ValueError(f"{backbone!r} and {head!r} overlap in {name!r}; name disjoint ones")
-    persistent = model.state_dict(keep_vars=True)
+    persistent = set(map(plain_name, model.state_dict(keep_vars=True)))
+    named_buffers = ((plain_name(name), buffer) for name, buffer in model.named_buffers())
     buffers = {
-        plain_name(name): buffer
-        for name, buffer in model.named_buffers()
-        if name in persistent and plain_name(name).startswith((f"{backbone}.", f"{head}."))
+        name: buffer
+        for name, buffer in named_buffers
+        if name in persistent and name.startswith((f"{backbone}.", f"{head}."))
     }
     return SharedParameters(parts[0], parts[1], buffers)
 
 
 def plain_name(name: str) -> str:
-    """The name that a parameter, buffer or module has where no module is compiled.
+    """The name that a parameter, buffer or module has where no module is wrapped.
 
-    ``torch.compile`` puts a module below a wrapper, as ``_orig_mod``.
+    ``torch.compile`` puts a module below a wrapper, and so does activation checkpointing as a
+    plugin of FSDP2 asks for it (``fsdp_activation_checkpointing``).
     """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
 def _parameters_below(model: nn.Module, module_name: str) -> dict[str, nn.Parameter]:

@@ -33,6 +33,7 @@ def provenance(accelerator: Accelerator, args: argparse.Namespace) -> dict[str, 
             "num_threads": torch.get_num_threads(),
             "distributed_type": accelerator.distributed_type.value,
             "mixed_precision": accelerator.mixed_precision,
+            "dynamo_backend": accelerator.state.dynamo_plugin.backend.value,
             "working_directory": os.getcwd(),
         },
     }

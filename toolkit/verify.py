@@ -147,6 +147,11 @@ def verify_run(run: FinishedRun, directory: Path, progress: Progress) -> Verific
             f"the ledger has {len(applied)} payloads that were applied, but results.json has "
             f"{run.results['completed_steps']} steps, {run.results['steps_alone']} of them alone"
         )
+    if replayed["completed_steps"] != run.results["completed_steps"]:
+        warnings.append(
+            f"the replay took {replayed['completed_steps']} steps, and the run "
+            f"{run.results['completed_steps']}"
+        )
     if run.provenance["final_weights_digest"] != digest_tensors(run.weights):
         warnings.append("the weights on the disk are not those that the run wrote at its end")
     return Verification(
@@ -229,7 +234,7 @@ def run_verify(args: argparse.Namespace) -> int:
             Progress(*columns, TimeElapsedColumn(), console=errors) as progress,
         ):
             verification = verify_run(run, directory, progress)
-    except (BridgeError, JobFailedError) as error:
+    except (BridgeError, JobFailedError, OSError) as error:
         if args.json:
             print(json.dumps({"run": args.run_dir, "error": str(error)}))
         errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)

@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 
-from tests.matrix.cases import missing_pairs, read_rows, setting_of
+from tests.matrix.cases import DIMENSIONS, missing_pairs, read_rows, setting_of
 from tests.matrix.running import Run, compare, launch, resting
 from tests.matrix.setting import Setting
 
@@ -23,7 +23,7 @@ def shortened(number: int) -> Setting:
 
 
 TWO_BY_TWO = [n for n, row in enumerate(ROWS) if row["receiver.ranks"] == row["donor.ranks"] == 2]
-CORE = {f"case {number:02d}": shortened(number) for number in TWO_BY_TWO[:6]}
+CORE = {f"case {number:02d}": shortened(number) for number in TWO_BY_TWO[:5]}
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,4 @@ def test_that_every_two_values_that_can_meet_do() -> None:
     assert not missing_pairs(ROWS)
     for dtype in ("float64", "float32"):
         rows = [row for row in ROWS if row["dtype"] == dtype]
-        other = {"float64": "float32", "float32": "float64"}[dtype]
-        left = [
-            pair
-            for pair in missing_pairs(rows)
-            if ("dtype", other) not in pair
-            and not (dtype == "float64" and "bf16" in (pair[0][1], pair[1][1]))
-        ]
-        assert not left, dtype
+        assert not missing_pairs(rows, DIMENSIONS | {"dtype": [dtype]})

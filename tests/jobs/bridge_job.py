@@ -7,6 +7,7 @@ own, and writes every rank's final weights.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -240,11 +241,16 @@ def main() -> None:
         patches = [mock.patch.object(*faults[case.mutation])] if case.mutation else []
         for patch in patches:
             patch.start()
-        with sharding.mode(accelerator, case, args.role):
+        sharded: contextlib.AbstractContextManager[None]
+        if case.prepared and case.sharded in (args.role, "both"):
+            sharded = sharding.fsdp2(accelerator, **sharding.SETTINGS[args.role])
+        else:
+            sharded = contextlib.nullcontext()
+        with sharded:
             model = train(accelerator, case, config)
         for patch in patches:
             patch.stop()
-        state = sharding.full_state(accelerator.unwrap_model(model))
+        state = sharding.full_tensors(accelerator.unwrap_model(model).state_dict())
         rank = accelerator.process_index
         save_file(state, args.output / case.name / f"{args.role}-{rank}.safetensors")
         accelerator.wait_for_everyone()

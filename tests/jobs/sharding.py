@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,13 @@ from toolkit.sharding import full_tensor, is_sharded, local_tensor, shard_like
 
 ROLES = {"h1": "receiver", "h2": "donor"}
 # As configuration files of the launcher would have them: every layer a unit of its own, or all one.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "receiver": {
-        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-        "transformer_cls_names_to_wrap": ["Linear"],
-        "cpu_ram_efficient_loading": True,
-    },
-    "donor": {"auto_wrap_policy": "NO_WRAP"},
+BY_LAYER: dict[str, Any] = {
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_cls_names_to_wrap": ["Linear"],
+    "cpu_ram_efficient_loading": True,
 }
+WHOLE: dict[str, Any] = {"auto_wrap_policy": "NO_WRAP", "cpu_ram_efficient_loading": False}
+SETTINGS = {"receiver": {**BY_LAYER, "activation_checkpointing": True}, "donor": WHOLE}
 
 
 def is_asked_for(case: Case, head: str) -> bool:
@@ -38,17 +37,16 @@ def is_asked_for(case: Case, head: str) -> bool:
 
 
 @contextlib.contextmanager
-def mode(accelerator: Accelerator, case: Case, role: str) -> Iterator[None]:
-    """For the length of a case that asks for it: Accelerate does on the CPU what it does on GPUs.
+def fsdp2(accelerator: Accelerator, **settings: Any) -> Iterator[None]:
+    """For its length, Accelerate does on the CPU what it does on GPUs with these settings.
 
     By itself it makes DistributedDataParallel of an FSDP2 configuration there.
     """
-    if not case.prepared or case.sharded not in (role, "both"):
-        yield
-        return
     before = accelerator.distributed_type
     set_type(accelerator, DistributedType.FSDP)
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **SETTINGS[role])
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **settings)
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
     accelerator.state.fsdp_plugin = plugin
     yield
     set_type(accelerator, before)
@@ -87,10 +85,9 @@ def evaluate(model: nn.Module, features: Tensor, head: str) -> None:
     model(features, head)
 
 
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights, whole. A collective."""
-    state = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
-    return {name: tensor.contiguous() for name, tensor in state.items()}
+def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, whole. A collective where they are sharded."""
+    return {name: full_tensor(tensor).contiguous() for name, tensor in tensors.items()}
 
 
 # -- deliberate faults ----------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Which settings the matrix trains: every pair of values that can meet.
 
-``rows.csv`` holds the rows; ``python -m tests.matrix.cases`` generates them anew. A further value
-(``fsdp2`` as a wrapper, say) is added to its dimension here and to ``job.py``.
+``rows.csv`` holds the rows; ``python -m tests.matrix.cases`` generates them anew.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ SIDE: dict[str, list[Any]] = {
     "accumulation": [1, 3],
     "precision": ["no", "bf16", "fp16"],
     "forward": ["plain", "checkpointed", "compiled"],
-    "wrapper": ["ddp", "static_graph", "bucket_view", "none"],
+    "wrapper": ["ddp", "static_graph", "bucket_view", "fsdp2", "none"],
 }
 COMMON: dict[str, list[Any]] = {
     "dtype": ["float64", "float32"],
@@ -70,6 +69,11 @@ EXCLUSIONS: list[tuple[str, tuple[str, ...], Callable[..., bool]]] = [
             and ranks * accumulation == 1
         ),
     ),
+    (
+        "torch's Adafactor fails on sharded parameters; a donor's does not step",
+        ("optimizer", "receiver.wrapper"),
+        lambda optimizer, wrapper: optimizer == "adafactor" and wrapper == "fsdp2",
+    ),
     *(
         exclusion
         for role in ("receiver", "donor")
@@ -85,9 +89,23 @@ EXCLUSIONS: list[tuple[str, tuple[str, ...], Callable[..., bool]]] = [
                 lambda ranks, batches: ranks == 1 and batches in ("drifting", "padded"),
             ),
             (
-                "one rank has no DDP",
+                "one rank has no DDP, and nobody to share parameters with",
                 (f"{role}.ranks", f"{role}.wrapper"),
-                lambda ranks, wrapper: ranks == 1 and wrapper in ("static_graph", "bucket_view"),
+                lambda ranks, wrapper: ranks == 1 and wrapper not in ("ddp", "none"),
+            ),
+            (
+                "FSDP2 gathers in every micro-step: windows of unequal length would never end",
+                (f"{role}.batches", f"{role}.accumulation", f"{role}.wrapper"),
+                lambda batches, accumulation, wrapper: (
+                    batches == "drifting" and accumulation > 1 and wrapper == "fsdp2"
+                ),
+            ),
+            (
+                "Accelerate makes float32 of what FSDP2 shards in mixed precision",
+                ("dtype", f"{role}.precision", f"{role}.wrapper"),
+                lambda dtype, precision, wrapper: (
+                    dtype == "float64" and precision != "no" and wrapper == "fsdp2"
+                ),
             ),
             (
                 "static_graph fails in torch where some micro-steps do not synchronise",
@@ -146,14 +164,10 @@ def is_possible(row: Row, about: str = "") -> bool:
 
 def generate() -> list[Row]:
     """Rows in which every two values that can meet do: once in float64, once more in float32."""
-    exact: Row = {"dtype": ["float64"]}
-    exact |= {f"{role}.precision": ["no", "fp16"] for role in ("receiver", "donor")}
-    return [
-        row for chosen in (exact, {"dtype": ["float32"]}) for row in cover([], DIMENSIONS | chosen)
-    ]
+    return [row for dtype in COMMON["dtype"] for row in cover([], DIMENSIONS | {"dtype": [dtype]})]
 
 
-def cover(rows: list[Row], dimensions: dict[str, list[Any]], candidates: int = 30) -> list[Row]:
+def cover(rows: list[Row], dimensions: dict[str, list[Any]], candidates: int = 100) -> list[Row]:
     """Further rows, so that with ``rows`` every two values that can meet do.
 
     Greedy, as in Cohen et al., "The AETG System" (1997): each row begins with a pair that is
@@ -171,7 +185,7 @@ def cover(rows: list[Row], dimensions: dict[str, list[Any]], candidates: int = 3
 
 
 def _fill(start: Pair, missing: set[Pair], dimensions: dict[str, list[Any]], random: Random) -> Row:
-    row: Row = dict(start)
+    row: Row = {**_fixed(dimensions), **dict(start)}
     others = [name for name in dimensions if name not in row]
     for name in random.sample(others, len(others)):
         possible = [value for value in dimensions[name] if is_possible(row | {name: value}, name)]
@@ -185,6 +199,10 @@ def _fill(start: Pair, missing: set[Pair], dimensions: dict[str, list[Any]], ran
     return {name: row[name] for name in DIMENSIONS}
 
 
+def _fixed(dimensions: dict[str, list[Any]]) -> Row:
+    return {name: values[0] for name, values in dimensions.items() if len(values) == 1}
+
+
 def _pair(first: tuple[str, Any], second: tuple[str, Any]) -> Pair:
     return (first, second) if first[0] < second[0] else (second, first)
 
@@ -194,13 +212,13 @@ def _pairs(row: Row) -> list[Pair]:
 
 
 def missing_pairs(rows: list[Row], dimensions: dict[str, list[Any]] = DIMENSIONS) -> list[Pair]:
-    """Pairs of values that can meet and do not."""
+    """Pairs of values that can meet, beside those without a choice, and do not."""
     met = {pair for row in rows for pair in _pairs(row)}
     return [
         pair
         for (a, a_values), (b, b_values) in itertools.combinations(dimensions.items(), 2)
         for x, y in itertools.product(a_values, b_values)
-        if is_possible(dict(pair := _pair((a, x), (b, y)))) and pair not in met
+        if is_possible(_fixed(dimensions) | dict(pair := _pair((a, x), (b, y)))) and pair not in met
     ]
 
 

@@ -20,9 +20,11 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from tests.jobs import sharding
 from tests.matrix.joint import with_average
 from tests.matrix.mutations import MUTATIONS, clip_before
 from tests.matrix.overflow import loss_factor
@@ -36,6 +38,7 @@ from tests.matrix.setting import (
     NO_LABEL,
     BatchSampler,
     Setting,
+    Side,
     Silo,
     build_network,
     build_optimizer,
@@ -46,40 +49,51 @@ from toolkit import BridgeConfig, GradientDonor, GradientReceiver
 from toolkit.bridge.config import Role
 
 
+def build_accelerator(side: Side) -> Accelerator:
+    """A fresh one, in the process group that there is."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+    accelerator = Accelerator(
+        cpu=True,
+        mixed_precision=side.precision,
+        gradient_accumulation_steps=side.accumulation,
+        dataloader_config=DataLoaderConfiguration(even_batches=side.batches == "padded"),
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                static_graph=side.wrapper == "static_graph",
+                gradient_as_bucket_view=side.wrapper == "bucket_view",
+            )
+        ],
+    )
+    assert accelerator.num_processes == side.ranks
+    if side.precision == "fp16":  # on a CPU Accelerate would leave both out without a word
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler(
+            "cpu", init_scale=INIT_SCALE, growth_interval=GROWTH_INTERVAL
+        )
+    return accelerator
+
+
 class Job:
     """What Accelerate makes of a setting in one role."""
 
-    def __init__(self, setting: Setting, role: Role) -> None:
-        self.setting, self.role, self.side = setting, role, setting.side(role)
-        side = self.side
-        AcceleratorState._reset_state(reset_partial_state=False)
-        GradientState._reset_state()
-        self.accelerator = accelerator = Accelerator(
-            cpu=True,
-            mixed_precision=side.precision,
-            gradient_accumulation_steps=side.accumulation,
-            dataloader_config=DataLoaderConfiguration(even_batches=side.batches == "padded"),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(
-                    static_graph=side.wrapper == "static_graph",
-                    gradient_as_bucket_view=side.wrapper == "bucket_view",
-                )
-            ],
-        )
-        assert accelerator.num_processes == side.ranks
-        if side.precision == "fp16":  # on a CPU Accelerate would leave both out without a word
-            accelerator.native_amp = True
-            accelerator.scaler = torch.amp.GradScaler(
-                "cpu", init_scale=INIT_SCALE, growth_interval=GROWTH_INTERVAL
-            )
+    def __init__(self, accelerator: Accelerator, setting: Setting, role: Role) -> None:
+        self.accelerator, self.setting, self.role = accelerator, setting, role
+        self.side = side = setting.side(role)
         model: nn.Module = self._network()
         optimizer = build_optimizer(setting, model)
         silo = Silo(setting, role)
         loader = DataLoader(
             silo, batch_sampler=BatchSampler(setting, role), collate_fn=silo.collate
         )
-        self.model = model if side.wrapper == "none" else accelerator.prepare(model)
-        self.optimizer, self.dataloader = accelerator.prepare(optimizer, loader)
+        if side.wrapper == "none":
+            self.model = model
+            self.optimizer, self.dataloader = accelerator.prepare(optimizer, loader)
+        else:
+            self.model, self.optimizer, self.dataloader = accelerator.prepare(
+                model, optimizer, loader
+            )
+        assert isinstance(self.model, FSDPModule) == (side.wrapper == "fsdp2")
         self.final: dict[str, Tensor] = {}
         self.base_lr = self.optimizer.param_groups[0]["lr"]
 
@@ -103,6 +117,7 @@ class Job:
         """The loss of a micro-batch as a user would write it, and its count."""
         reduction, unit = self.setting.loss_reduction, self.setting.unit
         logits = self.model(batch["features"], batch["keys"], HEAD[self.role]).flatten(0, 1)
+        logits = logits.to(getattr(torch, self.setting.dtype))  # FSDP2 gives half precision
         labels = batch["labels"].flatten()
         if unit == "weights":
             losses = F.cross_entropy(logits, labels, reduction="none") * batch["weights"]
@@ -168,7 +183,8 @@ def donate(job: Job, config: BridgeConfig) -> None:
 
 def run(setting: Setting, role: Role, mutation: str, directory: Path) -> None:
     """One run in one role."""
-    job = Job(setting, role)
+    side = setting.side(role)
+    accelerator = build_accelerator(side)
     config = BridgeConfig(
         runs_dir=directory / "runs",
         scope=setting.scope,
@@ -178,22 +194,29 @@ def run(setting: Setting, role: Role, mutation: str, directory: Path) -> None:
         unit=setting.unit,
         require_peer=True,
     )
-    patch: Any = contextlib.nullcontext()
-    if mutation and MUTATIONS[mutation].role == role:
-        mutated = MUTATIONS[mutation]
-        patch = mock.patch.object(mutated.owner, mutated.method, mutated.replacement)
-    with patch:
+    with contextlib.ExitStack() as stack:
+        if mutation and MUTATIONS[mutation].role == role:
+            mutated = MUTATIONS[mutation]
+            stack.enter_context(
+                mock.patch.object(mutated.owner, mutated.method, mutated.replacement)
+            )
+        if side.wrapper == "fsdp2":
+            # A tied tensor cannot be in two units, nor stays one where only rank 0 loads it.
+            is_tied = setting.tied != "no"
+            settings = sharding.WHOLE if is_tied else sharding.SETTINGS[role]
+            stack.enter_context(sharding.fsdp2(accelerator, **settings))
+        job = Job(accelerator, setting, role)
         if role == "donor":
             donate(job, config)
         else:
             steps = receive(job, config, mutation)
             final = {name.replace("_orig_mod.", ""): t for name, t in job.final.items()}
-            rank = job.accelerator.process_index
-            save_file(final, directory / f"receiver-{rank}.safetensors")
-            if job.accelerator.is_main_process:
+            final = sharding.full_tensors(final)
+            save_file(final, directory / f"receiver-{accelerator.process_index}.safetensors")
+            if accelerator.is_main_process:
                 (directory / "steps.json").write_text(json.dumps(steps))
-    job.accelerator.wait_for_everyone()
-    job.accelerator.free_memory()
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
 
 
 def main() -> None:

@@ -64,8 +64,8 @@ def _twice(self: GradientReceiver, tensors: Any, factor: float, w: float) -> Non
 
 
 def _on_one_rank(self: GradientReceiver, tensors: Any, factor: float, w: float) -> None:
-    if self.accelerator.is_main_process:
-        _add(self, tensors, factor, w)
+    """Zeros on the others, which must clip and step the same tensors where they are sharded."""
+    _add(self, tensors, factor if self.accelerator.is_main_process else 0.0, w)
 
 
 def _without_one(job: GradientReceiver, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

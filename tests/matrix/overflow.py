@@ -36,6 +36,16 @@ OVERFLOWS: dict[str, Setting] = {
     for where in ("donor", "receiver", "both")
     for optimizer in ("momentum foreach", "sgd fused", "adamw foreach", "adamw fused")
     for dtype in ("float64", "float32")
+} | {
+    f"overflow on both, {optimizer}, float32, fsdp2": Setting(
+        receiver=Side(ranks=2, precision="fp16", wrapper="fsdp2", accumulation=3),
+        donor=Side(ranks=2, precision="fp16", wrapper="fsdp2"),
+        dtype="float32",
+        optimizer=optimizer,
+        overflow="both",
+        num_steps=20,
+    )
+    for optimizer in ("adamw foreach", "adamw fused")
 }
 
 

@@ -37,7 +37,9 @@ values of the dimensions below that can meet, once in float64 and once more in f
   autocast leaves alone, the scaler only.
 - forward: *compiled* is `torch.compile(model.backbone, backend="eager")`; one further case
   generates code (inductor). wrapper: *none* is a model that is not prepared, whose gradients the
-  bridge reduces itself.
+  bridge reduces itself; *fsdp2* is what Accelerate does on GPUs, made to do it on the CPU
+  (`tests/jobs/sharding.py`): in a receiver every layer is a unit, in a donor, or with tied weights,
+  the model is. Its fp16 and bf16 round parameters and sums over ranks too.
 - dropout: *by sample* makes the mask a function of the sample. tied: two layers of the backbone,
   or one of them and h1. frozen: a layer of the backbone, in one of the jobs.
 - Adafactor takes a constant factor of a whole gradient out again, and padding makes batches even:

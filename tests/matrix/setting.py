@@ -36,7 +36,7 @@ INIT_SCALE, GROWTH_INTERVAL = 2.0**10, 12  # of the loss scaler
 Batches = Literal["last short", "ragged", "drifting", "empty", "padded"]
 Precision = Literal["no", "bf16", "fp16"]
 Forward = Literal["plain", "checkpointed", "compiled", "inductor"]
-Wrapper = Literal["ddp", "static_graph", "bucket_view", "none"]
+Wrapper = Literal["ddp", "static_graph", "bucket_view", "fsdp2", "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

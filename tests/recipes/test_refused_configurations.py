@@ -13,7 +13,10 @@ from tests.recipes.running import ROOT
 from tests.unit.jobs import reset
 
 RECIPES = ["donor", "receiver", "joint", "adversarial", "alternating"]
+WITH_DTYPE = ["donor", "receiver", "joint"]
+PRECISION = "ACCELERATE_MIXED_PRECISION"  # as `accelerate launch` passes it on
 FP16 = "mixed precision fp16 needs a GPU: on device cpu .* in fp32 without a word. Use bf16"
+FLOAT64 = "--dtype float64 with mixed precision bf16: .* Give --mixed_precision no .*float32"
 FSDP = r"FSDP is configured \(ACCELERATE_USE_FSDP=true\), but with 1 process.* train as NO"
 
 
@@ -25,15 +28,19 @@ def fresh_state() -> Iterator[None]:
     reset()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
-    ("flags", "variables", "message"),
+    ("recipe", "flags", "variables", "message"),
     [
-        (["--mixed_precision", "fp16"], {}, FP16),
-        ([], {"ACCELERATE_MIXED_PRECISION": "fp16"}, FP16),  # as `accelerate launch` passes it on
-        ([], {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, FSDP),
+        pytest.param(recipe, flags.split(), variables, message, id=f"{recipe}, {name}")
+        for name, recipes, flags, variables, message in (
+            ("fp16", RECIPES, "--mixed_precision fp16", {}, FP16),
+            ("launched with fp16", RECIPES, "", {PRECISION: "fp16"}, FP16),
+            ("FSDP", RECIPES, "", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, FSDP),
+            ("bf16", WITH_DTYPE, "--dtype float64 --mixed_precision bf16", {}, FLOAT64),
+            ("launched with bf16", WITH_DTYPE, "--dtype float64", {PRECISION: "bf16"}, FLOAT64),
+        )
+        for recipe in recipes
     ],
-    ids=["fp16", "launched with fp16", "FSDP"],
 )
 def test_that_a_recipe_refuses(
     recipe: str,

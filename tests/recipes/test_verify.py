@@ -38,6 +38,7 @@ class Verify:
 @pytest.fixture
 def verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Verify:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("MASTER_PORT", "29500")  # as a shell has it where several processes meet
     return Verify(capsys)
 
 
@@ -58,7 +59,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return recipes.path()
 
 
-def test_a_run_that_was_killed_and_resumed(resumed: Path) -> None:
+def test_a_run_that_was_killed_and_resumed(resumed: Path, tmp_path: Path) -> None:
     ledgers = sorted(path.name for path in (resumed / "0001" / LEDGERS).glob("ledger-*"))
     assert ledgers == ["ledger-0001.jsonl", "ledger-0002.jsonl"]
     done = subprocess.run(
@@ -66,7 +67,7 @@ def test_a_run_that_was_killed_and_resumed(resumed: Path) -> None:
         capture_output=True,
         text=True,
         cwd=resumed.parent,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "TMPDIR": str(tmp_path)},
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
@@ -76,6 +77,7 @@ def test_a_run_that_was_killed_and_resumed(resumed: Path) -> None:
     assert "warning" not in done.stdout
     assert "checking payloads" in done.stderr
     assert [path.name for path in resumed.iterdir()] == ["0001"], "the replay leaves nothing behind"
+    assert not list(tmp_path.glob("gradient-bridge-*")), "the replay leaves nothing behind"
 
 
 @pytest.mark.slow
@@ -153,6 +155,24 @@ def break_ledger(run: Path) -> None:
         file.write("{}\n")
 
 
+def write_results_of_another_run(run: Path) -> None:
+    path = run / "receiver" / "results.json"
+    results = json.loads(path.read_bytes())
+    results["provenance"]["run_id"] = "another"
+    path.write_text(json.dumps(results))
+
+
+def forget_the_ranks(run: Path) -> None:
+    path = run / "receiver" / "results.json"
+    results = json.loads(path.read_bytes())
+    del results["num_processes"]
+    path.write_text(json.dumps(results))
+
+
+def forget_the_weights(run: Path) -> None:
+    (run / "receiver" / "model.safetensors").unlink()
+
+
 @pytest.mark.parametrize(
     ("meddle", "phrases"),
     [
@@ -161,6 +181,9 @@ def break_ledger(run: Path) -> None:
         (put_another_payload_in_its_place, ["payload 3 (", "sequence is 4, expected 3"]),
         (forget_the_flag, ["kept no payloads", "train with --keep_payloads on the receiver"]),
         (forget_the_end, ["has not ended", "results.json", "Resume the receiver"]),
+        (forget_the_weights, ["has not ended: there is no ", "receiver/model.safetensors. Resume"]),
+        (forget_the_ranks, ["does not hold the results of recipes/receiver.py", "num_processes"]),
+        (write_results_of_another_run, ["holds the results of another run", "--output_dir"]),
         (begin_again, ["was gone on with (start 3", "results of start 2", "resume it"]),
         (break_ledger, ["ledger-0002.jsonl is no line of a ledger"]),
     ],
@@ -176,6 +199,7 @@ def test_what_cannot_be_replayed(
     for phrase in phrases:
         assert phrase in error
     assert f"error: {error}" in err
+    assert "replaying" not in error, "it began before it looked"
 
 
 def test_a_run_that_is_not_there(verify: Verify) -> None:
@@ -183,6 +207,13 @@ def test_a_run_that_is_not_there(verify: Verify) -> None:
 
     assert (status, out) == (2, "")
     assert "there is no run '0007': looked for 0007 and mine/0007" in err
+
+
+def test_what_the_system_refuses_is_no_verdict_on_the_weights(verify: Verify) -> None:
+    status, out, err = verify("7" * 300)
+
+    assert (status, out) == (2, "")
+    assert "File name too long" in err
 
 
 def test_a_changed_weight(copied: Path, verify: Verify) -> None:
@@ -193,13 +224,19 @@ def test_a_changed_weight(copied: Path, verify: Verify) -> None:
     status, out, err = verify(copied)
 
     assert status == 1, out + err
+    assert "replaying" in err
     assert "not those that the run wrote" in out
     assert "tensors that differ: heads.h1.weight (by " in out
     assert "the replay had other weights" not in out
+    assert "the receiver was started 2 times; the replay has the arguments of the last" in out
 
 
 def test_a_changed_ledger(copied: Path, verify: Verify) -> None:
-    """Two payloads change places, each with its own digest."""
+    """Two payloads change places, each with its own digest; the results tell of one step more."""
+    results_path = copied / "receiver" / "results.json"
+    results = json.loads(results_path.read_bytes())
+    results["provenance"]["environment"]["torch"] = "1.0"
+    results_path.write_text(json.dumps(results | {"completed_steps": 61}))
     path = copied / LEDGERS / "ledger-0001.jsonl"
     entries: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
     entries[3]["receiver_step"], entries[4]["receiver_step"] = 4, 3
@@ -212,3 +249,9 @@ def test_a_changed_ledger(copied: Path, verify: Verify) -> None:
     assert 0 < figures["largest_difference"] == max(figures["differences"].values())
     assert "backbone" in next(iter(figures["differences"]))
     assert figures["departed_at"] == 4
+    assert figures["warnings"] == [
+        f"torch: the run had 1.0, the replay has {torch.__version__}; bits may differ",
+        "the ledger has 60 payloads that were applied, but results.json has 61 steps, 0 of them "
+        "alone",
+        "the replay took 60 steps, and the run 61",
+    ]

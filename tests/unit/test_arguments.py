@@ -59,7 +59,6 @@ def test_values() -> None:
         ("--dataset_split test", "--dataset_split is about data of your own"),
         ("--dataset_name x --num_classes 2 3 --image_shape 2 8 8", "1 or 3 channels, got 2"),
         ("--num_warmup_steps 3", "--num_warmup_steps needs a schedule"),
-        ("--dtype float64 --mixed_precision bf16", "excludes --mixed_precision bf16"),
         ("--checkpoints_total_limit 2", "needs --checkpointing_steps"),
     ],
 )

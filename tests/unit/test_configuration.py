@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, ParallelismConfig
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from tests.jobs.sharding import set_type
 from tests.unit.jobs import reset
-from toolkit.configuration import check_configuration
+from toolkit.configuration import check_configuration, check_one_scaled_optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -85,9 +88,57 @@ def test_that_ranks_which_share_a_batch_are_refused() -> None:
         check_configuration(accelerator, may_shard=True)
 
 
+def launched_alone(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    """Set what the launcher gives to the one process that it starts by itself."""
+    parsed = launch_command_parser().parse_args([*options, "script.py"])
+    args = _validate_launch_command(parsed)[0]
+    assert not args.multi_gpu or args.cpu, "this would start several processes"
+    for name, value in prepare_simple_launcher_cmd_env(args)[1].items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("way", ["flags", "MULTI_CPU", "CPU beside a GPU configuration"])
+def test_that_one_process_where_several_were_asked_for_is_refused(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config.yaml"
+    kind = "MULTI_CPU" if way == "MULTI_CPU" else "MULTI_GPU"
+    config.write_text(f"distributed_type: {kind}\nnum_processes: 2\nuse_cpu: true\n")
+    several = {
+        "flags": ["--cpu", "--num_processes=2"],
+        "MULTI_CPU": [f"--config_file={config}"],
+        "CPU beside a GPU configuration": ["--cpu", f"--config_file={config}"],
+    }
+    launched_alone(monkeypatch, "--cpu", "--num_processes=1")
+    check_configuration(Accelerator(cpu=True))
+    launched_alone(monkeypatch, *several[way])
+    with pytest.raises(ValueError, match=r"several processes .* has started one .*cpu_2proc.yaml"):
+        check_configuration(Accelerator(cpu=True))
+    monkeypatch.setenv("PMI_SIZE", "2")  # mpirun starts the others
+    check_configuration(Accelerator(cpu=True))
+
+
+def test_that_optimizers_that_share_a_loss_scaler_are_refused() -> None:
+    accelerator = Accelerator(cpu=True)
+    for _ in range(2):
+        accelerator.prepare(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1))
+    check_one_scaled_optimizer(accelerator)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(ValueError, match="2 optimizers share one loss scaler"):
+        check_one_scaled_optimizer(accelerator)
+
+
 def test_that_fp16_without_a_scaler_is_refused() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="fp16")
     with pytest.raises(ValueError, match=r"fp16 needs a GPU: on device cpu .* in fp32"):
         check_configuration(accelerator)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     check_configuration(accelerator)
+
+
+def test_that_float64_in_mixed_precision_is_refused_where_a_recipe_says_so() -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    check_configuration(accelerator, dtype="float32")
+    check_configuration(accelerator)  # a bridge's model may have parts in either
+    with pytest.raises(ValueError, match=r"float64 with mixed precision bf16: .*--dtype float32"):
+        check_configuration(accelerator, dtype="float64")

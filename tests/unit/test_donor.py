@@ -126,6 +126,26 @@ def test_that_a_window_that_is_not_used_is_not_lost(start: Callable[..., DonorAl
     assert job.payload(0).header.receiver_step == 0
 
 
+@pytest.mark.parametrize(
+    ("num_samples", "factor", "scale_after"),
+    [(9, 1.0, 2.0**10), (9, 1e38, 2.0**9), (0, 0.0, 2.0**10)],
+    ids=["finite", "overflow", "no samples"],
+)
+def test_that_only_an_overflow_lowers_the_loss_scale(
+    start: Callable[..., DonorAlone], num_samples: int, factor: float, scale_after: float
+) -> None:
+    job = start(loss_reduction="sum")
+    job.network.float()
+    job.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    job.publish_weights(0, 0.1)
+    inputs, labels = next(job.donor.follow(loader(job, 9)))
+    loss = F.cross_entropy(job.model(inputs.float(), "h2"), labels, reduction="sum") * factor
+    job.donor.backward(loss, num_samples)
+    assert job.donor.publish()
+    assert job.payload(0).header.kind == ("gradient" if factor == 1.0 else "skip")
+    assert job.accelerator.scaler.get_scale() == scale_after
+
+
 def test_that_gradients_of_another_model_are_noticed(start: Callable[..., DonorAlone]) -> None:
     job = start()
     other = build_network(Case(), ("h2",))

@@ -172,6 +172,7 @@ def test_that_a_line_cut_short_by_a_kill_is_left_out(attempts: Attempts) -> None
         '{"sequence": 1, "fate": "eaten", "receiver_step": 1}',
         '{"sequence": "1", "fate": "applied", "receiver_step": 1}',
         '{"sequence": 1, "fate": "applied", "receiver_step": 1, "more": 1}',
+        '{"sequence": 1, "fate": "applied", "receiver_step": 1, "digest": 1}',
         '{"resumed_attempt": 0}',
         '{"resumed_attempt": 0, "receiver_step": 0.5}',
     ],
@@ -191,3 +192,12 @@ def test_that_attempts_cannot_go_on_from_each_other_for_ever(attempts: Attempts)
 
     with pytest.raises(BridgeError, match="goes on from attempt 2, which came after it"):
         read_path(attempts.run_dir, 2)
+
+
+def test_that_a_trail_that_is_no_text_is_refused(attempts: Attempts) -> None:
+    trail_path(attempts.run_dir, 1).write_bytes(b"\xff\xfe\n")
+    trail_path(attempts.run_dir, 2).mkdir()
+
+    for attempt in (1, 2):
+        with pytest.raises(BridgeError, match=rf"ledger-000{attempt}.jsonl cannot be read: "):
+            read_path(attempts.run_dir, attempt)

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    ActivationWrapper,
+    apply_activation_checkpointing,
+)
 
 from toolkit.parameters import (
     check_in_optimizer,
@@ -120,6 +124,18 @@ def test_that_a_compiled_module_keeps_its_plain_names() -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"no module 'trunk'; it has backbone, backbone\.0"):
         shared_parameters(net, "trunk", "heads.h2")
+
+
+def test_that_a_checkpointed_module_keeps_its_plain_names_and_buffers() -> None:
+    # Accelerate wraps so, and the buffers of such a module would not cross.
+    plain, net = shared_parameters(Net(), "backbone", "heads.h2"), Net()
+    apply_activation_checkpointing(net, check_fn=lambda m: not isinstance(m, (Net, nn.ModuleDict)))
+    assert isinstance(net.backbone[0], ActivationWrapper), "this test says nothing"
+
+    shared = shared_parameters(net, "backbone", "heads.h2")
+
+    assert shared.schema() == plain.schema()
+    assert list(shared.weights) == list(plain.weights)
 
 
 def test_that_equal_schemas_do_not_differ() -> None:

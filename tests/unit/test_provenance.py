@@ -57,8 +57,10 @@ def test_that_only_what_the_weights_depend_on_is_repeated(monkeypatch: pytest.Mo
 def test_that_the_environment_is_what_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["receiver.py"])
     reset()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     recorded = provenance(Accelerator(cpu=True), parse_arguments())["environment"]
 
     assert recorded["torch"] == torch.__version__
     assert (recorded["device"], recorded["mixed_precision"]) == ("cpu", "no")
-    assert recorded["num_threads"] == torch.get_num_threads()
+    assert recorded["dynamo_backend"] == "NO"
+    assert recorded["num_threads"] == 3

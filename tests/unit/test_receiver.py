@@ -183,6 +183,19 @@ def test_that_fused_sgd_with_momentum_is_refused(job: ReceiverAlone, tmp_path: P
     GradientReceiver(job.accelerator, job.model, optimizer, config).close()
 
 
+def test_that_an_overflow_of_another_optimizer_cannot_pass_for_one_of_this(
+    start: Callable[..., ReceiverAlone], tmp_path: Path
+) -> None:
+    """The payload would have been applied, and would be applied again."""
+    job = start(init_scale=2.0**10)
+    job.accelerator.prepare(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1))
+    with pytest.raises(ValueError, match="2 optimizers share one loss scaler"):
+        GradientReceiver(
+            job.accelerator, job.model, job.optimizer, BridgeConfig(runs_dir=tmp_path / "second")
+        )
+    assert not (tmp_path / "second").exists()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_that_a_payload_outlives_an_overflow(
     start: Callable[..., ReceiverAlone], fused: bool

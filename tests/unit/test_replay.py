@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.unit.jobs import ReceiverAlone, reset
 from toolkit.bridge.errors import BridgeError
-from toolkit.bridge.ledger import Entry
+from toolkit.bridge.ledger import Entry, trail_path
 from toolkit.bridge.payload import parse_record, write_record
 from toolkit.bridge.replay import KeptPayloads
 from toolkit.parameters import same_bits
@@ -217,6 +217,19 @@ def test_that_what_is_no_run_is_refused(start: Start, tmp_path: Path) -> None:
     with pytest.raises(BridgeError, match="is no run of the bridge"):
         start("replay", replay=tmp_path / "absent" / "0001")
     assert not (tmp_path / "replay").exists()
+
+
+def test_that_what_a_replay_needs_outlives_a_crash_of_the_machine(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
+    job = start("runs", keep_payloads=True)
+    take_step(job, 0.3)
+    kept = job.receiver.transport.kept_path("donor", 0)
+
+    for path in (trail_path(job.receiver.run_dir, 1), kept, kept.parent):
+        assert path.stat().st_ino in synced, path
 
 
 def test_that_fates_are_in_the_order_of_the_run(run: Run) -> None:

@@ -75,6 +75,13 @@ def test_that_other_meshes_are_refused(mesh: DeviceMesh) -> None:
     refuses(hybrid, r"'weight' lies on a device mesh of shape \(1, 1\).* no hybrid")
 
 
+def test_that_parameters_on_another_device_than_their_mesh_are_refused(mesh: DeviceMesh) -> None:
+    """As CPUOffloadPolicy has them beside a GPU."""
+    elsewhere = nn.Linear(3, 2, device="meta")
+    fully_shard(elsewhere, mesh=mesh)
+    refuses(elsewhere, r"'weight' is offloaded to device meta: .* Leave out CPUOffloadPolicy")
+
+
 def test_that_a_tensor_nobody_reduces_is_refused(mesh: DeviceMesh) -> None:
     model = nn.Linear(3, 2)
     model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Replicate()]))

@@ -277,7 +277,8 @@ class GradientDonor(BridgeJob):
                 sums[name] = (grad * (window.sum_factor / window.scale)).cpu().contiguous()
         local = all_finite(sums.values()) and window.count > 0 and math.isfinite(window.loss)
         finite = self.control.agree(local)
-        self._loss_scale.update(finite, window.scale)
+        if window.count:  # a window without samples says nothing about the scale
+            self._loss_scale.update(finite, window.scale)
         self._published_windows += 1
         if self.accelerator.is_main_process:
             if not finite:

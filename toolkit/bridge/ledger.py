@@ -107,9 +107,12 @@ def read_path(run_dir: Path, attempt: int) -> list[Entry]:
 
 
 def _read_lines(trail: Path) -> list[Entry | Resumption]:
-    if not trail.exists():  # of an attempt that settled no payload
+    try:
+        text = trail.read_text(encoding="utf-8")
+    except FileNotFoundError:  # of an attempt that settled no payload
         return []
-    text = trail.read_text()
+    except (OSError, ValueError) as error:
+        raise BridgeError(f"{trail} cannot be read: {error}") from None
     # A kill can cut the last line short; no checkpoint was saved after that.
     return [_parse(trail, number, line) for number, line in enumerate(text.split("\n")[:-1], 1)]
 
@@ -121,6 +124,8 @@ def _parse(trail: Path, number: int, line: str) -> Entry | Resumption:
         for name in {"sequence", "receiver_step", "resumed_attempt"} & set(fields):
             if type(fields[name]) is not int:
                 raise TypeError(f"{name} is {fields[name]!r}")
+        if type(fields.get("digest", "")) is not str:
+            raise TypeError(f"digest is {fields['digest']!r}")
         if isinstance(found, Entry) and found.fate not in get_args(Fate):
             raise ValueError(f"fate {found.fate!r} is unknown")
     except (ValueError, TypeError) as error:

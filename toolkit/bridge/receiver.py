@@ -29,6 +29,7 @@ from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.rescaling import rescale_factors
 from toolkit.bridge.retention import CheckpointCursors
+from toolkit.configuration import check_one_scaled_optimizer
 from toolkit.parameters import (
     check_head_rests,
     check_takes_late_gradients,
@@ -63,8 +64,9 @@ class GradientReceiver(BridgeJob):
         output_dir: where this job's results belong.
 
     Raises:
-        ValueError: for an unknown module, shared parameters that the optimizer lacks, or fused SGD
-            with momentum, which fails in torch after a step without a payload.
+        ValueError: for an unknown module, shared parameters that the optimizer lacks, several
+            optimizers under one loss scaler, or fused SGD with momentum, which fails in torch after
+            a step without a payload.
         BridgeError: for a run that cannot be joined, or a job that is launched in a way that is not
             supported.
     """
@@ -74,6 +76,7 @@ class GradientReceiver(BridgeJob):
     def _attach(self) -> None:
         check_head_rests(self.shared.head)
         check_takes_late_gradients(self.optimizer)
+        check_one_scaled_optimizer(self.accelerator)
         replay = self.config.replay
         self._kept = KeptPayloads(Path(replay)) if replay is not None else None
         super()._attach()
@@ -395,11 +398,12 @@ class GradientReceiver(BridgeJob):
             model_state: the final weights by plain parameter name.
 
         Returns:
-            ``attempt``, which start of the receiver this is; the digest of the shared weights at
-            step 0 and of all weights at the end; in a replay ``departed_at``, as :class:`Replay`
-            has it.
+            ``run_id``; ``attempt``, which start of the receiver this is; the digest of the shared
+            weights at step 0 and of all weights at the end; in a replay ``departed_at``, as
+            :class:`Replay` has it.
         """
-        evidence = {
+        evidence: dict[str, Any] = {
+            "run_id": self.run_id,
             "attempt": self.attempt,
             "initial_weights_digest": self._initial_digest,
             "final_weights_digest": digest_tensors(model_state),

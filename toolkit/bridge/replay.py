@@ -28,6 +28,7 @@ class KeptPayloads:
         run_dir: the run's directory.
 
     Attributes:
+        run_id: of the run.
         attempt: the receiver's newest start, which reached the weights.
         path: the fates on the way, in order; those of a start that was gone back behind are not.
 
@@ -38,7 +39,7 @@ class KeptPayloads:
     def __init__(self, run_dir: Path) -> None:
         self._transport = DirectoryTransport(run_dir / "bridge")
         try:
-            self._run_id = str(json.loads((run_dir / "bridge" / "run.json").read_bytes())["run_id"])
+            self.run_id = str(json.loads((run_dir / "bridge" / "run.json").read_bytes())["run_id"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BridgeError(f"{run_dir} is no run of the bridge: {error}") from None
         self.attempt = newest_attempt(run_dir, "receiver")
@@ -59,7 +60,7 @@ class KeptPayloads:
         path = self._transport.kept_path("donor", sequence)
         try:
             record = parse_record(path.read_bytes())
-            check_identity(record.header, run_id=self._run_id, job="donor", sequence=sequence)
+            check_identity(record.header, run_id=self.run_id, job="donor", sequence=sequence)
         except OSError as error:
             raise BridgeError(
                 f"payload {sequence} was applied but is not kept: {error}. Every start of the "

@@ -61,6 +61,7 @@ def test_that_the_environment_is_what_bits_depend_on(monkeypatch: pytest.MonkeyP
     recorded = provenance(Accelerator(cpu=True), parse_arguments())["environment"]
 
     assert recorded["torch"] == torch.__version__
+    assert recorded["python"] == sys.version.split()[0]
     assert (recorded["device"], recorded["mixed_precision"]) == ("cpu", "no")
     assert recorded["dynamo_backend"] == "NO"
     assert recorded["num_threads"] == 3

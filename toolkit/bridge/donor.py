@@ -107,7 +107,7 @@ class GradientDonor(BridgeJob):
         self.receiver = PeerWatch(self.transport, "receiver")
         read = functools.partial(self._read, "receiver")
         self._inbox = WeightsInbox(self.job, self.transport, read)
-        if not self.config.follows:
+        if self.config.has_own_weights:
             self._own_weights = self._open_stream(stream_of(self.job))
         return self._inbox.completed_windows
 
@@ -440,8 +440,9 @@ class GradientDonor(BridgeJob):
         return dataclasses.replace(self._header("end"), weights_digest="")
 
     def close(self) -> None:
-        """Publish this job's last weights, if it trains by itself, and its end, and leave."""
-        if not self._closed and not self.config.follows:
+        """Publish this job's last weights, if it trained by itself, and its end, and leave."""
+        is_own = not self.config.follows or (self._is_alone and self.windows_alone)
+        if not self._closed and is_own and self.config.has_own_weights:
             self._publish_own_weights()
         super().close()
 

@@ -70,8 +70,7 @@ def runs_of(name: str, setting: Setting, directory: Path, *, is_mutated: bool = 
     runs = [Run(setting, directory / name)]
     if is_mutated:
         for number, mutation in enumerate(mutations_of(setting)):
-            # A wrong mean over batches of one size is a constant factor, which Adafactor takes out.
-            steps = UNEQUAL_STEPS if mutation.startswith("mean") else MUTATED_STEPS
+            steps = UNEQUAL_STEPS if "mean of means" in mutation else MUTATED_STEPS
             steps = steps if setting.overflow == "no" else setting.num_steps
             short = dataclasses.replace(setting, num_steps=steps)
             runs.append(Run(short, directory / f"{name}-{number}", mutation))

@@ -45,6 +45,7 @@ from toolkit.training import (
     clean_errors,
     configure_logging,
     describe_accuracies,
+    final_weights,
     find_checkpoint,
     output_directory,
     save_checkpoint,
@@ -308,7 +309,7 @@ def main() -> None:
         "num_processes": accelerator.num_processes,
         "seconds": time.monotonic() - start_time,
     }
-    write_results(output_dir, results, accelerator.get_state_dict(model))
+    write_results(output_dir, results, final_weights(accelerator, model))
     if accelerator.is_main_process:
         Console().print(changes.table())
     logger.info(f"accuracy: {describe_accuracies(accuracies)}")

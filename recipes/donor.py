@@ -44,6 +44,7 @@ from toolkit.training import (
     configure_logging,
     describe_accuracies,
     evaluate,
+    final_weights,
     save_checkpoint,
     write_results,
 )
@@ -203,7 +204,7 @@ def main() -> None:
         "published": donor.published_windows,
         "windows_alone": donor.windows_alone,
     }
-    write_results(output_dir, results, accelerator.get_state_dict(model))
+    write_results(output_dir, results, final_weights(accelerator, model))
     logger.info(f"accuracy: {describe_accuracies(accuracies)}")
     logger.info(f"windows: {donor.published_windows} published, {donor.windows_alone} alone")
     logger.info(f"results: {output_dir}; curves: tensorboard --logdir {donor.run_dir.parent}")

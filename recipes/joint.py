@@ -53,6 +53,7 @@ from toolkit.training import (
     clean_errors,
     configure_logging,
     evaluate,
+    final_weights,
     find_checkpoint,
     output_directory,
     save_checkpoint,
@@ -282,7 +283,7 @@ def main() -> None:
         "num_processes": num_processes,
         "seconds": time.monotonic() - start_time,
     }
-    write_results(output_dir, results, accelerator.get_state_dict(model))
+    write_results(output_dir, results, final_weights(accelerator, model))
     described = [f"{tag} {value:.4g}" for tag, value in tasks.tagged(found).items()]
     logger.info(", ".join(described) or "no labels")
     logger.info(f"results: {output_dir}; curves: tensorboard --logdir {output_dir}")

@@ -50,6 +50,7 @@ from toolkit.training import (
     configure_logging,
     describe_accuracies,
     evaluate,
+    final_weights,
     save_checkpoint,
     write_results,
 )
@@ -206,7 +207,7 @@ def main() -> None:
     # -- results --------------------------------------------------------------------------------
     progress.close()
     accuracies = measure()
-    state = accelerator.get_state_dict(model)
+    state = final_weights(accelerator, model)
     results = {
         "recipe": "receiver",
         "accuracies (%)": accuracies,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from toolkit.bridge.errors import BridgeError
 from toolkit.data import NO_LABEL, to_dtype
 from toolkit.multitask import CLASSES, Kind
+from toolkit.parameters import plain_name
 
 _SAVING = ".saving-"  # prefix of a checkpoint that is not complete yet
 
@@ -236,6 +237,15 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.name[5:]))
 
 
+def final_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """A prepared model's state by plain name, whatever wraps its modules. A collective.
+
+    Where FSDP has sharded the model, the main process alone gets it.
+    """
+    state = accelerator.get_state_dict(model)
+    return {plain_name(name): tensor for name, tensor in state.items()}
+
+
 def write_results(
     output_dir: Path, results: Mapping[str, Any], model_state: Mapping[str, Tensor]
 ) -> None:
@@ -246,7 +256,7 @@ def write_results(
     Args:
         output_dir: is made if there is none.
         results: fit for JSON.
-        model_state: by plain parameter name, as ``accelerator.get_state_dict(model)`` gives it.
+        model_state: as :func:`final_weights` gives it.
     """
     if not PartialState().is_main_process:
         return

@@ -47,6 +47,7 @@ from tests.matrix.setting import (
 )
 from toolkit import BridgeConfig, GradientDonor, GradientReceiver
 from toolkit.bridge.config import Role
+from toolkit.parameters import plain_name
 
 
 def build_accelerator(side: Side) -> Accelerator:
@@ -210,7 +211,7 @@ def run(setting: Setting, role: Role, mutation: str, directory: Path) -> None:
             donate(job, config)
         else:
             steps = receive(job, config, mutation)
-            final = {name.replace("_orig_mod.", ""): t for name, t in job.final.items()}
+            final = {plain_name(name): tensor for name, tensor in job.final.items()}
             final = sharding.full_tensors(final)
             save_file(final, directory / f"receiver-{accelerator.process_index}.safetensors")
             if accelerator.is_main_process:

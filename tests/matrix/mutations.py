@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tests.matrix.setting import MAX_GRAD_NORM, Setting, Side
+from tests.matrix.joint import count, windows
+from tests.matrix.setting import MAX_GRAD_NORM, Setting, Side, Silo
 from toolkit import GradientDonor, GradientReceiver
 from toolkit.bridge.accumulation import Window, WindowAccumulator
 from toolkit.bridge.config import Role
@@ -36,14 +38,16 @@ class Mutation:
     method: str
     replacement: Callable[..., Any]
     matters: Callable[[Setting], bool] = lambda setting: True
-    is_constant_factor: bool = False
+    is_constant_factor: bool | Callable[[Setting], bool] = False
 
     def has_effect(self, setting: Setting) -> bool:
         """Whether a setting ends elsewhere with it."""
         is_invariant = (
             setting.optimizer == "adafactor" and setting.scope == "head" and not setting.clip
         )
-        return self.matters(setting) and not (self.is_constant_factor and is_invariant)
+        constant = self.is_constant_factor
+        is_constant = constant(setting) if callable(constant) else constant
+        return self.matters(setting) and not (is_constant and is_invariant)
 
 
 def _payload(change: Callable[[Injector, dict[str, Tensor]], dict[str, Tensor]]) -> Any:
@@ -140,6 +144,12 @@ def _has_unequal_counts(role: Role) -> Callable[[Setting], bool]:
     return lambda setting: setting.unit != "samples" or setting.side(role).batches != "padded"
 
 
+def _has_one_count(setting: Setting) -> bool:
+    """Whether all windows of the donor have as many samples: where each is a whole epoch."""
+    silo, some = Silo(setting, "donor"), itertools.islice(windows(setting, "donor"), 6)
+    return len({count(setting, silo, window) for window in some}) == 1
+
+
 def _mutations() -> dict[str, Mutation]:
     receiver, donor = GradientReceiver, GradientDonor
     found = {
@@ -180,7 +190,9 @@ def _mutations() -> dict[str, Mutation]:
             "donor", donor, "_publish_window", _scale_published,
             _on_side("donor", lambda side: side.precision == "fp16"), is_constant_factor=True,
         ),
-        "mean for sum": Mutation("donor", donor, "_publish_window", _mean_published),
+        "mean for sum": Mutation(
+            "donor", donor, "_publish_window", _mean_published, is_constant_factor=_has_one_count
+        ),
         "stale by one": Mutation("donor", donor, "_load", _stale),
     }  # fmt: skip
     roles: tuple[Role, Role] = ("receiver", "donor")

@@ -6,6 +6,7 @@ import argparse
 import json
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,16 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 from toolkit.data import NO_LABEL, make_dataset
 from toolkit.training import (
     CompletedSteps,
     banner,
     evaluate,
+    final_weights,
     find_checkpoint,
     new_output_dir,
     output_directory,
@@ -117,3 +122,13 @@ def test_results(tmp_path: Path) -> None:
     assert stat.S_IMODE(weights.stat().st_mode) == stat.S_IMODE(
         (tmp_path / "out" / "results.json").stat().st_mode
     )
+
+
+def test_that_final_weights_have_plain_names() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    apply_activation_checkpointing(model)
+    compiled: Any = torch.compile(model[1], backend="eager")
+    model[1] = compiled
+    accelerator = Accelerator(cpu=True)
+    names = list(final_weights(accelerator, accelerator.prepare(model)))
+    assert names == ["0.weight", "0.bias", "1.weight", "1.bias"]

@@ -12,10 +12,12 @@ from typing import Literal, get_args
 from toolkit.aggregation import find_rule
 from toolkit.bridge.rescaling import LossReduction, RescaleRule, check_rule
 
-Exchange = Literal["gradient", "delta"]
+Exchange = Literal["gradient", "delta", "distill"]
+DistillLoss = Literal["kl", "mse"]
 Scope = Literal["all", "head"]
 Role = Literal["donor", "receiver"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
+DISTILL_LOSSES: tuple[DistillLoss, ...] = get_args(DistillLoss)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 TAKEN_NAMES = ("receiver", "bridge", "heads")  # of other directories of a run
 JOB_NAME = re.compile(r"[A-Za-z][\w-]*")
@@ -32,12 +34,14 @@ class BridgeConfig:
     runs_dir: str | Path = "runs"  # the directory that the jobs share
     run: str | None = None  # attach to this run of it; None: the newest that waits for this job
     resume_from_checkpoint: str | Path | None = None  # reattach to the run of this checkpoint
-    exchange: Exchange = "gradient"  # what crosses: gradients, or differences of weights
+    exchange: Exchange = "gradient"  # what crosses: gradients, differences, weights
     scope: Scope = "all"  # what of it: backbone and head, or the head's only
     max_staleness: int = 0  # receiver steps that a payload may come late; 0: lockstep
     local_steps: int = 32  # delta: steps of either job between two exchanges
     outer_learning_rate: float = 1.0  # delta, receiver: of the outer step
     outer_momentum: float = 0.0  # delta, receiver: Nesterov momentum of the outer step
+    distill_loss: DistillLoss = "kl"  # distill, receiver: how far it is from its teacher
+    temperature: float = 2.0  # distill, receiver: that classes are softened by in "kl"
     rescale: RescaleRule = "match"  # how the donor's sum meets the receiver's batch
     donor_weight: float | Mapping[str, float] = 1.0  # lambda of the donors' losses, or by head
     donor_name: str = "donor"  # donor: its name in the run; several donors have different ones
@@ -70,6 +74,8 @@ class BridgeConfig:
             )
         if self.exchange == "delta":
             self._check_delta()
+        if self.exchange == "distill":
+            self._check_distill()
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
         weight = self.donor_weight
@@ -126,6 +132,30 @@ class BridgeConfig:
                 f"checkpoint_interval {interval} must be a multiple of local_steps "
                 f"({self.local_steps}): a checkpoint between two exchanges loses the donor's steps"
             )
+
+    def _check_distill(self) -> None:
+        reasons = {
+            "scope": "a teacher's loss moves the backbone too",
+            "rescale": "the teacher looks at the receiver's own samples, whose number is one",
+            "aggregate": "both losses go through one backward, which gives one gradient",
+            "max_staleness": "no step waits for a donor",
+            "keep_payloads": "a teacher is replaced when it is read, and no record says when",
+            "replay": "a teacher is replaced when it is read, and no record says when",
+        }
+        for name, reason in reasons.items():
+            value = getattr(self, name)
+            if value != (default := type(self).__dataclass_fields__[name].default):
+                raise ValueError(
+                    f"{name} {value!r} has no meaning for exchange 'distill': {reason}. Leave it "
+                    f"at {default!r}, or use exchange 'gradient'"
+                )
+        if self.distill_loss not in DISTILL_LOSSES:
+            raise ValueError(
+                f"distill_loss {self.distill_loss!r} is unknown; choose one of "
+                f"{list(DISTILL_LOSSES)}"
+            )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
 
     @property
     def payload_age(self) -> int:

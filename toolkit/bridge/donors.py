@@ -16,7 +16,7 @@ from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.ledger import Entry
 from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.payload import Record
-from toolkit.bridge.transport import DirectoryTransport
+from toolkit.bridge.transport import WEIGHTS_SUFFIX, DirectoryTransport
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ class Donors:
     def discover(self) -> None:
         """Take in the donors that have come since the last call."""
         for name in self._transport.jobs():
-            if name != "receiver" and name not in self._donors:
+            is_donor = name != "receiver" and not name.endswith(WEIGHTS_SUFFIX)
+            if is_donor and name not in self._donors:
                 self._add(name)
 
     def _add(self, name: str) -> None:

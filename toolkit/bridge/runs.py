@@ -34,7 +34,7 @@ from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.liveness import BEAT_SECONDS, PeerWatch
 from toolkit.bridge.payload import read_header
-from toolkit.bridge.transport import DirectoryTransport
+from toolkit.bridge.transport import WEIGHTS_SUFFIX, DirectoryTransport
 
 logger = logging.getLogger(__name__)
 
@@ -128,10 +128,10 @@ def _choose_run(runs_dir: Path, role: Role, job: str, config: BridgeConfig) -> t
     elif config.run is not None:
         run_dir = _named_run(runs_dir, config.run)
     else:
-        return _open_or_new_run(runs_dir, role, job), 0
+        return _open_or_new_run(runs_dir, role, job, config), 0
     attempts = len(attempts_of(run_dir, job))
     if config.run is not None:
-        _refuse_over(run_dir, role)
+        _refuse_over(run_dir, role, config)
     _refuse_living(run_dir, role, job)
     return run_dir, attempts
 
@@ -161,7 +161,7 @@ def _named_run(runs_dir: Path, name: str) -> Path:
     return run_dir
 
 
-def _refuse_over(run_dir: Path, role: Role) -> None:
+def _refuse_over(run_dir: Path, role: Role, config: BridgeConfig) -> None:
     name = run_dir.name
     ways_out = (
         "leave --run out to begin a new run, name another one, or resume it with "
@@ -170,6 +170,8 @@ def _refuse_over(run_dir: Path, role: Role) -> None:
     if has_ended(run_dir, "receiver"):
         raise BridgeError(f"run {name!r} is over: its receiver has ended; {ways_out}")
     donors = donors_of(run_dir) if role == "receiver" else []
+    if _has_teacher(run_dir, role, config):
+        return
     if donors and all(has_ended(run_dir, donor) for donor in donors):
         who = "its donor has" if len(donors) == 1 else "all its donors have"
         raise BridgeError(f"run {name!r} is over: {who} ended; {ways_out}")
@@ -192,10 +194,18 @@ def newest_run(runs_dir: Path) -> str | None:
     return max((path.name for path in numbered if path.is_dir()), key=int, default=None)
 
 
-def _open_or_new_run(runs_dir: Path, role: Role, job: str) -> Path:
+def _has_teacher(run_dir: Path, role: Role, config: BridgeConfig) -> bool:
+    """Whether a receiver can use what a donor has left there, be the donor alive or not."""
+    if role == "donor" or config.exchange != "distill":
+        return False
+    transport = DirectoryTransport(run_dir / "bridge")
+    return any(transport.sequences(f"{donor}{WEIGHTS_SUFFIX}") for donor in donors_of(run_dir))
+
+
+def _open_or_new_run(runs_dir: Path, role: Role, job: str, config: BridgeConfig) -> Path:
     """The newest numbered run if it waits for this job, else a new one of the next number."""
     newest = newest_run(runs_dir)
-    if newest is not None and _waits_for(runs_dir / newest, role, job):
+    if newest is not None and _waits_for(runs_dir / newest, role, job, config):
         return runs_dir / newest
     # The number follows from the very look that found no run to join: of two jobs that start at
     # the same moment one makes the directory, and the other looks again and joins it.
@@ -209,9 +219,11 @@ def _open_or_new_run(runs_dir: Path, role: Role, job: str) -> Path:
     return run_dir
 
 
-def _waits_for(run_dir: Path, role: Role, job: str) -> bool:
+def _waits_for(run_dir: Path, role: Role, job: str, config: BridgeConfig) -> bool:
     if attempts_of(run_dir, job) or has_ended(run_dir, "receiver"):
         return False
+    if _has_teacher(run_dir, role, config):
+        return True
     donors = donors_of(run_dir)
     peers = ["receiver"] if role == "donor" and attempts_of(run_dir, "receiver") else donors
     open_peers = [peer for peer in peers if not has_ended(run_dir, peer)]

@@ -9,6 +9,7 @@ not gradients. Layout below its root, with ``J`` the name of the publishing job:
     J/kept/0000000012.safetensors      a second name of record 12, which pruning leaves alone
     J/acknowledged                     J's reader needs no record below this number again
     J/heartbeat                        a counter that moves while J lives
+    J.weights/...                      a second stream of donor J: its own weights, for a teacher
 
 Names are predictable: a receiver that waits for a donor looks up one name of its stream.
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 from toolkit.bridge import files
 from toolkit.bridge.errors import BridgeError, PayloadError
 
+WEIGHTS_SUFFIX = ".weights"  # of the second stream of a donor
 _RECORD_NAME = re.compile(r"([0-9]{10})\.safetensors")
 _NO_PLAIN_FILE = (
     errno.ELOOP,
@@ -179,7 +181,7 @@ class DirectoryTransport:
             return ""
 
     def jobs(self) -> list[str]:
-        """The names of the jobs that have opened a stream here, at whatever time, in order."""
+        """The names of all streams that were opened here, at whatever time, in order."""
         return sorted(path.parent.name for path in self.root.glob("*/records"))
 
     def rejected(self, job: str) -> list[int]:

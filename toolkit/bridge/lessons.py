@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -66,18 +66,19 @@ class Lessons:
         sums, self._sums = self._sums, {}
         return [float(sums.get(donor, 0.0)) for donor in self._teachers.working]
 
-    def metrics(self, window: Window) -> dict[str, float]:
+    def metrics(self, window: Window, taught_heads: Sequence[str]) -> dict[str, float]:
         """Plain floats by tag, ``loss/own`` among them: the loss without the teachers' part.
 
         Args:
             window: closed with :meth:`sums`.
+            taught_heads: the heads that had a teacher in it.
         """
         metrics, own = {}, window.loss
         for (donor, working), total in zip(
             self._teachers.working.items(), window.extra_sums, strict=True
         ):
             head = working.offer.head
-            if head in self._teachers.heads and window.count:
+            if head in taught_heads and window.count:
                 loss = total / window.count
                 own -= self._weights[head] / len(self._teachers.of(head)) * loss
                 metrics[f"loss/teacher {donor} (per sample)"] = loss

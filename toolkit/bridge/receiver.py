@@ -195,7 +195,7 @@ class GradientReceiver(BridgeJob):
             **self._injector.inject(window, records, self.completed_steps),
         }
         if self._teachers is not None:
-            self.metrics |= self._lessons.metrics(window)
+            self.metrics |= self._lessons.metrics(window, self.taught_heads)
         self._injected = _Injection(window.scale, verdicts)
 
     def commit(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedDataParallelKwargs
@@ -54,6 +55,7 @@ class Setting:
     no_sync: bool = False  # all backwards of the first windows run under no_sync, by hand
     precision: str = "no"
     compiled: bool = False
+    fault: str = ""  # the second weights are "damaged", or "unreadable" on the last rank
 
     @property
     def case(self) -> Case:
@@ -78,18 +80,22 @@ class Setting:
         return ",".join(changed) or "default"
 
 
-SETTINGS = [
-    Setting(),
+CORE = [
     Setting(by_turns=True),
+    Setting(by_turns=True, fault="unreadable"),
     Setting(wrapper="static_graph", by_turns=True, accumulation=1),
+    Setting(precision="fp16", by_turns=True),
+    Setting(wrapper="fsdp2", by_turns=True, accumulation=2),
+]
+REST = [
+    Setting(),
+    Setting(by_turns=True, fault="damaged"),
     Setting(wrapper="find_unused", by_turns=True, optimizer="momentum", accumulation=1),
     Setting(wrapper="bucket_view", loss_reduction="sum", optimizer="sgd", by_turns=True),
     Setting(wrapper="none", distill_loss="mse", by_turns=True),
     Setting(no_sync=True, by_turns=True),
     Setting(compiled=True, by_turns=True),
-    Setting(precision="fp16", by_turns=True),
     Setting(precision="bf16", optimizer="sgd"),
-    Setting(wrapper="fsdp2", by_turns=True, accumulation=2),
 ]
 
 
@@ -109,7 +115,7 @@ class Donor:
     """Publishes a teacher's weights."""
 
     def __init__(self, setting: Setting, config: BridgeConfig) -> None:
-        self.setting = setting
+        self.setting, self.version = setting, 0
         schemas: dict[str, dict[str, Any]] = {"backbone": {}, HEAD: {}}
         terms = {"schemas": schemas, "exchange": "distill", "scope": "all", "unit": "samples"}
         attachment = attach("donor", config, terms, {})
@@ -118,14 +124,59 @@ class Donor:
         for stream in ("donor", STREAM):
             self.transport.open_stream(stream)
 
-    def publish(self, sequence: int, version: int) -> None:
-        """Write record ``sequence`` with the weights of ``version``."""
-        tensors = teacher_weights(self.setting, version)
+    def is_used_up(self, taught_by: set[int | None]) -> bool:
+        """Whether the newest weights have taught, or have been put aside."""
+        is_aside = self.transport.rejection(STREAM, self.version - 1) is not None
+        return self.version in taught_by or is_aside
+
+    def publish_next(self) -> None:
+        """Write the next record."""
+        sequence = self.version
+        self.version += 1
+        tensors = teacher_weights(self.setting, self.version)
         header = Header(
             kind="weights", run_id=self.run_id, job=STREAM, sequence=sequence, attempt=1,
-            receiver_step=0, weights_digest=digest_tensors(tensors), head=HEAD, donor_step=version,
+            receiver_step=0, weights_digest=digest_tensors(tensors), head=HEAD,
+            donor_step=self.version,
         )  # fmt: skip
-        self.transport.publish(STREAM, sequence, lambda path: write_record(path, header, tensors))
+
+        def write(path: Path) -> None:
+            write_record(path, header, tensors)
+            if self.setting.fault == "damaged" and self.version == 2:
+                data = bytearray(path.read_bytes())
+                data[-1] ^= 1  # one bit of the last tensor
+                path.write_bytes(data)
+
+        self.transport.publish(STREAM, sequence, write)
+
+
+class Counter:
+    """Counts calls of the bridge's collectives."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def counted(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        """Patch one function of ``torch.distributed``."""
+        function = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.value += 1
+            return function(*args, **kwargs)
+
+        return mock.patch.object(dist, name, call)
+
+
+def unreadable(accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
+    """The last rank never sees the second weights."""
+    read = DirectoryTransport.read
+
+    def fail(self: DirectoryTransport, job: str, sequence: int, *, max_bytes: int) -> bytes:
+        if accelerator.is_last_process and (job, sequence) == (STREAM, 1):
+            raise FileNotFoundError(sequence)
+        return read(self, job, sequence, max_bytes=max_bytes)
+
+    return mock.patch.object(DirectoryTransport, "read", fail)
 
 
 class OneHead(nn.Module):
@@ -191,7 +242,7 @@ def train(setting: Setting, directory: Path) -> None:
     )
     donor = Donor(setting, config) if accelerator.is_main_process else None
     if donor is not None:
-        donor.publish(0, 1)
+        donor.publish_next()
     accelerator.wait_for_everyone()
     network = Both(setting)
     if setting.wrapper != "fsdp2":
@@ -212,10 +263,19 @@ def train(setting: Setting, directory: Path) -> None:
         assert isinstance(model, FSDPModule) == (setting.wrapper == "fsdp2")
         factory = (lambda: OneHead(setting)) if setting.wrapper == "fsdp2" else None
         stack.enter_context(mock.patch.object(teachers, "LOOK_SECONDS", 0.0))
+        stack.enter_context(mock.patch.object(teachers, "READ_SECONDS", 0.1))
+        if setting.fault == "unreadable":
+            stack.enter_context(unreadable(accelerator))
+        counter = Counter()
+        for name in ("all_reduce", "broadcast_object_list"):
+            stack.enter_context(counter.counted(name))
         with GradientReceiver(
             accelerator, model, optimizer, config, teacher_factory=factory
         ) as receiver:
-            steps = list(loop(setting, accelerator, model, optimizer, dataloader, receiver, donor))
+            steps = []
+            for step in loop(setting, accelerator, model, optimizer, dataloader, receiver, donor):
+                steps.append({**step, "num_collectives": counter.value})
+                counter.value = 0
     state = sharding.full_tensors(accelerator.unwrap_model(model).state_dict())
     rank = accelerator.process_index
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
@@ -239,7 +299,8 @@ def loop(
     case = setting.case
     assert receiver._teachers is not None
     working = receiver._teachers.working
-    num_versions, published, epoch = 3 if setting.by_turns else 1, 1, 0
+    num_versions, epoch = 3 if setting.by_turns else 1, 0
+    taught_by: set[int | None] = set()
     while True:
         dataloader.set_epoch(epoch)
         for features, labels in dataloader:
@@ -262,6 +323,12 @@ def loop(
                 receiver._teachers.at_work = has_teacher(setting, window + 1)
                 receiver.inject()
                 metrics = dict(receiver.metrics)
+                for parameter in receiver.shared.head.values():
+                    # FSDP2 does not wait for what gets no gradient.
+                    assert parameter.requires_grad == bool(taught) or setting.wrapper == "fsdp2"
+                    assert not accelerator.sync_gradients or bool(taught) == (
+                        parameter.grad is not None
+                    )
                 optimizer.step()
                 optimizer.zero_grad()
                 stepped = receiver.commit()
@@ -270,12 +337,10 @@ def loop(
                 assert receiver.taught_heads == taught
                 continue
             yield {"version": version, "stepped": stepped, "metrics": metrics}
-            newest = working["donor"].offer.donor_step
-            if newest == published < num_versions and receiver.completed_steps >= 3 * published:
-                published += 1
-                if donor is not None:
-                    donor.publish(published - 1, published)
-            if receiver.completed_steps >= setting.num_steps and newest == num_versions:
+            taught_by.add(version)
+            if donor is not None and donor.version < num_versions and donor.is_used_up(taught_by):
+                donor.publish_next()
+            if receiver.completed_steps >= setting.num_steps and num_versions in taught_by:
                 return
         epoch += 1
 
@@ -284,14 +349,13 @@ def main() -> None:
     """Every setting."""
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
-    parser.add_argument("--only", type=int, nargs="*")
+    parser.add_argument("settings", choices=["core", "rest"])
     args = parser.parse_args()
     assert Accelerator(cpu=True).num_processes == 2
-    for number, setting in enumerate(SETTINGS):
-        if args.only is None or number in args.only:
-            directory = args.output / setting.name
-            directory.mkdir(exist_ok=True)
-            train(setting, directory)
+    for setting in CORE if args.settings == "core" else REST:
+        directory = args.output / setting.name
+        directory.mkdir(exist_ok=True)
+        train(setting, directory)
     Accelerator(cpu=True).end_training()
 
 

@@ -16,7 +16,7 @@ import time
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -36,7 +36,7 @@ from toolkit.configuration import check_configuration
 from toolkit.data import in_memory
 from toolkit.flag_types import DefaultsFormatter
 from toolkit.metrics import start_tracking
-from toolkit.models import build_model
+from toolkit.models import OneHead, build_model
 from toolkit.provenance import provenance
 from toolkit.silos import load_data
 from toolkit.training import (
@@ -99,8 +99,11 @@ def main() -> None:
         task = load_data(args, OWN_HEAD)
     dtype = getattr(torch, args.dtype)
     model = build_model(task.image_shape, task.num_classes, seed=args.seed).to(dtype)
-    # This job's loss does not use the donor's head: DDP must not wait for its gradient.
-    model.heads[DONOR_HEAD].requires_grad_(False)
+    # This job's own loss does not use the donor's head: DDP must not wait for its gradient. FSDP2
+    # never does, but has to know from the first that a teacher may give it one.
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP
+    teaches_sharded = is_sharded and args.exchange == "distill"
+    model.heads[DONOR_HEAD].requires_grad_(teaches_sharded)
     optimizer = build_optimizer(args, model.parameters())
     dataloader = DataLoader(
         in_memory(task.train[OWN_HEAD], OWN_HEAD),
@@ -121,6 +124,11 @@ def main() -> None:
 
     # -- bridge ---------------------------------------------------------------------------------
     checkpoint = checkpoint_to_resume(args, "receiver")
+
+    def build_teacher() -> OneHead:
+        num_classes = {DONOR_HEAD: task.num_classes[DONOR_HEAD]}
+        return OneHead(build_model(task.image_shape, num_classes, seed=0).to(dtype), DONOR_HEAD)
+
     receiver = GradientReceiver(
         accelerator,
         model,
@@ -133,6 +141,7 @@ def main() -> None:
             checkpoints_kept=args.checkpoints_total_limit,
         ),
         head=f"heads.{DONOR_HEAD}",
+        teacher_factory=build_teacher if teaches_sharded else None,  # FSDP2's parts have no copies
     )
     output_dir = args.output_dir or receiver.output_dir
     start_tracking(accelerator, output_dir, vars(args), ["accuracy/h1 (%)", "accuracy/h2 (%)"])
@@ -174,9 +183,14 @@ def main() -> None:
             batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
             for images, labels in batches:
                 with accelerator.accumulate(model):
+                    taught = [DONOR_HEAD] if receiver.taught_heads else []  # with a teacher
+                    images = images.to(dtype)
+                    outputs = model(images, [OWN_HEAD, *taught])
                     # FSDP2 in mixed precision gives half precision.
-                    logits = model(images.to(dtype), [OWN_HEAD])[OWN_HEAD].to(dtype)
-                    loss = F.cross_entropy(logits, labels, reduction=args.loss_reduction)
+                    logits = {head: output.to(dtype) for head, output in outputs.items()}
+                    loss = F.cross_entropy(logits[OWN_HEAD], labels, reduction=args.loss_reduction)
+                    if taught:
+                        loss = loss + receiver.teacher_loss(logits[DONOR_HEAD], images)
                     receiver.backward(loss, num_samples=len(labels))
                     receiver.inject()
                     if accelerator.sync_gradients and args.max_grad_norm is not None:

@@ -30,7 +30,7 @@ from tests.jobs import sharding
 from tests.oracle import NUM_SAMPLES, Case, UnevenBatches, build_dataset, build_network
 from tests.oracle import build_optimizer as build_optimizer_of
 from toolkit import BridgeConfig, GradientReceiver
-from toolkit.bridge import teachers
+from toolkit.bridge import teachers as reading
 from toolkit.bridge.payload import Header, digest_tensors, write_record
 from toolkit.bridge.runs import attach
 from toolkit.bridge.transport import DirectoryTransport
@@ -262,8 +262,8 @@ def train(setting: Setting, directory: Path) -> None:
             model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
         assert isinstance(model, FSDPModule) == (setting.wrapper == "fsdp2")
         factory = (lambda: OneHead(setting)) if setting.wrapper == "fsdp2" else None
-        stack.enter_context(mock.patch.object(teachers, "LOOK_SECONDS", 0.0))
-        stack.enter_context(mock.patch.object(teachers, "READ_SECONDS", 0.1))
+        stack.enter_context(mock.patch.object(reading, "LOOK_SECONDS", 0.0))
+        stack.enter_context(mock.patch.object(reading, "READ_SECONDS", 0.1))
         if setting.fault == "unreadable":
             stack.enter_context(unreadable(accelerator))
         counter = Counter()
@@ -297,10 +297,11 @@ def loop(
 ) -> Iterator[dict[str, Any]]:
     """The training loop; which version taught each window, whether it stepped, and its metrics."""
     case = setting.case
-    assert receiver._teachers is not None
-    working = receiver._teachers.working
+    assert receiver._lessons is not None
+    teachers = receiver._lessons.teachers
     num_versions, epoch = 3 if setting.by_turns else 1, 0
     taught_by: set[int | None] = set()
+    versions: set[int | None] = set()  # in the present window
     while True:
         dataloader.set_epoch(epoch)
         for features, labels in dataloader:
@@ -318,9 +319,11 @@ def loop(
                     is_last = accelerator.is_last_process
                     loss = loss * (torch.finfo(loss.dtype).max / 4 if is_last else 1.0)
                 receiver.backward(loss, num_samples=len(labels))
-                version = working["donor"].offer.donor_step if taught else None
+                newest = teachers.working["donor"].offer.donor_step
+                version = newest if taught else None
+                versions.add(version)
                 # What counts from the next window on.
-                receiver._teachers.at_work = has_teacher(setting, window + 1)
+                teachers.at_work = has_teacher(setting, window + 1)
                 receiver.inject()
                 metrics = dict(receiver.metrics)
                 for parameter in receiver.shared.head.values():
@@ -334,8 +337,9 @@ def loop(
                 stepped = receiver.commit()
                 assert not accelerator.sync_gradients or receiver.completed_windows == window + 1
             if not accelerator.sync_gradients:
-                assert receiver.taught_heads == taught
                 continue
+            assert len(versions) == 1, "the teacher changed within a window"
+            versions.clear()
             yield {"version": version, "stepped": stepped, "metrics": metrics}
             taught_by.add(version)
             if donor is not None and donor.version < num_versions and donor.is_used_up(taught_by):

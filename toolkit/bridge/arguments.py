@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from toolkit.bridge.config import SCOPES, BridgeConfig, Role
+from toolkit.bridge.config import DISTILL_LOSSES, EXCHANGES, SCOPES, BridgeConfig, Role
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.rescaling import RESCALE_RULES
 from toolkit.bridge.runs import newest_run
@@ -31,6 +31,14 @@ def bridge_arguments() -> argparse.ArgumentParser:
         default=None,
         metavar="NAME",
         help="join or begin this run; by default the newest that waits for this job, or a new one",
+    )
+    group.add_argument(
+        "--exchange",
+        choices=EXCHANGES,
+        default=_DEFAULTS.exchange,
+        help="what crosses: the donor's gradients at the receiver's weights; delta: what some of "
+        "its steps change; distill: its own weights, as a teacher for its head on the receiver's "
+        "inputs, which no step waits for. The same on both sides",
     )
     group.add_argument(
         "--scope",
@@ -128,6 +136,19 @@ def receiver_arguments() -> argparse.ArgumentParser:
         help="what becomes of the two gradients of the backbone, after rescaling: sum (joint "
         "training); for gradients that conflict pcgrad, upgrad, mgda, protect (the receiver's own "
         "is untouched); or torchjd:NAME, a weighting of that package. Heads are not concerned",
+    )
+    group.add_argument(
+        "--distill_loss",
+        choices=DISTILL_LOSSES,
+        default=_DEFAULTS.distill_loss,
+        help="exchange distill: how far the receiver is from its teacher: the divergence of their "
+        "classes, or the squared difference of their outputs",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=_DEFAULTS.temperature,
+        help="exchange distill: that the classes of kl are softened by; 1 leaves them as they are",
     )
     group.add_argument(
         "--keep_payloads",

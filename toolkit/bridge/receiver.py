@@ -21,27 +21,27 @@ from torch import Tensor, nn
 
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.donors import Donors
-from toolkit.bridge.errors import PayloadError, SchemaMismatchError
+from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.frozen_state import FrozenOptimizerState, frozen_sharded
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.injection import Injector
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger, Resumption, trail_path
-from toolkit.bridge.lessons import Lessons, LossFunction
+from toolkit.bridge.lessons import Lessons, LossFunction, check_sharded_head
 from toolkit.bridge.liveness import PeerWatch
 from toolkit.bridge.outer import OuterOptimizer
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
 from toolkit.bridge.teacher import Teacher, TeacherFactory, copy_teacher, make_teacher
-from toolkit.bridge.teachers import Offer, Teachers
+from toolkit.bridge.teachers import Teachers
 from toolkit.configuration import check_one_scaled_optimizer
 from toolkit.parameters import (
     check_head_rests,
     check_takes_late_gradients,
     innermost_optimizer,
 )
-from toolkit.sharding import full_tensor, is_sharded
+from toolkit.sharding import full_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,6 @@ class GradientReceiver(BridgeJob):
     Attributes:
         completed_steps: optimizer steps that happened.
         steps_alone: those of them without a gradient, or a teacher, of any donor.
-        taught_heads: exchange ``distill``: names of the heads with a teacher at work, to be given
-            to :meth:`teacher_loss`. Changes in :meth:`commit` only, and alike on all ranks.
         completed_windows: accumulation windows, those included whose step a loss scaler skipped.
         metrics: numbers of the newest step, plain floats, for ``accelerator.log``.
         output_dir: where this job's results belong.
@@ -98,11 +96,10 @@ class GradientReceiver(BridgeJob):
         teacher_loss_fn: LossFunction | None = None,
         teacher_factory: TeacherFactory | None = None,
     ) -> None:
-        self.taught_heads: tuple[str, ...] = ()
-        self._teachers: Teachers | None = None
+        self._lessons: Lessons | None = None
         super().__init__(accelerator, model, optimizer, config, backbone=backbone, head=head)
         if self.config.exchange == "distill":
-            self._begin_distillation(backbone, teacher_loss_fn, teacher_factory)
+            self._lessons = self._begin_lessons(backbone, teacher_loss_fn, teacher_factory)
         elif teacher_loss_fn or teacher_factory:
             raise ValueError(
                 f"exchange {self.config.exchange!r} has no teacher: leave teacher_loss_fn and "
@@ -110,7 +107,8 @@ class GradientReceiver(BridgeJob):
             )
 
     def _attach(self) -> None:
-        check_head_rests(self.shared.head, may_train=self._trains_sharded_head())
+        distills = self.config.exchange == "distill"
+        check_head_rests(self.shared.head, may_train=distills and check_sharded_head(self.shared))
         check_takes_late_gradients(self.optimizer)
         check_one_scaled_optimizer(self.accelerator)
         replay = self.config.replay
@@ -160,10 +158,10 @@ class GradientReceiver(BridgeJob):
         """
         if self._injected is not None:
             raise RuntimeError("backward() after inject(): call commit() after optimizer.step()")
-        if not self._has_published and self._teachers is None:
+        if not self._has_published and self._lessons is None:
             self._publish_weights()
         self.accumulator.backward(loss, num_samples)
-        if self._teachers is not None:
+        if self._lessons is not None:
             self._lessons.count(float(num_samples))
 
     def inject(self) -> None:
@@ -182,9 +180,9 @@ class GradientReceiver(BridgeJob):
             return
         if self._injected is not None:
             raise RuntimeError("inject() was called twice in this accumulation window")
-        window = self.accumulator.close(self._lessons.sums() if self._teachers else ())
+        window = self.accumulator.close(self._lessons.sums() if self._lessons else ())
         self.accumulator.reduce_unmanaged_(self.parameters.items())
-        takes_gradients = self._outer is None and self._teachers is None
+        takes_gradients = self._outer is None and self._lessons is None
         verdicts, records, wait_seconds = self._receive() if takes_gradients else ((), [], 0.0)
         for head, parameters in self.shared.heads.items():
             for parameter in () if head in self.taught_heads else parameters.values():
@@ -194,8 +192,8 @@ class GradientReceiver(BridgeJob):
             "bridge/wait (s)": wait_seconds,
             **self._injector.inject(window, records, self.completed_steps),
         }
-        if self._teachers is not None:
-            self.metrics |= self._lessons.metrics(window, self.taught_heads)
+        if self._lessons is not None:
+            self.metrics |= self._lessons.metrics(window)
         self._injected = _Injection(window.scale, verdicts)
 
     def commit(self) -> bool:
@@ -220,8 +218,10 @@ class GradientReceiver(BridgeJob):
         injected, self._injected = self._injected, None
         self.completed_windows += 1
         was_skipped = self._step_was_skipped(injected.scale)
-        if self._teachers is not None:
-            self._end_lesson(self._teachers, was_skipped)
+        if self._lessons is not None:
+            self.completed_steps += not was_skipped
+            self.steps_alone += not was_skipped and not self.taught_heads
+            self._lessons.end_window(was_skipped)
             return not was_skipped
         if was_skipped:
             return False
@@ -240,7 +240,15 @@ class GradientReceiver(BridgeJob):
             self._publish_weights()
         return True
 
-    # -- a teacher ----------------------------------------------------------------------------
+    # -- teachers -----------------------------------------------------------------------------
+
+    @property
+    def taught_heads(self) -> tuple[str, ...]:
+        """Names of the heads with a teacher at work, for :meth:`teacher_loss`; in order.
+
+        Changes in :meth:`commit` only, and alike on all ranks.
+        """
+        return self._lessons.taught_heads if self._lessons is not None else ()
 
     def teacher_loss(self, logits: Tensor, *inputs: Any, head: str | None = None) -> Tensor:
         """The part of a taught head in the loss of a micro-batch: lambda times the distillation
@@ -258,40 +266,13 @@ class GradientReceiver(BridgeJob):
             ValueError: for a head left out where there are several.
             RuntimeError: for a head without a teacher at work.
         """
-        if head is None:
-            if len(self.shared.heads) > 1:
-                raise ValueError(f"teacher_loss(head=...) must be one of {list(self.shared.heads)}")
-            (head,) = self.shared.heads
-        if head not in self.taught_heads:
-            raise RuntimeError(
-                f"{head!r} has no teacher at work: ask for the losses of taught_heads only, now "
-                f"{list(self.taught_heads)}"
-            )
+        if self._lessons is None:
+            raise RuntimeError(f"exchange {self.config.exchange!r} has no teachers")
         return self._lessons.loss(head, logits, inputs)
 
-    def _trains_sharded_head(self) -> bool:
-        """Whether FSDP2 manages a head that a teacher may train.
-
-        FSDP2 reduces what gets a gradient, whenever that is, but learns at the first forward for
-        good what may get one.
-
-        Raises:
-            ValueError: if such a head is frozen.
-        """
-        head = self.shared.head
-        if self.config.exchange != "distill" or not any(map(is_sharded, head.values())):
-            return False
-        if frozen := frozen_sharded(head):
-            raise ValueError(
-                f"{next(iter(frozen))!r} is sharded by FSDP2, which would never reduce a gradient "
-                "of a parameter that was frozen at first: leave requires_grad_(False) out here, "
-                "FSDP2 does not wait for a head that gets no gradient"
-            )
-        return True
-
-    def _begin_distillation(
+    def _begin_lessons(
         self, backbone: str, loss_fn: LossFunction | None, factory: TeacherFactory | None
-    ) -> None:
+    ) -> Lessons:
         heads = tuple(self.shared.heads)
         if factory is not None and len(heads) > 1:
             raise ValueError(f"one teacher_factory cannot make teachers for {list(heads)}")
@@ -301,60 +282,14 @@ class GradientReceiver(BridgeJob):
                 return make_teacher(self.accelerator, factory)
             return copy_teacher(self.accelerator, self.model, self.shared, backbone, head)
 
-        self._teachers = Teachers(
+        teachers = Teachers(
             self.transport, self.control, run_id=self.run_id, build=build, heads=heads
         )
-        weights = {head: self.config.weight_of(head) for head in heads}
-        self._lessons = Lessons(self._teachers, self.config, weights, loss_fn)
-        self._await_teachers(self._teachers)
-        self._take_lessons(self._teachers)
-
-    def _await_teachers(self, teachers: Teachers) -> None:
-        """Before the first step, and never again: give the donors ``peer_wait`` to teach."""
-        config = self.config
-        name = next(iter(self._on_main.names), "donor") if self._donors is not None else ""
+        lessons = Lessons(teachers, self.shared, self.config, loss_fn)
+        name = next(iter(self._donors.names if self._donors is not None else ()), "donor")
         wait = self._open_wait(PeerWatch(self.transport, name), "a teacher")
-
-        def poll() -> tuple[Offer | None] | None:
-            if (offer := teachers.poll()) is not None:
-                return (offer,)
-            if teachers.misfit is not None:
-                raise SchemaMismatchError(
-                    f"{teachers.misfit}\nGive both jobs the same model settings, or "
-                    "GradientReceiver a teacher_factory that makes the donor's model"
-                )
-            reason = wait.gave_up()
-            if reason is None and wait.seconds >= config.peer_wait and not config.require_peer:
-                reason = f"the {name} brought no weights for {config.peer_wait:g} s"
-            if reason is not None:
-                logger.warning("TRAINING ALONE: %s. No teacher, until one comes", reason)
-            return (None,) if reason is not None else None
-
-        while len(teachers.working) < config.num_donors:
-            (offer,), _ = self._decide(poll)
-            if offer is None:
-                return
-            teachers.begin(offer)
-            teachers.take()
-
-    def _end_lesson(self, teachers: Teachers, was_skipped: bool) -> None:
-        if not was_skipped:
-            self.completed_steps += 1
-            self.steps_alone += not self.taught_heads
-            teachers.count_step()
-        teachers.refresh()
-        self._take_lessons(teachers)
-
-    def _take_lessons(self, teachers: Teachers) -> None:
-        """Put heads with a teacher into the graph, and take the others out of it.
-
-        DDP, which was built while they were frozen, waits for them neither way.
-        """
-        self.taught_heads = teachers.heads
-        for head, parameters in self.shared.heads.items():
-            for parameter in parameters.values():
-                if not is_sharded(parameter):
-                    parameter.requires_grad_(head in self.taught_heads)
+        lessons.begin(self._decide, wait, name)
+        return lessons
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -497,8 +432,8 @@ class GradientReceiver(BridgeJob):
         return self._header("end", "")
 
     def _stop(self, publish_end: bool) -> None:
-        if self._teachers is not None:
-            self._teachers.close()
+        if self._lessons is not None:
+            self._lessons.teachers.close()
         super()._stop(publish_end)
 
     # -- checkpoints and results --------------------------------------------------------------
@@ -521,7 +456,7 @@ class GradientReceiver(BridgeJob):
             "completed_windows": self.completed_windows,
             "steps_alone": self.steps_alone,
             "ledger": self.ledger.by_donor,
-            "teachers": self._teachers.state() if self._teachers is not None else {},
+            "teachers": self._lessons.teachers.state() if self._lessons is not None else {},
             **self._on_main.state(),
         }
 

@@ -31,7 +31,7 @@ from tests.oracle import NUM_SAMPLES, Case, UnevenBatches, build_dataset, build_
 from tests.oracle import build_optimizer as build_optimizer_of
 from toolkit import BridgeConfig, GradientReceiver
 from toolkit.bridge import teachers as reading
-from toolkit.bridge.payload import Header, digest_tensors, write_record
+from toolkit.bridge.payload import Header, digest_tensors, parse_header, write_record
 from toolkit.bridge.runs import attach
 from toolkit.bridge.transport import DirectoryTransport
 
@@ -55,7 +55,7 @@ class Setting:
     no_sync: bool = False  # all backwards of the first windows run under no_sync, by hand
     precision: str = "no"
     compiled: bool = False
-    fault: str = ""  # the second weights are "damaged", or "unreadable" on the last rank
+    fault: str = ""  # second weights: "damaged", or "missing" or "other" ones on the last rank
 
     @property
     def case(self) -> Case:
@@ -82,7 +82,7 @@ class Setting:
 
 CORE = [
     Setting(by_turns=True),
-    Setting(by_turns=True, fault="unreadable"),
+    Setting(by_turns=True, fault="other"),
     Setting(wrapper="static_graph", by_turns=True, accumulation=1),
     Setting(precision="fp16", by_turns=True),
     Setting(wrapper="fsdp2", by_turns=True, accumulation=2),
@@ -90,6 +90,7 @@ CORE = [
 REST = [
     Setting(),
     Setting(by_turns=True, fault="damaged"),
+    Setting(by_turns=True, fault="missing"),
     Setting(wrapper="find_unused", by_turns=True, optimizer="momentum", accumulation=1),
     Setting(wrapper="bucket_view", loss_reduction="sum", optimizer="sgd", by_turns=True),
     Setting(wrapper="none", distill_loss="mse", by_turns=True),
@@ -167,16 +168,22 @@ class Counter:
         return mock.patch.object(dist, name, call)
 
 
-def unreadable(accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
-    """The last rank never sees the second weights."""
+def bad_disk(
+    accelerator: Accelerator, setting: Setting, directory: Path
+) -> contextlib.AbstractContextManager[Any]:
+    """The last rank never sees the second weights, or sees others under their name."""
     read = DirectoryTransport.read
 
-    def fail(self: DirectoryTransport, job: str, sequence: int, *, max_bytes: int) -> bytes:
-        if accelerator.is_last_process and (job, sequence) == (STREAM, 1):
+    def read_badly(self: DirectoryTransport, job: str, sequence: int, *, max_bytes: int) -> bytes:
+        data = read(self, job, sequence, max_bytes=max_bytes)
+        if not accelerator.is_last_process or (job, sequence) != (STREAM, 1):
+            return data
+        if setting.fault == "missing":
             raise FileNotFoundError(sequence)
-        return read(self, job, sequence, max_bytes=max_bytes)
+        write_record(directory / "other", parse_header(data), teacher_weights(setting, 9))
+        return (directory / "other").read_bytes()
 
-    return mock.patch.object(DirectoryTransport, "read", fail)
+    return mock.patch.object(DirectoryTransport, "read", read_badly)
 
 
 class OneHead(nn.Module):
@@ -264,8 +271,8 @@ def train(setting: Setting, directory: Path) -> None:
         factory = (lambda: OneHead(setting)) if setting.wrapper == "fsdp2" else None
         stack.enter_context(mock.patch.object(reading, "LOOK_SECONDS", 0.0))
         stack.enter_context(mock.patch.object(reading, "READ_SECONDS", 0.1))
-        if setting.fault == "unreadable":
-            stack.enter_context(unreadable(accelerator))
+        if setting.fault in ("missing", "other"):
+            stack.enter_context(bad_disk(accelerator, setting, directory))
         counter = Counter()
         for name in ("all_reduce", "broadcast_object_list"):
             stack.enter_context(counter.counted(name))

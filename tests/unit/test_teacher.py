@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tests.oracle import Case, build_network
 from tests.unit.jobs import batches, reset
 from toolkit import BridgeConfig, BridgeError, GradientReceiver, PeerError
-from toolkit.bridge import teachers
+from toolkit.bridge import runs, teachers
 from toolkit.bridge.errors import SchemaMismatchError
 from toolkit.bridge.payload import Header, Kind, digest_tensors, write_record
 from toolkit.bridge.runs import attach
@@ -122,6 +122,7 @@ class Receiver:
 @pytest.fixture
 def runs_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(teachers, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(runs, "BEAT_SECONDS", 0.1)  # who is silent for 5 of them is dead
     return tmp_path / "runs"
 
 
@@ -273,7 +274,7 @@ def test_that_two_donors_of_a_head_count_for_equal_parts(start: Start, runs_dir:
     job.receiver.inject()
     metrics = job.receiver.metrics
     for name, distance in zip(("one", "two"), distances, strict=True):
-        assert metrics[f"loss/teacher {name} (per sample)"] == pytest.approx(float(distance) / 6)
+        assert metrics[f"loss/teacher {name} (per sample)"] == pytest.approx(distance.item() / 6)
     assert metrics["loss/own (per sample)"] == pytest.approx(0.0, abs=1e-12)
     assert own > 0.1
 

@@ -246,7 +246,10 @@ class Teachers:
         if error.reason == "schema":
             self.misfit = f"weights {sequence} of the {donor}: {error.detail}"
         logger.warning("weights %d of the %s rejected: %s", sequence, donor, error)
-        self._transport.reject(stream, sequence, error.reason, error.detail)
+        try:
+            self._transport.reject(stream, sequence, error.reason, error.detail)
+        except OSError as failure:  # it stays where it is, and is not looked at again
+            logger.warning("cannot put them aside: %s", failure)
 
     # -- the end ------------------------------------------------------------------------------
 

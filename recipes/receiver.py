@@ -33,16 +33,20 @@ from toolkit.bridge.arguments import (
     rescaling_arguments,
 )
 from toolkit.configuration import check_configuration
-from toolkit.data import in_memory
+from toolkit.data import in_memory, to_dtype
 from toolkit.flag_types import DefaultsFormatter
 from toolkit.metrics import start_tracking
-from toolkit.models import OneHead, build_model
+from toolkit.models import OneHead
+from toolkit.optimizers import (
+    build_optimizer,
+    build_scheduler,
+    learning_rates,
+    parameter_groups,
+)
 from toolkit.provenance import provenance
 from toolkit.silos import load_data
 from toolkit.training import (
     banner,
-    build_optimizer,
-    build_scheduler,
     clean_errors,
     configure_logging,
     describe_accuracies,
@@ -98,13 +102,14 @@ def main() -> None:
     with clean_errors(ValueError, OSError), accelerator.main_process_first():
         task = load_data(args, OWN_HEAD)
     dtype = getattr(torch, args.dtype)
-    model = build_model(task.image_shape, task.num_classes, seed=args.seed).to(dtype)
-    # This job's own loss does not use the donor's head: DDP must not wait for its gradient. FSDP2
-    # never does, but has to know from the first that a teacher may give it one.
-    is_sharded = accelerator.distributed_type == DistributedType.FSDP
-    teaches_sharded = is_sharded and args.exchange == "distill"
-    model.heads[DONOR_HEAD].requires_grad_(teaches_sharded)
-    optimizer = build_optimizer(args, model.parameters())
+    with clean_errors(ValueError):
+        model = task.build_model(task.num_classes, seed=args.seed).to(dtype)
+        # This job's own loss does not use the donor's head: DDP must not wait for its gradient.
+        # FSDP2 never does, but has to know from the first that a teacher may give it one.
+        is_sharded = accelerator.distributed_type == DistributedType.FSDP
+        teaches_sharded = is_sharded and args.exchange == "distill"
+        model.heads[DONOR_HEAD].requires_grad_(teaches_sharded)
+        optimizer = build_optimizer(args, parameter_groups(args, model))
     dataloader = DataLoader(
         in_memory(task.train[OWN_HEAD], OWN_HEAD),
         batch_size=args.per_device_train_batch_size,
@@ -127,7 +132,7 @@ def main() -> None:
 
     def build_teacher() -> OneHead:
         num_classes = {DONOR_HEAD: task.num_classes[DONOR_HEAD]}
-        return OneHead(build_model(task.image_shape, num_classes, seed=0).to(dtype), DONOR_HEAD)
+        return OneHead(task.build_model(num_classes, seed=args.seed).to(dtype), DONOR_HEAD)
 
     receiver = GradientReceiver(
         accelerator,
@@ -181,16 +186,16 @@ def main() -> None:
             dataloader.set_epoch(epoch)
             skipped = window * args.gradient_accumulation_steps
             batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
-            for images, labels in batches:
+            for inputs, labels in batches:
                 with accelerator.accumulate(model):
                     taught = [DONOR_HEAD] if receiver.taught_heads else []  # with a teacher
-                    images = images.to(dtype)
-                    outputs = model(images, [OWN_HEAD, *taught])
+                    inputs = to_dtype(inputs, dtype)
+                    outputs = model(inputs, [OWN_HEAD, *taught])
                     # FSDP2 in mixed precision gives half precision.
                     logits = {head: output.to(dtype) for head, output in outputs.items()}
                     loss = F.cross_entropy(logits[OWN_HEAD], labels, reduction=args.loss_reduction)
                     if taught:
-                        loss = loss + receiver.teacher_loss(logits[DONOR_HEAD], images)
+                        loss = loss + receiver.teacher_loss(logits[DONOR_HEAD], inputs)
                     receiver.backward(loss, num_samples=len(labels))
                     receiver.inject()
                     if accelerator.sync_gradients and args.max_grad_norm is not None:
@@ -201,7 +206,7 @@ def main() -> None:
                 if not stepped:
                     continue
                 step = receiver.completed_steps
-                metrics = {**receiver.metrics, "train/learning rate": scheduler.get_last_lr()[0]}
+                metrics = receiver.metrics | learning_rates(scheduler)
                 scheduler.step()
                 if step % args.eval_steps == 0 or step == max_train_steps:
                     accuracies = measure()

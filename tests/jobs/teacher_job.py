@@ -118,7 +118,13 @@ class Donor:
     def __init__(self, setting: Setting, config: BridgeConfig) -> None:
         self.setting, self.version = setting, 0
         schemas: dict[str, dict[str, Any]] = {"backbone": {}, HEAD: {}}
-        terms = {"schemas": schemas, "exchange": "distill", "scope": "all", "unit": "samples"}
+        terms = {
+            "schemas": schemas,
+            "exchange": "distill",
+            "local_steps": None,
+            "scope": "all",
+            "unit": "samples",
+        }
         attachment = attach("donor", config, terms, {})
         self.run_id = attachment.run_id
         self.transport = DirectoryTransport(attachment.run_dir / "bridge")

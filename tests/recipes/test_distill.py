@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from tests.launching import Launcher
-from tests.recipes.running import DONOR, RECEIVER, ROOT, TIMEOUT, Recipes
+from tests.recipes.running import DONOR, RECEIVER, ROOT, TIMEOUT, Recipes, wait_until
 from tests.recipes.test_fsdp2 import CONFIG, SHARDING
 from toolkit import BridgeConfig
 from toolkit.bridge.payload import Header, digest_tensors, write_record
@@ -29,7 +28,13 @@ def teach(runs_dir: Path, tensors: dict[str, Tensor], run: str = "0001") -> None
     """Leave a donor's weights and its end in a run."""
     config = BridgeConfig(runs_dir=runs_dir, run=run, exchange="distill")
     schemas: dict[str, Any] = {"backbone": {}, HEAD: {}}
-    terms = {"schemas": schemas, "exchange": "distill", "scope": "all", "unit": "samples"}
+    terms = {
+        "schemas": schemas,
+        "exchange": "distill",
+        "local_steps": None,
+        "scope": "all",
+        "unit": "samples",
+    }
     attachment = attach("donor", config, terms, {})
     transport = DirectoryTransport(attachment.run_dir / "bridge")
     header = Header(
@@ -60,28 +65,43 @@ def test_that_a_finished_donor_teaches(recipes: Recipes) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.fixture
-def trained(recipes: Recipes) -> dict[str, Tensor]:
-    """What a donor that was alone has learnt."""
-    flags = ["--max_train_steps", 300, "--peer_wait", 1]
-    recipes(DONOR, *flags).wait(TIMEOUT)
-    tensors = load_file(recipes.path("0001", "donor", "model.safetensors"))
+@pytest.mark.slow
+def test_that_two_ranks_learn_from_a_donor_that_has_left(
+    recipes: Recipes, launcher: Launcher, tmp_path: Path
+) -> None:
+    steps = ["--max_train_steps", 300]
+    donor = ["--exchange", "distill", "--publish_every", 50, "--peer_wait", 1]
+    recipes(DONOR, *donor, *steps).wait(TIMEOUT)
     assert recipes.results("0001", "donor")["accuracies (%)"]["h2"] > 85
-    return tensors
+    job = recipes(RECEIVER, *FLAGS, *steps, num_processes=2)
+    job.wait(TIMEOUT)
+    assert "the donor teaches with its weights of step 300" in job.output()
+    assert recipes.results("0001", "receiver")["accuracies (%)"]["h2"] > 80
+
+    teach(recipes.path(), recipes.weights("0001", "donor"), "0002")
+    launcher(
+        SHARDING, ROOT / RECEIVER, "--dtype", "float64", "--report_to", "none", *FLAGS,
+        "--max_train_steps", 100, num_processes=2, cwd=tmp_path, config=CONFIG,
+    ).wait(TIMEOUT)  # fmt: skip
+    assert recipes.results("0002", "receiver")["accuracies (%)"]["h2"] > 50
 
 
 @pytest.mark.slow
-def test_that_two_ranks_learn_from_a_donor_that_has_left(
-    recipes: Recipes, launcher: Launcher, tmp_path: Path, trained: dict[str, Tensor]
-) -> None:
-    teach(recipes.path(), trained, "0002")
-    own = [*FLAGS, "--max_train_steps", 300]
-    recipes(RECEIVER, *own, num_processes=2).wait(TIMEOUT)
-    assert recipes.results("0002", "receiver")["accuracies (%)"]["h2"] > 80
-
-    teach(recipes.path(), trained, "0003")
-    launcher(
-        SHARDING, ROOT / RECEIVER, "--dtype", "float64", "--report_to", "none", *own,
-        "--max_train_steps", 100, num_processes=2, cwd=tmp_path, config=CONFIG,
-    ).wait(TIMEOUT)  # fmt: skip
-    assert recipes.results("0003", "receiver")["accuracies (%)"]["h2"] > 50
+@pytest.mark.parametrize("first", [DONOR, RECEIVER], ids=["donor first", "receiver first"])
+def test_that_both_jobs_find_each_other(recipes: Recipes, first: str) -> None:
+    flags: dict[str, list[object]] = {
+        DONOR: ["--exchange", "distill", "--publish_every", 5],
+        RECEIVER: [*FLAGS, "--max_train_steps", 400],
+    }
+    one = recipes(first, *flags[first])
+    wait_until(lambda: list(recipes.path().glob("0001/bridge/*/heartbeat")), f"{first} first")
+    (second,) = {DONOR, RECEIVER} - {first}
+    other = recipes(second, *flags[second])
+    for job in (one, other):
+        job.wait(TIMEOUT)
+    results = recipes.results("0001", "receiver")
+    assert (results["completed_steps"], results["steps_alone"]) == (400, 0)
+    curves = EventAccumulator(str(recipes.path("0001", "receiver"))).Reload()
+    donor_steps = [event.value for event in curves.Scalars("teacher/donor donor step")]
+    assert donor_steps == sorted(donor_steps)
+    assert len(set(donor_steps)) > 1, "the teacher was never refreshed"

@@ -39,7 +39,13 @@ class Donor:
 
     def __init__(self, runs_dir: Path, name: str = "donor") -> None:
         schemas: dict[str, Any] = {"backbone": {}, HEAD: {}}
-        terms = {"schemas": schemas, "exchange": "distill", "scope": "all", "unit": "samples"}
+        terms = {
+            "schemas": schemas,
+            "exchange": "distill",
+            "local_steps": None,
+            "scope": "all",
+            "unit": "samples",
+        }
         config = BridgeConfig(runs_dir=runs_dir, run="0001", donor_name=name, exchange="distill")
         attachment = attach("donor", config, terms, {})
         self.name, self.stream = name, f"{name}.weights"

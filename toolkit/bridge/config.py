@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from toolkit.aggregation import find_rule
 from toolkit.bridge.rescaling import LossReduction, RescaleRule, check_rule
 
-Exchange = Literal["gradient", "delta", "distill"]
+Exchange = Literal["auto", "gradient", "delta", "distill", "head"]
 DistillLoss = Literal["kl", "mse"]
 Scope = Literal["all", "head"]
 Role = Literal["donor", "receiver"]
@@ -34,9 +34,13 @@ class BridgeConfig:
     runs_dir: str | Path = "runs"  # the directory that the jobs share
     run: str | None = None  # attach to this run of it; None: the newest that waits for this job
     resume_from_checkpoint: str | Path | None = None  # reattach to the run of this checkpoint
-    exchange: Exchange = "gradient"  # what crosses: gradients, differences, weights
+    # What crosses. At the receiver's weights: gradients, or the difference that local steps make
+    # (delta). At the donor's own: its weights (distill), or gradients of its head (head).
+    exchange: Exchange = "gradient"
     scope: Scope = "all"  # what of it: backbone and head, or the head's only
     max_staleness: int = 0  # receiver steps that a payload may come late; 0: lockstep
+    publish_every: int | Literal["epoch"] = 1  # distill, head: donor's steps between payloads
+    init_h2: Literal["own", "donor"] = "own"  # head, receiver: the head that it begins with
     local_steps: int = 32  # delta: steps of either job between two exchanges
     outer_learning_rate: float = 1.0  # delta, receiver: of the outer step
     outer_momentum: float = 0.0  # delta, receiver: Nesterov momentum of the outer step
@@ -76,6 +80,9 @@ class BridgeConfig:
             self._check_delta()
         if self.exchange == "distill":
             self._check_distill()
+        if self.exchange == "head":
+            self.scope = "head"
+        self._check_own_weights()
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
         weight = self.donor_weight
@@ -104,6 +111,38 @@ class BridgeConfig:
                 f"run {self.run!r} and resume_from_checkpoint {str(self.resume_from_checkpoint)!r} "
                 "exclude each other: a checkpoint knows its run; give one of them"
             )
+
+    def _check_own_weights(self) -> None:
+        every = self.publish_every
+        if every != "epoch" and (isinstance(every, str) or every < 1):
+            raise ValueError(f"publish_every must be a number of at least 1, or 'epoch': {every!r}")
+        if self.follows and every != 1:
+            raise ValueError(
+                f"publish_every {every!r} is about a donor that trains by itself, and in exchange "
+                f"{self.exchange!r} it follows the receiver: use exchange 'head' or 'distill'"
+            )
+        if self.init_h2 not in ("own", "donor"):
+            raise ValueError(f"init_h2 must be 'own' or 'donor', got {self.init_h2!r}")
+        if self.init_h2 == "donor" and self.exchange != "head":
+            raise ValueError(
+                f"init_h2 'donor' is of exchange 'head'; in exchange {self.exchange!r} the "
+                "receiver's head is trained from its own beginning"
+            )
+        if self.init_h2 == "donor" and self.keep_payloads:
+            raise ValueError(
+                "keep_payloads and init_h2 'donor' exclude each other: a replay has no donor to "
+                "take the first weights from"
+            )
+
+    @property
+    def follows(self) -> bool:
+        """Whether the donor works at the receiver's weights, and not at its own."""
+        return self.exchange in ("auto", "gradient", "delta")
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether a donor publishes weights that it has trained by itself."""
+        return self.exchange in ("auto", "distill", "head")
 
     def _check_delta(self) -> None:
         if self.aggregate != "sum":

@@ -11,12 +11,13 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from toolkit.bridge.config import JOB_NAME
 from toolkit.bridge.errors import PayloadError, PeerError
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.ledger import Entry
 from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.payload import Record
-from toolkit.bridge.transport import WEIGHTS_SUFFIX, DirectoryTransport
+from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,8 @@ class Donors:
 
     def discover(self) -> None:
         """Take in the donors that have come since the last call."""
-        for name in self._transport.jobs():
-            is_donor = name != "receiver" and not name.endswith(WEIGHTS_SUFFIX)
+        for name in self._transport.streams():
+            is_donor = name != "receiver" and JOB_NAME.fullmatch(name)
             if is_donor and name not in self._donors:
                 self._add(name)
 

@@ -82,8 +82,9 @@ class Injector:
         metrics |= own_metrics(backbone, heads)
         for place, (record, factor) in enumerate(zip(records, factors, strict=True), 1):
             metrics |= donor_metrics(place, backbone, heads, window, record, factor)
-            age = receiver_step - record.header.receiver_step
-            metrics[f"bridge/staleness {record.header.job} (receiver steps)"] = float(age)
+            if config.follows:
+                age = receiver_step - record.header.receiver_step
+                metrics[f"bridge/staleness {record.header.job} (receiver steps)"] = float(age)
         own_weight, *weights = self.weigh(backbone)
         if self._rule is not None:
             names = ["own", *(record.header.job for record in records)]

@@ -19,9 +19,10 @@ from typing import Any
 
 from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.errors import PayloadError
+from toolkit.bridge.own_weights import donors_with_weights, stream_of
 from toolkit.bridge.payload import Record, check_identity, parse_record
 from toolkit.bridge.teacher import Teacher
-from toolkit.bridge.transport import WEIGHTS_SUFFIX, DirectoryTransport
+from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
 
@@ -186,15 +187,11 @@ class Teachers:
 
     def _look(self) -> tuple[Offer, Record] | None:
         """Find the newest weights that were not offered yet, of one donor after another."""
-        donors = [
-            stream.removesuffix(WEIGHTS_SUFFIX)
-            for stream in self._transport.jobs()
-            if stream.endswith(WEIGHTS_SUFFIX)
-        ]
+        donors = donors_with_weights(self._transport)
         self._turn += 1
         for place in range(len(donors)):
             donor = donors[(self._turn + place) % len(donors)]
-            for sequence in reversed(self._transport.sequences(f"{donor}{WEIGHTS_SUFFIX}")):
+            for sequence in reversed(self._transport.sequences(stream_of(donor))):
                 if sequence <= self._offered.get(donor, -1):
                     break
                 if (donor, sequence) in self._useless:
@@ -213,7 +210,7 @@ class Teachers:
 
     def _read(self, donor: str, sequence: int) -> Record:
         """Read and verify weights; raises as :meth:`DirectoryTransport.read` does."""
-        stream = f"{donor}{WEIGHTS_SUFFIX}"
+        stream = stream_of(donor)
         record = parse_record(self._transport.read(stream, sequence, max_bytes=self._max_bytes))
         header = record.header
         check_identity(header, run_id=self._run_id, job=stream, sequence=sequence)
@@ -240,7 +237,7 @@ class Teachers:
     def _reject(self, donor: str, sequence: int, error: PayloadError) -> None:
         """Refuse weights for good; the teacher that there is goes on."""
         self._useless.add((donor, sequence))
-        stream = f"{donor}{WEIGHTS_SUFFIX}"
+        stream = stream_of(donor)
         if sequence not in self._transport.sequences(stream):
             return  # pruned meanwhile: newer ones are there
         if error.reason == "schema":

@@ -30,7 +30,6 @@ from pathlib import Path
 from toolkit.bridge import files
 from toolkit.bridge.errors import BridgeError, PayloadError
 
-WEIGHTS_SUFFIX = ".weights"  # of the second stream of a donor
 _RECORD_NAME = re.compile(r"([0-9]{10})\.safetensors")
 _NO_PLAIN_FILE = (
     errno.ELOOP,
@@ -180,8 +179,8 @@ class DirectoryTransport:
         except OSError:
             return ""
 
-    def jobs(self) -> list[str]:
-        """The names of all streams that were opened here, at whatever time, in order."""
+    def streams(self) -> list[str]:
+        """The names of the streams that were opened here, at whatever time, in order."""
         return sorted(path.parent.name for path in self.root.glob("*/records"))
 
     def rejected(self, job: str) -> list[int]:

@@ -16,7 +16,7 @@ import time
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -36,6 +36,7 @@ from toolkit.configuration import check_configuration
 from toolkit.data import in_memory, to_dtype
 from toolkit.flag_types import DefaultsFormatter
 from toolkit.metrics import start_tracking
+from toolkit.models import OneHead
 from toolkit.optimizers import (
     build_optimizer,
     build_scheduler,
@@ -104,8 +105,11 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     with clean_errors(ValueError):
         model = task.build_model(task.num_classes, seed=args.seed).to(dtype)
-        # This job's loss does not use the donor's head: DDP must not wait for its gradient.
-        model.heads[DONOR_HEAD].requires_grad_(False)
+        # This job's own loss does not use the donor's head: DDP must not wait for its gradient.
+        # FSDP2 never does, but has to know from the first that a teacher may give it one.
+        is_sharded = accelerator.distributed_type == DistributedType.FSDP
+        teaches_sharded = is_sharded and args.exchange == "distill"
+        model.heads[DONOR_HEAD].requires_grad_(teaches_sharded)
         optimizer = build_optimizer(args, parameter_groups(args, model))
     dataloader = DataLoader(
         in_memory(task.train[OWN_HEAD], OWN_HEAD),
@@ -126,6 +130,11 @@ def main() -> None:
 
     # -- bridge ---------------------------------------------------------------------------------
     checkpoint = checkpoint_to_resume(args, "receiver")
+
+    def build_teacher() -> OneHead:
+        num_classes = {DONOR_HEAD: task.num_classes[DONOR_HEAD]}
+        return OneHead(task.build_model(num_classes, seed=args.seed).to(dtype), DONOR_HEAD)
+
     receiver = GradientReceiver(
         accelerator,
         model,
@@ -138,6 +147,7 @@ def main() -> None:
             checkpoints_kept=args.checkpoints_total_limit,
         ),
         head=f"heads.{DONOR_HEAD}",
+        teacher_factory=build_teacher if teaches_sharded else None,  # FSDP2's parts have no copies
     )
     output_dir = args.output_dir or receiver.output_dir
     start_tracking(accelerator, output_dir, vars(args), ["accuracy/h1 (%)", "accuracy/h2 (%)"])
@@ -179,9 +189,14 @@ def main() -> None:
             batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
             for inputs, labels in batches:
                 with accelerator.accumulate(model):
+                    taught = [DONOR_HEAD] if receiver.taught_heads else []  # with a teacher
+                    inputs = to_dtype(inputs, dtype)
+                    outputs = model(inputs, [OWN_HEAD, *taught])
                     # FSDP2 in mixed precision gives half precision.
-                    logits = model(to_dtype(inputs, dtype), [OWN_HEAD])[OWN_HEAD].to(dtype)
-                    loss = F.cross_entropy(logits, labels, reduction=args.loss_reduction)
+                    logits = {head: output.to(dtype) for head, output in outputs.items()}
+                    loss = F.cross_entropy(logits[OWN_HEAD], labels, reduction=args.loss_reduction)
+                    if taught:
+                        loss = loss + receiver.teacher_loss(logits[DONOR_HEAD], inputs)
                     receiver.backward(loss, num_samples=len(labels))
                     receiver.inject()
                     if accelerator.sync_gradients and args.max_grad_norm is not None:

@@ -50,6 +50,26 @@ class MultiHeadModel(nn.Module):
         return {name: self.heads[name](features) for name in names}
 
 
+class OneHead(nn.Module):
+    """A backbone and one of its heads, whose logits it gives; parameters keep their names.
+
+    Args:
+        model: whose parts these are.
+        head: name of the head.
+    """
+
+    def __init__(self, model: MultiHeadModel, head: str) -> None:
+        super().__init__()
+        self.backbone = model.backbone
+        self.heads = nn.ModuleDict({head: model.heads[head]})
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, K) for images (N, C, H, W)."""
+        logits: Tensor = self.heads[self.head](self.backbone(images))
+        return logits
+
+
 def build_model(
     image_shape: tuple[int, int, int], num_classes: dict[str, int], *, seed: int
 ) -> MultiHeadModel:

@@ -57,11 +57,16 @@ class SharedParameters:
         schemas: dict[str, dict[str, list[Any]]] = {"backbone": {}, **{h: {} for h in self.heads}}
         for name, tensor in self.weights.items():
             module = next((h for h in self.heads if name.startswith(f"{h}.")), "backbone")
-            schemas[module][name] = [
-                str(tensor.dtype).removeprefix("torch."),
-                list(tensor.shape),
-            ]
+            schemas[module] |= schema_of({name: tensor})
         return schemas
+
+
+def schema_of(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
+    """``{name: [dtype, shape]}`` of some tensors, fit for JSON."""
+    return {
+        name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        for name, tensor in tensors.items()
+    }
 
 
 def shared_parameters(model: nn.Module, backbone: str, heads: Sequence[str]) -> SharedParameters:
@@ -181,16 +186,21 @@ def check_optimizer_within(model: nn.Module, optimizer: torch.optim.Optimizer) -
                 )
 
 
-def check_head_rests(head: Mapping[str, nn.Parameter]) -> None:
+def check_head_rests(head: Mapping[str, nn.Parameter], *, may_train: bool = False) -> None:
     """Refuse a donor's head that DDP would wait for in every backward of a receiver.
 
-    On one process too, so that a script that runs on one runs on two.
+    On one process too, so that a script that runs on one runs on two. A teacher may put the head
+    into the graph once DDP is built.
+
+    Args:
+        head: its parameters by name.
+        may_train: whether nobody waits for it, as under FSDP2.
 
     Raises:
         ValueError: naming the first of its parameters that require a gradient.
     """
     trained = [name for name, parameter in head.items() if parameter.requires_grad]
-    if trained:
+    if trained and not may_train:
         raise ValueError(
             f"{trained[0]!r} requires a gradient, but this job's own loss does not use the "
             "donor's head: under DistributedDataParallel the second step would fail. Call "

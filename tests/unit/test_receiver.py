@@ -116,7 +116,7 @@ def test_that_a_missing_donor_is_an_error_if_required(start: Callable[..., Recei
     ],
 )
 def test_that_an_unknown_module_is_named(
-    job: ReceiverAlone, tmp_path: Path, names: dict[str, str], message: str
+    job: ReceiverAlone, tmp_path: Path, names: dict[str, Any], message: str
 ) -> None:
     config = BridgeConfig(runs_dir=tmp_path / "other")
     with pytest.raises(ValueError, match=message):

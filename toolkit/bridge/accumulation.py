@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -33,12 +33,14 @@ class Window:
         loss: mean loss over ``count``; NaN where there were none.
         sum_factor: times ``.grad`` it is the gradient sum, in the loss scaler's domain.
         scale: the loss scale that ``.grad`` carries; 1.0 without a scaler.
+        extra_sums: what :meth:`WindowAccumulator.close` was given, over ranks.
     """
 
     count: float
     loss: float
     sum_factor: float
     scale: float
+    extra_sums: tuple[float, ...] = ()
 
 
 class WindowAccumulator:
@@ -62,6 +64,8 @@ class WindowAccumulator:
         self._model = model
         # Taken here: FSDP2 puts other tensors in their place while a forward needs them whole.
         self._parameters = list(model.parameters())
+        # DDP leaves alone for ever what required no gradient when it was built, just before this.
+        self._known_to_ddp = {id(p) for p in self._parameters if p.requires_grad}
         self._control = control
         self._loss_reduction = loss_reduction
         self._divisor: float | None = None
@@ -111,8 +115,11 @@ class WindowAccumulator:
         detached = loss.detach().double() * weight
         self._loss_sum = detached if self._loss_sum is None else self._loss_sum + detached
 
-    def close(self) -> Window:
+    def close(self, extra_sums: Sequence[float] = ()) -> Window:
         """End the window at the synchronised micro-step and count it over ranks. A collective.
+
+        Args:
+            extra_sums: further numbers to add up over ranks, of which each has as many.
 
         Raises:
             RuntimeError: if :meth:`backward` was never called in this window, or FSDP2 has not
@@ -123,7 +130,9 @@ class WindowAccumulator:
                 "no backward() of the bridge in this accumulation window; call it in place of "
                 "accelerator.backward()"
             )
-        count, loss_sum = self._control.sum([self._count, float(self._loss_sum)])
+        count, loss_sum, *extra = self._control.sum(
+            [self._count, float(self._loss_sum), *extra_sums]
+        )
         sharded = [p for p in self._trained() if is_sharded(p)]
         if count and sharded and all(p.grad is None for p in sharded):
             raise RuntimeError(
@@ -138,14 +147,16 @@ class WindowAccumulator:
             * (self._divisor or 1.0)
         )
         self._count, self._loss_sum, self._must_close = 0.0, None, False
-        return Window(count, loss_sum / count if count else math.nan, float(factor), scale)
+        loss = loss_sum / count if count else math.nan
+        return Window(count, loss, float(factor), scale, tuple(extra))
 
     def reduce_unmanaged_(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Average over ranks the gradients that DDP left local, as DDP would have. A collective.
 
-        DDP leaves out parameters on its ignore list, every parameter if the last backward ran
-        under ``no_sync``, and a model that is not wrapped at all. What FSDP2 has sharded it has
-        reduced.
+        DDP leaves out parameters on its ignore list, those that required no gradient when it was
+        built (a head that a teacher puts into the graph later), every parameter if the last
+        backward ran under ``no_sync``, and a model that is not wrapped at all. What FSDP2 has
+        sharded it has reduced.
         """
         world_size = self._accelerator.num_processes
         if world_size == 1:
@@ -156,8 +167,14 @@ class WindowAccumulator:
             for name, parameter in parameters
             if parameter.requires_grad
             and not is_sharded(parameter)
-            and (name in ignored or not self._synchronised_by_ddp)
+            and (
+                name in ignored
+                or id(parameter) not in self._known_to_ddp
+                or not self._synchronised_by_ddp
+            )
         ]
+        if not unmanaged:
+            return
         # A rank without samples may lack a gradient that the others have.
         present = self._control.sum([float(p.grad is not None) for p in unmanaged])
         for parameter, num_ranks in zip(unmanaged, present, strict=True):

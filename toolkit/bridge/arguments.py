@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from toolkit.bridge.config import EXCHANGES, SCOPES, BridgeConfig, Role
+from toolkit.bridge.config import DISTILL_LOSSES, EXCHANGES, SCOPES, BridgeConfig, Role
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.rescaling import RESCALE_RULES
 from toolkit.bridge.runs import newest_run
@@ -171,6 +171,19 @@ def receiver_arguments() -> argparse.ArgumentParser:
         help="what becomes of the two gradients of the backbone, after rescaling: sum (joint "
         "training); for gradients that conflict pcgrad, upgrad, mgda, protect (the receiver's own "
         "is untouched); or torchjd:NAME, a weighting of that package. Heads are not concerned",
+    )
+    group.add_argument(
+        "--distill_loss",
+        choices=DISTILL_LOSSES,
+        default=_DEFAULTS.distill_loss,
+        help="exchange distill: how far the receiver is from its teacher: the divergence of their "
+        "classes, or the squared difference of their outputs",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=_DEFAULTS.temperature,
+        help="exchange distill: that the classes of kl are softened by; 1 leaves them as they are",
     )
     group.add_argument(
         "--keep_payloads",

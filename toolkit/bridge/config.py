@@ -13,9 +13,11 @@ from toolkit.aggregation import find_rule
 from toolkit.bridge.rescaling import LossReduction, RescaleRule, check_rule
 
 Exchange = Literal["auto", "gradient", "delta", "distill", "head"]
+DistillLoss = Literal["kl", "mse"]
 Scope = Literal["all", "head"]
 Role = Literal["donor", "receiver"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
+DISTILL_LOSSES: tuple[DistillLoss, ...] = get_args(DistillLoss)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 TAKEN_NAMES = ("receiver", "bridge", "heads")  # of other directories of a run
 JOB_NAME = re.compile(r"[A-Za-z][\w-]*")
@@ -42,6 +44,8 @@ class BridgeConfig:
     local_steps: int = 32  # delta: steps of either job between two exchanges
     outer_learning_rate: float = 1.0  # delta, receiver: of the outer step
     outer_momentum: float = 0.0  # delta, receiver: Nesterov momentum of the outer step
+    distill_loss: DistillLoss = "kl"  # distill, receiver: how far it is from its teacher
+    temperature: float = 2.0  # distill, receiver: that classes are softened by in "kl"
     rescale: RescaleRule = "match"  # how the donor's sum meets the receiver's batch
     donor_weight: float | Mapping[str, float] = 1.0  # lambda of the donors' losses, or by head
     donor_name: str = "donor"  # donor: its name in the run; several donors have different ones
@@ -74,6 +78,8 @@ class BridgeConfig:
             )
         if self.exchange == "delta":
             self._check_delta()
+        if self.exchange == "distill":
+            self._check_distill()
         if self.exchange == "head":
             self.scope = "head"
         self._check_own_weights()
@@ -165,6 +171,30 @@ class BridgeConfig:
                 f"checkpoint_interval {interval} must be a multiple of local_steps "
                 f"({self.local_steps}): a checkpoint between two exchanges loses the donor's steps"
             )
+
+    def _check_distill(self) -> None:
+        reasons = {
+            "scope": "a teacher's loss moves the backbone too",
+            "rescale": "the teacher looks at the receiver's own samples, whose number is one",
+            "aggregate": "both losses go through one backward, which gives one gradient",
+            "max_staleness": "no step waits for a donor",
+            "keep_payloads": "a teacher is replaced when it is read, and no record says when",
+            "replay": "a teacher is replaced when it is read, and no record says when",
+        }
+        for name, reason in reasons.items():
+            value = getattr(self, name)
+            if value != (default := type(self).__dataclass_fields__[name].default):
+                raise ValueError(
+                    f"{name} {value!r} has no meaning for exchange 'distill': {reason}. Leave it "
+                    f"at {default!r}, or use exchange 'gradient'"
+                )
+        if self.distill_loss not in DISTILL_LOSSES:
+            raise ValueError(
+                f"distill_loss {self.distill_loss!r} is unknown; choose one of "
+                f"{list(DISTILL_LOSSES)}"
+            )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
 
     @property
     def payload_age(self) -> int:

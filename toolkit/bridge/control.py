@@ -48,7 +48,11 @@ class ControlGroup:
 
     def agree(self, ok: bool) -> bool:
         """Whether ``ok`` holds on every rank."""
-        return self._reduce([float(ok)], dist.ReduceOp.MIN)[0] > 0
+        return self.min(float(ok)) > 0
+
+    def min(self, value: float) -> float:
+        """The smallest ``value`` of all ranks."""
+        return self._reduce([value], dist.ReduceOp.MIN)[0]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sums of ``values`` over ranks, in float64."""

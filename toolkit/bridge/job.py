@@ -86,7 +86,7 @@ class BridgeJob:
     def _attach(self) -> None:
         config = self.config
         terms = {
-            "schemas": self.shared.schemas(),
+            "schemas": self._schemas(),
             "exchange": config.exchange,
             "local_steps": config.local_steps if config.exchange == "delta" else None,
             "scope": config.scope,
@@ -101,7 +101,10 @@ class BridgeJob:
                 for head in self.shared.heads
                 for parameter in self._gradient_parameters(head).values()
             ),
-            "checkpoint_interval": config.checkpoint_interval,
+            # No teacher is kept for a checkpoint.
+            "checkpoint_interval": None
+            if config.exchange == "distill"
+            else config.checkpoint_interval,
             "checkpoints_kept": config.checkpoints_kept,
         }
         attachment = self.control.on_main(lambda: attach(self.role, config, terms, claim))
@@ -115,6 +118,14 @@ class BridgeJob:
         if self.accelerator.is_main_process:
             self._heartbeat = Heartbeat(self.transport, self.job)
             logger.info("%s of run %s", self.job, self.run_dir)
+
+    def _schemas(self) -> dict[str, dict[str, list[Any]]]:
+        """What all jobs must have alike: tensors, or in exchange ``distill`` heads by name only.
+
+        A teacher may have another shape; whether the receiver can run it shows where it is read.
+        """
+        schemas = self.shared.schemas()
+        return {part: {} for part in schemas} if self.config.exchange == "distill" else schemas
 
     def _open_on_main(self) -> None:
         self._publisher = self._open_stream(self.job)

@@ -19,12 +19,19 @@ from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
 
+_SUFFIX = ".weights"
 WEIGHTS_KEPT = 2  # the newest, and the one that a receiver may be reading
 
 
 def stream_of(donor: str) -> str:
     """The name of the stream with a donor's own weights."""
-    return f"{donor}.weights"
+    return f"{donor}{_SUFFIX}"
+
+
+def donors_with_weights(transport: DirectoryTransport) -> list[str]:
+    """The names of the donors that have opened such a stream, in order."""
+    streams = transport.streams()
+    return [stream.removesuffix(_SUFFIX) for stream in streams if stream.endswith(_SUFFIX)]
 
 
 def publish_own_weights(

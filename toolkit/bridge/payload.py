@@ -35,12 +35,12 @@ class Header:
 
     kind: Kind
     run_id: str  # of the run that the record belongs to
-    job: str  # the stream that published it: "receiver" or a donor's name
+    job: str  # the stream that published it: "receiver", a donor's name, or its weights stream
     sequence: int = -1  # its number in that stream, from 0; filled in where it is published
     attempt: int  # the weights version: which start of the receiver ...
     receiver_step: int  # ... and after how many of its optimizer steps
     weights_digest: str  # digest of the weights published, or that the gradient was taken at
-    head: str = ""  # of a gradient or delta: the module that it is for, beside the backbone
+    head: str = ""  # of a donor's record: the module that it is for, beside the backbone
     donor_step: int = 0  # accumulation windows that the donor has completed, this one included
     count: float = 0.0  # samples in the sum
     unit: str = "samples"  # what `count` counts

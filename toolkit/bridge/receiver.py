@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from toolkit.bridge.config import Role
+from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.donors import Donors
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.frozen_state import FrozenOptimizerState, frozen_sharded
@@ -26,12 +27,15 @@ from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.injection import Injector
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger, Resumption, trail_path
+from toolkit.bridge.lessons import Lessons, LossFunction, check_sharded_head
 from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.outer import OuterOptimizer
 from toolkit.bridge.own_weights import newest_own_weights, stream_of
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
+from toolkit.bridge.teacher import Teacher, TeacherFactory, copy_teacher, make_teacher
+from toolkit.bridge.teachers import Teachers
 from toolkit.configuration import check_one_scaled_optimizer
 from toolkit.parameters import (
     check_head_rests,
@@ -58,10 +62,15 @@ class GradientReceiver(BridgeJob):
         config: the settings; by default lockstep in ``runs``.
         backbone: name of the backbone's submodule.
         head: name of the submodule of the donors' head, or several names.
+        teacher_loss_fn: exchange ``distill``: of the student's and the teacher's logits, reduced
+            as ``config.loss_reduction``, in place of ``config.distill_loss``.
+        teacher_factory: exchange ``distill``: makes a module that maps the inputs given to
+            :meth:`teacher_loss` to logits, and whose ``state_dict`` has the donor's names, where
+            the donor's backbone is another than this one. Needed under FSDP2.
 
     Attributes:
         completed_steps: optimizer steps that happened.
-        steps_alone: those of them without a gradient of any donor.
+        steps_alone: those of them without a gradient, or a teacher, of any donor.
         completed_windows: accumulation windows, those included whose step a loss scaler skipped.
         metrics: numbers of the newest step, plain floats, for ``accelerator.log``.
         output_dir: where this job's results belong.
@@ -76,8 +85,31 @@ class GradientReceiver(BridgeJob):
 
     role: ClassVar[Role] = "receiver"
 
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: BridgeConfig | None = None,
+        *,
+        backbone: str = "backbone",
+        head: str | Sequence[str] = "heads.h2",
+        teacher_loss_fn: LossFunction | None = None,
+        teacher_factory: TeacherFactory | None = None,
+    ) -> None:
+        self._lessons: Lessons | None = None
+        super().__init__(accelerator, model, optimizer, config, backbone=backbone, head=head)
+        if self.config.exchange == "distill":
+            self._lessons = self._begin_lessons(backbone, teacher_loss_fn, teacher_factory)
+        elif teacher_loss_fn or teacher_factory:
+            raise ValueError(
+                f"exchange {self.config.exchange!r} has no teacher: leave teacher_loss_fn and "
+                "teacher_factory out, or use exchange 'distill'"
+            )
+
     def _attach(self) -> None:
-        check_head_rests(self.shared.head)
+        distills = self.config.exchange == "distill"
+        check_head_rests(self.shared.head, may_train=distills and check_sharded_head(self.shared))
         check_takes_late_gradients(self.optimizer)
         check_one_scaled_optimizer(self.accelerator)
         replay = self.config.replay
@@ -127,11 +159,13 @@ class GradientReceiver(BridgeJob):
         """
         if self._injected is not None:
             raise RuntimeError("backward() after inject(): call commit() after optimizer.step()")
-        if not self._has_published:
+        if not self._has_published and self._lessons is None:
             if self.config.init_h2 == "donor" and self.completed_steps == 0:
                 self._take_heads()
             self._publish_weights()
         self.accumulator.backward(loss, num_samples)
+        if self._lessons is not None:
+            self._lessons.count(float(num_samples))
 
     def inject(self) -> None:
         """At the synchronised micro-step: make ``.grad`` the gradient of the joint step.
@@ -149,16 +183,20 @@ class GradientReceiver(BridgeJob):
             return
         if self._injected is not None:
             raise RuntimeError("inject() was called twice in this accumulation window")
-        window = self.accumulator.close()
+        window = self.accumulator.close(self._lessons.sums() if self._lessons else ())
         self.accumulator.reduce_unmanaged_(self.parameters.items())
-        verdicts, records, wait_seconds = self._receive() if self._outer is None else ((), [], 0.0)
-        for parameter in self.shared.head.values():
-            parameter.grad = None  # zeros would let the optimizer's moments move the head
+        takes_gradients = self._outer is None and self._lessons is None
+        verdicts, records, wait_seconds = self._receive() if takes_gradients else ((), [], 0.0)
+        for head, parameters in self.shared.heads.items():
+            for parameter in () if head in self.taught_heads else parameters.values():
+                parameter.grad = None  # zeros would let the optimizer's moments move the head
         self.metrics = {
             "loss/own (per sample)": window.loss,
             "bridge/wait (s)": wait_seconds,
             **self._injector.inject(window, records, self.completed_steps),
         }
+        if self._lessons is not None:
+            self.metrics |= self._lessons.metrics(window)
         self._injected = _Injection(window.scale, verdicts)
 
     def commit(self) -> bool:
@@ -182,7 +220,13 @@ class GradientReceiver(BridgeJob):
             )
         injected, self._injected = self._injected, None
         self.completed_windows += 1
-        if self._step_was_skipped(injected.scale):
+        was_skipped = self._step_was_skipped(injected.scale)
+        if self._lessons is not None:
+            self.completed_steps += not was_skipped
+            self.steps_alone += not was_skipped and not self.taught_heads
+            self._lessons.end_window(was_skipped)
+            return not was_skipped
+        if was_skipped:
             return False
         if self._outer is None:
             self._settle(injected.verdicts, num_steps=1)
@@ -198,6 +242,57 @@ class GradientReceiver(BridgeJob):
             self._settle(verdicts, num_steps=self.config.local_steps)
             self._publish_weights()
         return True
+
+    # -- teachers -----------------------------------------------------------------------------
+
+    @property
+    def taught_heads(self) -> tuple[str, ...]:
+        """Names of the heads with a teacher at work, for :meth:`teacher_loss`; in order.
+
+        Changes in :meth:`commit` only, and alike on all ranks.
+        """
+        return self._lessons.taught_heads if self._lessons is not None else ()
+
+    def teacher_loss(self, logits: Tensor, *inputs: Any, head: str | None = None) -> Tensor:
+        """The part of a taught head in the loss of a micro-batch: lambda times the distillation
+        loss, to be added to the own loss that :meth:`backward` gets.
+
+        Args:
+            logits: (..., K), the receiver's own of this head.
+            inputs: what the backbone was given for them.
+            head: one of ``taught_heads``; may be left out where the receiver has one head.
+
+        Returns:
+            A scalar, reduced over samples as ``config.loss_reduction`` says.
+
+        Raises:
+            ValueError: for a head left out where there are several.
+            RuntimeError: for a head without a teacher at work.
+        """
+        if self._lessons is None:
+            raise RuntimeError(f"exchange {self.config.exchange!r} has no teachers")
+        return self._lessons.loss(head, logits, inputs)
+
+    def _begin_lessons(
+        self, backbone: str, loss_fn: LossFunction | None, factory: TeacherFactory | None
+    ) -> Lessons:
+        heads = tuple(self.shared.heads)
+        if factory is not None and len(heads) > 1:
+            raise ValueError(f"one teacher_factory cannot make teachers for {list(heads)}")
+
+        def build(head: str) -> Teacher:
+            if factory is not None:
+                return make_teacher(self.accelerator, factory)
+            return copy_teacher(self.accelerator, self.model, self.shared, backbone, head)
+
+        teachers = Teachers(
+            self.transport, self.control, run_id=self.run_id, build=build, heads=heads
+        )
+        lessons = Lessons(teachers, self.shared, self.config, loss_fn)
+        name = next(iter(self._donors.names if self._donors is not None else ()), "donor")
+        wait = self._open_wait(PeerWatch(self.transport, name), "a teacher")
+        lessons.begin(self._decide, wait, name)
+        return lessons
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -370,6 +465,11 @@ class GradientReceiver(BridgeJob):
     def _end_header(self) -> Header:
         return self._header("end", "")
 
+    def _stop(self, publish_end: bool) -> None:
+        if self._lessons is not None:
+            self._lessons.teachers.close()
+        super()._stop(publish_end)
+
     # -- checkpoints and results --------------------------------------------------------------
 
     def _check_at_boundary(self) -> None:
@@ -390,6 +490,7 @@ class GradientReceiver(BridgeJob):
             "completed_windows": self.completed_windows,
             "steps_alone": self.steps_alone,
             "ledger": self.ledger.by_donor,
+            "teachers": self._lessons.teachers.state() if self._lessons is not None else {},
             **self._on_main.state(),
         }
 

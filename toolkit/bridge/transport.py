@@ -9,6 +9,7 @@ not gradients. Layout below its root, with ``J`` the name of the publishing job:
     J/kept/0000000012.safetensors      a second name of record 12, which pruning leaves alone
     J/acknowledged                     J's reader needs no record below this number again
     J/heartbeat                        a counter that moves while J lives
+    J.weights/...                      a second stream of donor J: its own weights, for a teacher
 
 Names are predictable: a receiver that waits for a donor looks up one name of its stream.
 """

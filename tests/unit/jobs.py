@@ -81,10 +81,14 @@ class ReceiverAlone:
         return parse_record(transport.read("receiver", newest, max_bytes=10**6))
 
     def donate(
-        self, tensors: dict[str, Tensor] | None, count: float = 4.0, kind: Kind = "gradient"
+        self,
+        tensors: dict[str, Tensor] | None,
+        count: float = 4.0,
+        kind: Kind = "gradient",
+        weights: Header | None = None,
     ) -> None:
-        """Answer the newest weights."""
-        weights = self.weights_record().header
+        """Answer ``weights``, by default the newest."""
+        weights = weights or self.weights_record().header
         header = Header(
             kind=kind, run_id=weights.run_id, job="donor", sequence=self.published,
             attempt=weights.attempt, receiver_step=weights.receiver_step,

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from toolkit.bridge.config import SCOPES, BridgeConfig, Role
+from toolkit.bridge.config import SCOPES, STALE_RULES, BridgeConfig, Role
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.rescaling import RESCALE_RULES
 from toolkit.bridge.runs import newest_run
@@ -120,6 +120,22 @@ def receiver_arguments() -> argparse.ArgumentParser:
         default=_DEFAULTS.max_staleness,
         metavar="STEPS",
         help="receiver steps that the weights of a donor's gradient may be old; 0: lockstep, exact",
+    )
+    group.add_argument(
+        "--stale",
+        choices=STALE_RULES,
+        default=_DEFAULTS.stale,
+        help="what becomes of a gradient whose weights are 1 to --max_staleness steps old: applied "
+        "as it is; damped, divided by 1 + its age; or compensated for what the weights have "
+        "changed by (DC-ASGD). For that, and to log the change, each rank keeps its backbone and "
+        "donors' heads --max_staleness + 1 times in memory",
+    )
+    group.add_argument(
+        "--compensation",
+        type=float,
+        default=_DEFAULTS.compensation,
+        metavar="LAMBDA",
+        help="lambda of --stale compensate, in units of one over the mean loss",
     )
     group.add_argument(
         "--aggregate",

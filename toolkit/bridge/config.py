@@ -15,8 +15,10 @@ from toolkit.bridge.rescaling import LossReduction, RescaleRule, check_rule
 Exchange = Literal["gradient", "delta"]
 Scope = Literal["all", "head"]
 Role = Literal["donor", "receiver"]
+StaleRule = Literal["apply", "damp", "compensate"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+STALE_RULES: tuple[StaleRule, ...] = get_args(StaleRule)
 TAKEN_NAMES = ("receiver", "bridge", "heads")  # of other directories of a run
 JOB_NAME = re.compile(r"[A-Za-z][\w-]*")
 
@@ -35,6 +37,8 @@ class BridgeConfig:
     exchange: Exchange = "gradient"  # what crosses: gradients, or differences of weights
     scope: Scope = "all"  # what of it: backbone and head, or the head's only
     max_staleness: int = 0  # receiver steps that a payload may come late; 0: lockstep
+    stale: StaleRule = "apply"  # receiver: what becomes of one that comes late (staleness.py)
+    compensation: float = 0.04  # lambda of stale "compensate", in units of one over the mean loss
     local_steps: int = 32  # delta: steps of either job between two exchanges
     outer_learning_rate: float = 1.0  # delta, receiver: of the outer step
     outer_momentum: float = 0.0  # delta, receiver: Nesterov momentum of the outer step
@@ -72,6 +76,7 @@ class BridgeConfig:
             self._check_delta()
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
+        self._check_stale()
         weight = self.donor_weight
         for value in weight.values() if isinstance(weight, Mapping) else (weight,):
             if not 0 <= value < math.inf:
@@ -97,6 +102,24 @@ class BridgeConfig:
             raise ValueError(
                 f"run {self.run!r} and resume_from_checkpoint {str(self.resume_from_checkpoint)!r} "
                 "exclude each other: a checkpoint knows its run; give one of them"
+            )
+
+    def _check_stale(self) -> None:
+        if self.stale not in STALE_RULES:
+            raise ValueError(f"stale {self.stale!r} is unknown; choose one of {list(STALE_RULES)}")
+        if not 0 < self.compensation < math.inf:
+            raise ValueError(f"compensation must be finite and positive, got {self.compensation}")
+        if self.stale == "apply":
+            return
+        if self.exchange != "gradient":
+            raise ValueError(
+                f"stale {self.stale!r} is about gradients of older weights, and exchange "
+                f"{self.exchange!r} has none: use stale 'apply', or exchange 'gradient'"
+            )
+        if not self.max_staleness:
+            raise ValueError(
+                f"stale {self.stale!r} is about gradients of weights that are 1 to max_staleness "
+                "steps old, and max_staleness is 0: set it to 1 or more, or use stale 'apply'"
             )
 
     def _check_delta(self) -> None:

@@ -276,7 +276,7 @@ def train_with_deltas(case: Case, num_receiver: int, num_donor: int) -> dict[str
                 change = case.donor_weight * (donor.get_parameter(name) - start[name])
                 momentum[name] = case.outer_momentum * momentum[name] + change
                 update = change + case.outer_momentum * momentum[name]
-                parameter += case.outer_learning_rate * update
+                parameter.add_(case.outer_learning_rate * update)
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 

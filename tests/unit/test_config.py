@@ -32,6 +32,8 @@ def test_that_settings_have_names() -> None:
         {"scope": "head", "max_staleness": 8, "rescale": "pool", "donor_weight": 0},
         {"rescale": "append", "loss_reduction": "sum", "peer_wait": 0.1},
         {"aggregate": "protect", "max_staleness": 8, "rescale": "pool"},
+        {"stale": "damp", "max_staleness": 1},
+        {"stale": "compensate_adaptive", "max_staleness": 8, "compensation": 0.5},
         {"checkpoint_interval": 1, "checkpoints_kept": 1, "payload_budget_files": 1},
         {"run": "mine", "keep_payloads": True},
         {"replay": "runs/0001", "runs_dir": "elsewhere"},
@@ -55,6 +57,24 @@ def test_that_sensible_settings_are_taken(settings: dict[str, Any]) -> None:
         ({"aggregate": "torchjd:NashMTL"}, "'torchjd:NashMTL' is unknown"),
         ({"aggregate": "mgda", "scope": "head"}, "'mgda' weighs two .* scope 'head'.*use scope"),
         ({"max_staleness": -1}, "max_staleness must not be negative, got -1"),
+        ({"stale": "drop"}, r"stale 'drop' is unknown; choose one of \['apply', 'damp', 'comp"),
+        ({"stale": "damp"}, "'damp' is about .* 1 to max_staleness .* max_staleness is 0: set it"),
+        (
+            {"stale": "damp", "exchange": "delta", "max_staleness": 32},
+            "stale 'damp' is about gradients .* exchange 'delta' has none: use stale 'apply', or",
+        ),
+        (
+            {"stale": "damp", "max_staleness": 1, "compensation": 0.1},
+            "compensation 0.1 is lambda of .* and stale is 'damp'",
+        ),
+        (
+            {"stale": "compensate", "max_staleness": 1, "compensation": 0},
+            "compensation must be finite and positive, got 0",
+        ),
+        (
+            {"stale": "compensate", "max_staleness": 1, "compensation": math.nan},
+            "compensation must be finite and positive, got nan",
+        ),
         ({"donor_weight": -0.1}, "donor_weight must be finite, not negative: got -0.1"),
         ({"donor_weight": math.nan}, "donor_weight.*nan"),
         ({"peer_wait": 0}, "peer_wait must be positive, got 0"),

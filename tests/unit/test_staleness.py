@@ -94,6 +94,8 @@ class Formula:
             g = g / max(1 + age + self.later, 1)
         elif self.rule == "compensate":
             g = g + self.strength * g * g * self.sign * (now - then)
+        elif self.rule == "compensate_adaptive":
+            g = g + self.strength / (g * g) ** 0.5 * g * g * self.sign * (now - then)
         return LAMBDA * (g / n if self.forgets_n else g)
 
 
@@ -133,6 +135,13 @@ WRONG = {
         Formula("compensate", strength=2 * STRENGTH),
         Formula("compensate", forgets_n=True),
     ],
+    "compensate_adaptive": [
+        Formula("apply"),
+        Formula("compensate"),
+        Formula("compensate_adaptive", later=1),
+        Formula("compensate_adaptive", sign=-1),
+        Formula("compensate_adaptive", strength=2 * STRENGTH),
+    ],
 }
 
 
@@ -141,7 +150,8 @@ WRONG = {
 def test_a_run_with_known_ages(start: Start, rule: str, setting: str) -> None:
     scope = "head" if setting == "head" else "all"
     rescale = "append" if setting == "append" else "match"
-    job = start(stale=rule, compensation=STRENGTH, scope=scope, rescale=rescale)
+    strength = {"compensation": STRENGTH} if rule.startswith("compensate") else {}
+    job = start(stale=rule, scope=scope, rescale=rescale, **strength)
     if setting == "frozen":
         job.network.get_parameter(FROZEN).requires_grad_(False)
     versions = train_by_hand(Formula(rule), scope, setting == "frozen", setting == "append")
@@ -160,6 +170,19 @@ def test_a_run_with_known_ages(start: Start, rule: str, setting: str) -> None:
     for formula in WRONG[rule]:
         wrong = train_by_hand(formula, scope, setting == "frozen", setting == "append")[-1]
         assert largest_difference(weights(wrong), weights(versions[-1])) > 1e-5, formula
+
+
+@pytest.mark.parametrize(("rule", "default"), [("compensate", 0.04), ("compensate_adaptive", 2.0)])
+def test_the_strength_where_none_is_given(start: Start, rule: str, default: float) -> None:
+    trained = []
+    for strength in (None, default):
+        job = start(stale=rule, compensation=strength)
+        run = Run(job)
+        for age in (0, 1, 2):
+            run.step(age)
+        job.receiver.close()
+        trained.append(weights(job.network))
+    assert largest_difference(*trained) == 0.0
 
 
 def test_that_a_layer_unfrozen_since_has_not_changed(start: Start) -> None:
@@ -195,8 +218,11 @@ def test_that_an_older_version_outlives_an_overflow(start: Start) -> None:
     assert float((expected - LAMBDA * g * scale / 4).abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("restarts", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", list(WRONG))
-def test_a_resume(start: Start, tmp_path: Path, rule: str) -> None:
+def test_that_a_checkpoint_is_gone_back_to(
+    start: Start, tmp_path: Path, rule: str, restarts: bool
+) -> None:
     """Of what was taken before it, all is applied but what needs the weights of then."""
     settings = {"stale": rule, "max_staleness": 1}
     checkpoint = tmp_path / "checkpoint"
@@ -206,34 +232,25 @@ def test_a_resume(start: Start, tmp_path: Path, rule: str) -> None:
     job.accelerator.save_state(str(checkpoint))
     run.step(1)
     undisturbed = weights(job.network)
-    job.receiver._stop(publish_end=False)
 
-    resumed = start(resume_from_checkpoint=checkpoint, **settings)
-    resumed.accelerator.load_state(str(checkpoint))
-    resumed.published = job.published
-    again = Run(resumed)
-    assert again.step(None)  # the second payload is still there
-    assert again.metric("norm of weight change") is None
-    fates = resumed.receiver.fates()
-    if rule == "compensate":
+    if restarts:
+        job.receiver._stop(publish_end=False)
+        published = job.published
+        job = start(resume_from_checkpoint=checkpoint, **settings)
+        job.published = published
+        run = Run(job)
+    job.accelerator.load_state(str(checkpoint))
+    assert run.step(None)  # the second payload is still there
+    assert run.metric("norm of weight change") is None
+    fates = job.receiver.fates()
+    if rule.startswith("compensate"):
         assert (fates["applied"], fates["dropped"]) == (1, 1)
     else:
         assert (fates["applied"], fates["dropped"]) == (2, 0)
-        assert largest_difference(weights(resumed.network), undisturbed) == 0.0
-    assert again.step(1)
-    assert again.metric("norm of weight change")
-    assert resumed.receiver.fates()["applied"] == fates["applied"] + 1
-
-
-def test_that_weights_loaded_meanwhile_begin_a_new_past(start: Start, tmp_path: Path) -> None:
-    run = Run(start(max_staleness=1))
-    run.step(0)
-    run.job.accelerator.save_state(str(tmp_path / "checkpoint"))
-    run.step(0)
-    run.job.accelerator.load_state(str(tmp_path / "checkpoint"))
-    run.step(0)
-    assert (run.metric("receiver steps"), run.metric("norm of weight change")) == (0.0, 0.0)
-    assert sorted(run.job.receiver._injector._history._versions) == [1]
+        assert largest_difference(weights(job.network), undisturbed) == 0.0
+    assert run.step(1)
+    assert run.metric("norm of weight change")
+    assert job.receiver.fates()["applied"] == fates["applied"] + 1
 
 
 def test_that_lockstep_keeps_no_weights(start: Start) -> None:

@@ -127,15 +127,15 @@ def receiver_arguments() -> argparse.ArgumentParser:
         default=_DEFAULTS.stale,
         help="what becomes of a gradient whose weights are 1 to --max_staleness steps old: applied "
         "as it is; damped, divided by 1 + its age; or compensated for what the weights have "
-        "changed by (DC-ASGD). For that, and to log the change, each rank keeps its backbone and "
-        "donors' heads --max_staleness + 1 times in memory",
+        "changed by (DC-ASGD, with a constant or an adaptive lambda). For that, and to log the "
+        "change, each rank keeps backbone and donors' heads --max_staleness + 1 times in memory",
     )
     group.add_argument(
         "--compensation",
         type=float,
-        default=_DEFAULTS.compensation,
         metavar="LAMBDA",
-        help="lambda of --stale compensate, in units of one over the mean loss",
+        help="of --stale compensate, by default 0.04 over the mean loss; or of "
+        "compensate_adaptive, by default 2 over a weight",
     )
     group.add_argument(
         "--aggregate",

@@ -15,7 +15,7 @@ from toolkit.bridge.rescaling import LossReduction, RescaleRule, check_rule
 Exchange = Literal["gradient", "delta"]
 Scope = Literal["all", "head"]
 Role = Literal["donor", "receiver"]
-StaleRule = Literal["apply", "damp", "compensate"]
+StaleRule = Literal["apply", "damp", "compensate", "compensate_adaptive"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 STALE_RULES: tuple[StaleRule, ...] = get_args(StaleRule)
@@ -38,7 +38,7 @@ class BridgeConfig:
     scope: Scope = "all"  # what of it: backbone and head, or the head's only
     max_staleness: int = 0  # receiver steps that a payload may come late; 0: lockstep
     stale: StaleRule = "apply"  # receiver: what becomes of one that comes late (staleness.py)
-    compensation: float = 0.04  # lambda of stale "compensate", in units of one over the mean loss
+    compensation: float | None = None  # lambda of "compensate" (None: 0.04), or "..._adaptive" (2)
     local_steps: int = 32  # delta: steps of either job between two exchanges
     outer_learning_rate: float = 1.0  # delta, receiver: of the outer step
     outer_momentum: float = 0.0  # delta, receiver: Nesterov momentum of the outer step
@@ -107,8 +107,16 @@ class BridgeConfig:
     def _check_stale(self) -> None:
         if self.stale not in STALE_RULES:
             raise ValueError(f"stale {self.stale!r} is unknown; choose one of {list(STALE_RULES)}")
-        if not 0 < self.compensation < math.inf:
-            raise ValueError(f"compensation must be finite and positive, got {self.compensation}")
+        if self.compensation is not None:
+            if not self.stale.startswith("compensate"):
+                raise ValueError(
+                    f"compensation {self.compensation} is lambda of stale 'compensate' and "
+                    f"'compensate_adaptive', and stale is {self.stale!r}"
+                )
+            if not 0 < self.compensation < math.inf:
+                raise ValueError(
+                    f"compensation must be finite and positive, got {self.compensation}"
+                )
         if self.stale == "apply":
             return
         if self.exchange != "gradient":

@@ -20,7 +20,7 @@ from toolkit.bridge.measures import (
 )
 from toolkit.bridge.payload import Record
 from toolkit.bridge.rescaling import rescale_factors
-from toolkit.bridge.staleness import WeightHistory, compensate, damping
+from toolkit.bridge.staleness import COMPENSATION, WeightHistory, compensate, damping
 from toolkit.parameters import SharedParameters
 from toolkit.sharding import shard_like
 
@@ -34,6 +34,9 @@ class Injector:
         shared: those that donors have gradients for.
         control: the job's control group.
         config: the rules.
+
+    Attributes:
+        needs_older_weights: whether a payload is of use only with the weights it was taken at.
 
     Raises:
         ValueError: if ``config.donor_weight`` names heads, and not all of them.
@@ -54,6 +57,7 @@ class Injector:
         self._history = WeightHistory(
             shared, config.max_staleness if config.exchange == "gradient" else 0
         )
+        self.needs_older_weights = config.stale in COMPENSATION
 
     def inject(
         self, window: Window, records: Sequence[Record], receiver_step: int
@@ -124,9 +128,11 @@ class Injector:
             change = self._history.change_since(header.receiver_step, header.head)
             if config.stale == "damp":
                 factors[place] *= damping(age)
-            elif config.stale == "compensate":
+            elif self.needs_older_weights:
                 assert change is not None, f"no weights of step {header.receiver_step} are kept"
-                sums[place] = compensate(sums[place], header.count, change, config.compensation)
+                strength = config.compensation or COMPENSATION[config.stale]
+                adaptive = config.stale == "compensate_adaptive"
+                sums[place] = compensate(sums[place], header.count, change, strength, adaptive)
             ages.append(age)
             changes.append(change)
         return staleness_metrics([r.header.job for r in records], ages, changes, self._control)

@@ -6,10 +6,11 @@ they come here. A payload of age 0 is applied as it is by every rule:
 
 - ``apply``: S, as if it were new.
 - ``damp``: S / (1 + age), see :func:`damping`.
-- ``compensate``: S and a first-order estimate of what the gradient has changed by, see
-  :func:`compensate`.
+- ``compensate``, ``compensate_adaptive``: S and a first-order estimate of what it has changed by,
+  see :func:`compensate`.
 
-The samples count in full under every rule: were n damped too, S/n would be what it was.
+The samples count in full under every rule: were n damped too, S/n would be what it was. So damping
+is a smaller weight of the donor's loss, while compensation leaves the joint loss as it is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from toolkit.parameters import SharedParameters
+
+COMPENSATION = {"compensate": 0.04, "compensate_adaptive": 2.0}  # lambda where none is given
 
 
 def damping(age: int) -> float:
@@ -43,36 +46,50 @@ def damping(age: int) -> float:
 
 
 def compensate(
-    sums: Mapping[str, Tensor], count: float, change: Mapping[str, Tensor], strength: float
+    sums: Mapping[str, Tensor],
+    count: float,
+    change: Mapping[str, Tensor],
+    strength: float,
+    adaptive: bool,
 ) -> dict[str, Tensor]:
     """Delay compensation: the gradient sum that is expected at the present weights.
 
     To first order the mean gradient at ``theta_now`` is ``g + H (theta_now - theta_then)``, g and
-    H being gradient and Hessian of the mean loss at ``theta_then``. DC-ASGD (its form with a
-    constant lambda) puts lambda g*g, element by element, in the place of H: for a likelihood the
-    squares of the gradient estimate the diagonal of the Fisher information. With ``g = S / n`` the
-    sum over n samples is ``n (g + lambda g*g*(theta_now - theta_then))``, that is
+    H being gradient and Hessian of the mean loss at ``theta_then``. DC-ASGD puts lambda g*g,
+    element by element, in the place of H: for a likelihood the squares of the gradient estimate
+    the diagonal of the Fisher information. With ``g = S/n`` the sum over n samples is
+    ``n (g + lambda g*g (theta_now - theta_then))``, that is
 
-        S + lambda/n * S*S*(theta_now - theta_then)
+        S + lambda/n S*S (theta_now - theta_then)
 
-    Each donor's payload is compensated by itself, before it is weighed against others.
+    with a constant lambda, in units of one over the mean loss. The adaptive form divides lambda by
+    the root of a moving average of g*g. Taken without its past, so that no state needs to be kept
+    for each donor, that is ``lambda / |g|``, and n cancels:
+
+        S + lambda |S| (theta_now - theta_then)
+
+    with lambda in units of one over a weight. It does not depend on the scale of the loss.
 
     Args:
         sums: S by name, like the parameters in device and sharding; left as they are.
         count: n, the samples in the sums.
         change: ``theta_now - theta_then`` by name. A name that is absent has not changed.
-        strength: lambda, in units of one over the mean loss.
+        strength: lambda.
+        adaptive: the second form.
 
     Reference:
         Zheng et al., Asynchronous Stochastic Gradient Descent with Delay Compensation, 2017,
-        arXiv 1609.08326.
+        arXiv 1609.08326: DC-ASGD-c and, with m = 0 and epsilon = 0, DC-ASGD-a.
     """
-    factor = strength / count
+
+    def compensated(total: Tensor, moved: Tensor) -> Tensor:
+        if adaptive:
+            return torch.addcmul(total, total.abs(), moved, value=strength)
+        return torch.addcmul(total, total.square(), moved, value=strength / count)
+
     return {
-        name: torch.addcmul(tensor, tensor.square(), change[name], value=factor)
-        if name in change
-        else tensor
-        for name, tensor in sums.items()
+        name: compensated(total, change[name]) if name in change else total
+        for name, total in sums.items()
     }
 
 

@@ -261,8 +261,13 @@ def test_that_lockstep_keeps_no_weights(start: Start) -> None:
     assert not run.job.receiver._injector._history._versions
 
 
-def test_how_many_versions_are_kept(start: Start) -> None:
-    run = Run(start(max_staleness=2))
+def test_what_is_kept(start: Start) -> None:
+    job = start(max_staleness=2)
+    job.network.get_parameter(FROZEN).requires_grad_(False)
+    run = Run(job)
     for age in AGES:
         run.step(age)
-    assert sorted(run.job.receiver._injector._history._versions) == [4, 5, 6]
+    versions = job.receiver._injector._history._versions
+    assert sorted(versions) == [4, 5, 6]
+    shared = {name for name in weights(job.network) if "h1" not in name}
+    assert all(set(version) == shared - {FROZEN} for version in versions.values())

@@ -38,7 +38,7 @@ from toolkit.data import endless_batches
 from toolkit.flag_types import DefaultsFormatter, positive_int
 from toolkit.freezing import frozen
 from toolkit.metrics import start_tracking
-from toolkit.optimizers import make_optimizer, optimizer_arguments
+from toolkit.optimizers import build_optimizer, optimizer_arguments
 from toolkit.training import (
     CompletedSteps,
     banner,
@@ -174,7 +174,7 @@ def turn_of(
 def try_optimizer(args: argparse.Namespace) -> None:
     """Let the optimizer make a step of each task, so that what it refuses shows at once."""
     model = TwoInputs()
-    optimizer = make_optimizer(args, model.parameters())
+    optimizer = build_optimizer(args, model.parameters())
     for task in TASKS:
         with turn_of(task, args, model, optimizer):
             model(torch.ones(1, NUM_FEATURES[task]), task).sum().backward()
@@ -222,7 +222,7 @@ def main() -> None:
     batch_size = args.per_device_train_batch_size
     dataloader = DataLoader(training, batch_size=batch_size, shuffle=True, drop_last=True)
     model = TwoInputs()
-    optimizer = make_optimizer(args, model.parameters())
+    optimizer = build_optimizer(args, model.parameters())
     layers = dict(model.named_children())
 
     # -- prepare --------------------------------------------------------------------------------

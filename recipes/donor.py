@@ -33,15 +33,13 @@ from toolkit.bridge.arguments import (
     donor_arguments,
 )
 from toolkit.configuration import check_configuration
-from toolkit.data import in_memory
+from toolkit.data import in_memory, to_dtype
 from toolkit.flag_types import DefaultsFormatter
 from toolkit.metrics import start_tracking
-from toolkit.models import build_model
+from toolkit.optimizers import build_optimizer, build_scheduler, parameter_groups
 from toolkit.silos import load_data
 from toolkit.training import (
     banner,
-    build_optimizer,
-    build_scheduler,
     clean_errors,
     configure_logging,
     describe_accuracies,
@@ -61,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Give gradients to a receiver job that shares only a directory.",
         parents=[
             data_arguments(),
-            training_arguments(),
+            training_arguments([HEAD]),
             bridge_arguments(),
             donor_arguments(),
         ],
@@ -98,8 +96,9 @@ def main() -> None:
         task = load_data(args, HEAD)
     dtype = getattr(torch, args.dtype)
     num_classes = {HEAD: task.num_classes[HEAD]}
-    model = build_model(task.image_shape, num_classes, seed=args.seed).to(dtype)
-    optimizer = build_optimizer(args, model.parameters())
+    with clean_errors(ValueError):
+        model = task.build_model(num_classes, seed=args.seed).to(dtype)
+        optimizer = build_optimizer(args, parameter_groups(args, model))
     dataloader = DataLoader(
         in_memory(task.train[HEAD], HEAD),
         batch_size=args.per_device_train_batch_size,
@@ -160,10 +159,10 @@ def main() -> None:
         )
 
     with donor, logging_redirect_tqdm():
-        for images, labels in donor.follow(dataloader, max_windows):
+        for inputs, labels in donor.follow(dataloader, max_windows):
             with accelerator.accumulate(model):
                 # FSDP2 in mixed precision gives half precision.
-                logits = model(images.to(dtype), [HEAD])[HEAD].to(dtype)
+                logits = model(to_dtype(inputs, dtype), [HEAD])[HEAD].to(dtype)
                 loss = F.cross_entropy(logits, labels, reduction=args.loss_reduction)
                 donor.backward(loss, num_samples=len(labels))
                 if not donor.publish():  # no receiver: an ordinary step
@@ -178,7 +177,10 @@ def main() -> None:
             step = donor.completed_windows
             metrics = dict(donor.metrics)
             if step % args.eval_steps == 0:
-                metrics |= {f"accuracy/{head} (%)": a for head, a in measure().items()}
+                accuracies = measure()
+                metrics |= {f"accuracy/{head} (%)": a for head, a in accuracies.items()}
+                if donor.at_receiver_weights:
+                    donor.report({f"{head} (%)": a for head, a in accuracies.items()})
             accelerator.log(metrics, step=donor.receiver_step)
             progress.update()
             if checkpointing_steps and step % checkpointing_steps == 0:

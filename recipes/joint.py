@@ -31,25 +31,25 @@ from toolkit.arguments import check_arguments, data_arguments, training_argument
 from toolkit.bridge.arguments import rescaling_arguments
 from toolkit.bridge.config import BridgeConfig
 from toolkit.bridge.rescaling import check_rule, rescale_factors
+from toolkit.bundled import TASKS
 from toolkit.configuration import check_configuration
-from toolkit.data import TASKS, window_indices, windows_per_epoch
+from toolkit.data import to_dtype, window_indices, windows_per_epoch
 from toolkit.flag_types import DefaultsFormatter, positive_int
 from toolkit.methods import (
     check_method_arguments,
     find_method,
     method_arguments,
-    parameter_groups,
+    method_groups,
     rotating_model,
 )
 from toolkit.metrics import start_tracking
 from toolkit.multitask import CLASSES, PAIR, PAIR_TASKS, digit_pair, two_heads
+from toolkit.optimizers import build_optimizer, build_scheduler, learning_rates
 from toolkit.silos import load_data
 from toolkit.task_gradients import ByName, RuleBackward, conflict_metrics
 from toolkit.training import (
     CompletedSteps,
     banner,
-    build_optimizer,
-    build_scheduler,
     clean_errors,
     configure_logging,
     evaluate,
@@ -64,7 +64,7 @@ logger = get_logger(__name__)
 HEADS = ("h1", "h2")  # the receiver's own, and the donor's
 OF_TWO_JOBS = (
     *("rescale", "donor_weight", "receiver_processes", "donor_processes"),
-    *("donor_batch_size", "donor_accumulation_steps"),
+    *("donor_batch_size", "donor_accumulation_steps", "lr_head1", "lr_head2"),
 )
 
 
@@ -99,7 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     check_method_arguments(parser, args, len(PAIR_TASKS if args.task == PAIR else HEADS))
     for name in ("dataset_name", *OF_TWO_JOBS):
         if args.task == PAIR and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} is about two jobs' data; --task {PAIR} is one set of samples")
+            parser.error(f"--{name} is about two jobs' data or heads; --task {PAIR} has others")
     if (args.dataset_name is None) != (args.donor_dataset_name is None):
         parser.error("give both --dataset_name (labels for h1) and --donor_dataset_name (h2)")
     for name in ("donor_dataset_config_name", "donor_image_column", "donor_label_column"):
@@ -183,15 +183,17 @@ def main() -> None:
         tasks = digit_pair(args.seed) if args.task == PAIR else two_heads(load_data(args, *HEADS))
     windows, steps_per_epoch = joint_windows(args, [len(silo) for silo in tasks.silos])
     dtype = getattr(torch, args.dtype)
-    network = tasks.build_model(args.seed)
-    rotations = rotating_model(args, network, tasks.image_shape)
+    with clean_errors(ValueError):
+        network = tasks.build_model(args.seed)
+        rotations = rotating_model(args, network, tasks.silos[0][:1][0])
     if rotations and args.task != PAIR and args.coop_after is None:
         logger.warning(
             "each sample has a label for one head: no two tasks' gradients meet in it, so that no "
             "rotation turns but by rounding"
         )
     model = (rotations or network).to(dtype)
-    optimizer = build_optimizer(args, parameter_groups(args, network, rotations))
+    with clean_errors(ValueError):
+        optimizer = build_optimizer(args, method_groups(args, network, rotations))
 
     # -- prepare --------------------------------------------------------------------------------
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
@@ -237,7 +239,7 @@ def main() -> None:
         if rotations and args.coop_after is not None:
             rotations.coop(completed.value >= args.coop_after)
         with accelerator.no_sync(model) if separate else contextlib.nullcontext():
-            predictions = predict(batch.images.to(accelerator.device, dtype), tasks.names)
+            predictions = predict(to_dtype(batch.inputs.to(accelerator.device), dtype), tasks.names)
             sums = tasks.summed_losses(predictions, batch)
             factors = loss_factors(args, num_labels)
             losses = [factor * loss for factor, loss in zip(factors, sums, strict=True)]
@@ -254,7 +256,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         completed.value += 1
-        metrics = {"train/learning rate": scheduler.get_last_lr()[0]}
+        metrics = learning_rates(scheduler)
         if not accelerator.optimizer_step_was_skipped:
             scheduler.step()
         if accelerator.log_with:

@@ -33,16 +33,19 @@ from toolkit.bridge.arguments import (
     rescaling_arguments,
 )
 from toolkit.configuration import check_configuration
-from toolkit.data import in_memory
+from toolkit.data import in_memory, to_dtype
 from toolkit.flag_types import DefaultsFormatter
 from toolkit.metrics import start_tracking
-from toolkit.models import build_model
+from toolkit.optimizers import (
+    build_optimizer,
+    build_scheduler,
+    learning_rates,
+    parameter_groups,
+)
 from toolkit.provenance import provenance
 from toolkit.silos import load_data
 from toolkit.training import (
     banner,
-    build_optimizer,
-    build_scheduler,
     clean_errors,
     configure_logging,
     describe_accuracies,
@@ -98,10 +101,11 @@ def main() -> None:
     with clean_errors(ValueError, OSError), accelerator.main_process_first():
         task = load_data(args, OWN_HEAD)
     dtype = getattr(torch, args.dtype)
-    model = build_model(task.image_shape, task.num_classes, seed=args.seed).to(dtype)
-    # This job's loss does not use the donor's head: DDP must not wait for its gradient.
-    model.heads[DONOR_HEAD].requires_grad_(False)
-    optimizer = build_optimizer(args, model.parameters())
+    with clean_errors(ValueError):
+        model = task.build_model(task.num_classes, seed=args.seed).to(dtype)
+        # This job's loss does not use the donor's head: DDP must not wait for its gradient.
+        model.heads[DONOR_HEAD].requires_grad_(False)
+        optimizer = build_optimizer(args, parameter_groups(args, model))
     dataloader = DataLoader(
         in_memory(task.train[OWN_HEAD], OWN_HEAD),
         batch_size=args.per_device_train_batch_size,
@@ -172,10 +176,10 @@ def main() -> None:
             dataloader.set_epoch(epoch)
             skipped = window * args.gradient_accumulation_steps
             batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
-            for images, labels in batches:
+            for inputs, labels in batches:
                 with accelerator.accumulate(model):
                     # FSDP2 in mixed precision gives half precision.
-                    logits = model(images.to(dtype), [OWN_HEAD])[OWN_HEAD].to(dtype)
+                    logits = model(to_dtype(inputs, dtype), [OWN_HEAD])[OWN_HEAD].to(dtype)
                     loss = F.cross_entropy(logits, labels, reduction=args.loss_reduction)
                     receiver.backward(loss, num_samples=len(labels))
                     receiver.inject()
@@ -187,7 +191,7 @@ def main() -> None:
                 if not stepped:
                     continue
                 step = receiver.completed_steps
-                metrics = {**receiver.metrics, "train/learning rate": scheduler.get_last_lr()[0]}
+                metrics = receiver.metrics | learning_rates(scheduler)
                 scheduler.step()
                 if step % args.eval_steps == 0 or step == max_train_steps:
                     accuracies = measure()

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class Case:
     local_steps: int = 4  # of exchange "delta"
     outer_learning_rate: float = 0.8
     outer_momentum: float = 0.0
+    init_h2: Literal["own", "donor"] = "own"
     max_staleness: int = 0
     donor_pause: float = 0.0  # seconds that the donor sleeps before each window
     mutation: str = ""  # applied in one of the jobs, see tests/jobs/bridge_job.py
@@ -277,6 +278,42 @@ def train_with_deltas(case: Case, num_receiver: int, num_donor: int) -> dict[str
                 momentum[name] = case.outer_momentum * momentum[name] + change
                 update = change + case.outer_momentum * momentum[name]
                 parameter.add_(case.outer_learning_rate * update)
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def train_with_head(
+    case: Case, num_receiver: int, num_donor: int, payloads: list[int | None]
+) -> dict[str, Tensor]:
+    """Exchange ``head`` in one process, by hand: the receiver's final weights.
+
+    Args:
+        case: the setting.
+        num_receiver: ranks of the receiver.
+        num_donor: ranks of the donor.
+        payloads: for every step, the donor's window whose gradient it takes.
+    """
+    model, donor = build_network(case), build_network(case, ("h2",))
+    optimizer, donor_optimizer = build_optimizer(case, model), build_optimizer(case, donor)
+    if case.init_h2 == "donor":
+        model.heads["h2"].load_state_dict(donor.heads["h2"].state_dict())
+    data = {head: build_dataset(case, head) for head in ("h1", "h2")}
+    donated: list[list[Tensor]] = []
+    num_donated = 1 + max(payload or 0 for payload in payloads)
+    for indices in itertools.islice(windows(case, "h2", num_donor), num_donated):
+        donor_optimizer.zero_grad()
+        loss = summed_loss(donor, data["h2"], indices, "h2") / len(indices)
+        donated.append(list(torch.autograd.grad(loss, list(donor.parameters()))))
+        for parameter, grad in zip(donor.parameters(), donated[-1], strict=True):
+            parameter.grad = grad
+        donor_optimizer.step()
+    head = list(model.heads["h2"].parameters())
+    for payload, indices in zip(payloads, windows(case, "h1", num_receiver), strict=False):
+        optimizer.zero_grad()
+        (summed_loss(model, data["h1"], indices, "h1") / len(indices)).backward()
+        if payload is not None:
+            for parameter, grad in zip(head, donated[payload][-len(head) :], strict=True):
+                parameter.grad = case.donor_weight * grad
+        optimizer.step()
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 

@@ -9,19 +9,21 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from toolkit.data import TASKS
+from toolkit.bundled import TASKS
 from toolkit.flag_types import (
     checkpointing_steps,
-    non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
 )
+from toolkit.optimizers import optimizer_arguments, rate_arguments
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 _TASK_HELP = {
     "digits": "'digits': h1 tells the digit and has few labels, h2 tells a pair of digits",
     "overlap": "'overlap': two overlaid digits, one for each head",
+    "text": "'text': snippets of Python's sources; h1 tells the module and has few labels, h2 the "
+    "chapter of the manual; needs transformers",
     "pair": "'pair': two digits side by side and five tasks: both digits, their sum, whether their "
     "product is odd, the share of bright pixels",
 }
@@ -71,9 +73,14 @@ def data_arguments(tasks: Sequence[str] = TASKS) -> argparse.ArgumentParser:
     return parser
 
 
-def training_arguments() -> argparse.ArgumentParser:
-    """How to train, what to record and where to write."""
-    parents = [step_arguments(), output_arguments()]
+def training_arguments(heads: Sequence[str] = ("h1", "h2")) -> argparse.ArgumentParser:
+    """How to train, what to record and where to write.
+
+    Args:
+        heads: that the job trains.
+    """
+    parents = [step_arguments(), optimizer_arguments("AdamW", 5e-3), rate_arguments(heads)]
+    parents.append(output_arguments())
     parser = argparse.ArgumentParser(add_help=False, parents=parents)
     _add_optimization(parser.add_argument_group("optimization and evaluation"))
     return parser
@@ -131,20 +138,6 @@ def _add_optimization(group: argparse._ArgumentGroup) -> None:
         default=256,
         help="samples per rank in evaluation",
     )
-    add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="update rule")
-    add(
-        "--learning_rate",
-        type=positive_float,
-        default=5e-3,
-        help="after warm-up",
-    )
-    add(
-        "--weight_decay",
-        type=non_negative_float,
-        default=0.01,
-        help="of all parameters",
-    )
-    add("--momentum", type=non_negative_float, default=0.0, help="of sgd")
     add(
         "--lr_scheduler_type",
         choices=SCHEDULES,
@@ -254,8 +247,6 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
                 parser.error(f"--{name} is about data of your own: give --dataset_name too")
     if args.image_shape is not None and args.image_shape[0] not in (1, 3):
         parser.error(f"--image_shape starts with 1 or 3 channels, got {args.image_shape[0]}")
-    if args.momentum and args.optimizer != "sgd":
-        parser.error("--momentum is of --optimizer sgd; adamw has its own")
     if args.num_warmup_steps and args.lr_scheduler_type == "constant":
         parser.error(
             "--num_warmup_steps needs a schedule: --lr_scheduler_type constant_with_warmup"

@@ -23,12 +23,12 @@ def build_parser() -> argparse.ArgumentParser:
         "demo",
         help="train a receiver alone, with a donor, and jointly, and compare",
         description=(
-            "Launch four real jobs on scikit-learn's digits: a donor and a receiver side by side, "
+            "Launch four real jobs on bundled data: a donor and a receiver side by side, "
             "the receiver alone, and joint training in one job as the oracle. Ends with one table."
         ),
         formatter_class=DefaultsFormatter,
     )
-    demo.add_argument("--task", choices=["digits", "overlap"], default="digits")
+    demo.add_argument("--task", choices=["digits", "overlap", "text"], default="digits")
     demo.add_argument("--num_seeds", type=positive_int, default=1, help="seeds 0, 1, ...")
     demo.add_argument("--max_train_steps", type=positive_int, help="optimizer steps")
     demo.add_argument(

@@ -1,8 +1,8 @@
-"""Two silos of labelled images, and the order in which a job reads its silo.
+"""Two silos of labelled samples, and the order in which a job reads its silo.
 
-A silo holds images and the labels of one head: the receiver's silo has labels for ``h1``, the
-donor's for ``h2``. The bundled tasks are made of scikit-learn's 1,797 digits (8 x 8 pixels), so
-that nothing is downloaded. For data of one's own see ``toolkit.silos``.
+A silo holds samples and the labels of one head: the receiver's silo has labels for ``h1``, the
+donor's for ``h2``. For the bundled tasks see ``toolkit.bundled``, for data of one's own
+``toolkit.silos``.
 """
 
 from __future__ import annotations
@@ -12,28 +12,31 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler
-from datasets import Array3D, Dataset, Features, Value
-from sklearn.datasets import load_digits
+from datasets import Array3D, Dataset, Features, Sequence, Value
+from torch import Tensor
 from torch.utils.data import BatchSampler, TensorDataset
 
-TASKS = ("digits", "overlap")
-# In an evaluation set: this image has no label for this head.
-NO_LABEL = -1
+from toolkit.models import MultiHeadModel
 
-# digits: images with a label for h1 and for h2; the rest is for evaluation.
-_NUM_DIGITS_H1, _NUM_DIGITS_H2 = 80, 1200
-# overlap: source images, and what is composed of them, for h1, h2 and evaluation.
-_OVERLAP_POOLS, _OVERLAP_PAIRS = (600, 600, 597), (2000, 2000, 1000)
-_OVERLAP_SHIFT = 4  # pixels by which the second digit lies further right and further down
+# In an evaluation set: this sample has no label for this head.
+NO_LABEL = -1
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+
+
+class ModelBuilder(Protocol):
+    """Makes the model of a task."""
+
+    def __call__(self, num_classes: dict[str, int], *, seed: int) -> MultiHeadModel:
+        """A backbone, and a head for each entry of ``num_classes``; the same for the same seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,113 +45,56 @@ class Task:
 
     Attributes:
         name: of the task or the data set.
-        image_shape: (C, H, W) of every image.
+        build_model: makes a backbone for these inputs, and heads.
         num_classes: by head.
-        train: by head, the silo with its labels: columns ``image`` (C, H, W), float32 in [0, 1],
-            and one label column named like the head. A job holds its own silo only.
-        evaluation: images of neither silo: columns ``image`` and one per head, ``NO_LABEL`` where
-            an image has no label for that head.
+        train: by head, the silo with its labels: columns ``inputs``, see :func:`make_dataset`, and
+            one label column named like the head. A job holds its own silo only.
+        evaluation: samples of neither silo: columns ``inputs`` and one per head, ``NO_LABEL``
+            where a sample has no label for that head.
     """
 
     name: str
-    image_shape: tuple[int, int, int]
+    build_model: ModelBuilder
     num_classes: dict[str, int]
     train: dict[str, Dataset]
     evaluation: Dataset
 
 
-def load_task(name: str, *, seed: int = 0) -> Task:
-    """A bundled task.
-
-    - ``digits``: ``h1`` tells the digit and has 80 labelled images; ``h2`` tells the pair of
-      digits (0 or 1, 2 or 3, ...) and has 1,200. The donor's coarse labels improve ``h1``.
-    - ``overlap``: two digits overlaid. ``h1`` tells the upper left one, ``h2`` the lower right
-      one; each silo has 2,000 images.
-
-    No source image is in two of receiver's silo, donor's silo and evaluation set.
-
-    Args:
-        name: ``digits`` or ``overlap``.
-        seed: of the split. Both jobs must use the same one, else their silos and evaluation sets
-            overlap.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if name not in TASKS:
-        raise ValueError(f"task {name!r} is unknown; choose one of {list(TASKS)}")
-    bunch = load_digits()
-    images = (bunch.images / 16.0).astype(np.float32)
-    digits = bunch.target.astype(np.int64)
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(digits))
-    if name == "digits":
-        parts = np.split(order, [_NUM_DIGITS_H1, _NUM_DIGITS_H1 + _NUM_DIGITS_H2])
-        labels = {"h1": digits, "h2": digits // 2}
-        samples = [
-            (images[part, None], {head: column[part] for head, column in labels.items()})
-            for part in parts
-        ]
-        num_classes = {"h1": 10, "h2": 5}
-    else:
-        pools = np.split(order, np.cumsum(_OVERLAP_POOLS)[:-1])
-        samples = [
-            _overlay(images, digits, rng.choice(pool, size=(num_pairs, 2)))
-            for pool, num_pairs in zip(pools, _OVERLAP_PAIRS, strict=True)
-        ]
-        num_classes = {"h1": 10, "h2": 10}
-    for head, size in num_classes.items():
-        for _, columns in samples:
-            check_labels(columns[head], size, head)
-    (own_images, own), (donor_images, donor), (evaluation_images, evaluation) = samples
-    return Task(
-        name=name,
-        image_shape=own_images.shape[1:],
-        num_classes=num_classes,
-        train={
-            "h1": make_dataset(own_images, {"h1": own["h1"]}),
-            "h2": make_dataset(donor_images, {"h2": donor["h2"]}),
-        },
-        evaluation=make_dataset(evaluation_images, evaluation),
-    )
-
-
-def _overlay(
-    images: FloatArray, digits: IntArray, pairs: IntArray
-) -> tuple[FloatArray, dict[str, IntArray]]:
-    """Lay image ``pairs[i, 1]`` over ``pairs[i, 0]``, shifted to the lower right; sum, clipped."""
-    size, shift = images.shape[1], _OVERLAP_SHIFT
-    canvas = np.zeros((len(pairs), 1, size + shift, size + shift), dtype=np.float32)
-    canvas[:, 0, :size, :size] = images[pairs[:, 0]]
-    canvas[:, 0, shift:, shift:] += images[pairs[:, 1]]
-    labels = {"h1": digits[pairs[:, 0]], "h2": digits[pairs[:, 1]]}
-    return np.minimum(canvas, 1.0), labels
-
-
-def make_dataset(images: FloatArray, labels: Mapping[str, FloatArray | IntArray]) -> Dataset:
+def make_dataset(
+    inputs: FloatArray | IntArray, labels: Mapping[str, FloatArray | IntArray]
+) -> Dataset:
     """A ``Dataset`` in this package's columns, giving torch tensors.
 
     Args:
-        images: (N, C, H, W).
+        inputs: images (N, C, H, W), float32 in [0, 1]; or token numbers (N, T), int64, with
+            ``toolkit.models.PADDING`` after the end of a text.
         labels: by head, (N,).
     """
+    kind: Any = Array3D(inputs.shape[1:], "float32")
+    if inputs.ndim == 2:
+        kind = Sequence(Value("int64"), length=inputs.shape[1])
     label_features = {head: Value(str(column.dtype)) for head, column in labels.items()}
-    features = Features({"image": Array3D(images.shape[1:], "float32"), **label_features})
-    columns: dict[str, Any] = {"image": list(images), **labels}
+    columns: dict[str, Any] = {"inputs": list(inputs), **labels}
+    features = Features({"inputs": kind, **label_features})
     return Dataset.from_dict(columns, features=features).with_format("torch")
 
 
 def in_memory(dataset: Dataset, head: str) -> TensorDataset:
-    """Pairs (image, label of ``head``) as tensors; N*C*H*W*4 bytes of memory.
+    """Pairs (inputs, label of ``head``) as tensors: images take N*C*H*W*4 bytes, texts N*T*8.
 
     Decoding rows of a ``Dataset`` takes longer than a training step of a small model does.
 
     Args:
-        dataset: columns ``image`` and ``head``.
+        dataset: columns ``inputs`` and ``head``.
         head: the label column.
     """
-    columns = dataset.with_format("torch", columns=["image", head])[:]
-    return TensorDataset(columns["image"], columns[head])
+    columns = dataset.with_format("torch", columns=["inputs", head])[:]
+    return TensorDataset(columns["inputs"], columns[head])
+
+
+def to_dtype(inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images in the model's dtype; token numbers as they are."""
+    return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
 
 def check_labels(labels: Iterable[object], num_classes: int, head: str) -> None:

@@ -20,10 +20,12 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from toolkit.aggregation import Rule, find_rule
 from toolkit.flag_types import non_negative_int, positive_float, positive_int
 from toolkit.models import MultiHeadModel
+from toolkit.optimizers import parameter_groups
 from toolkit.rotograd import RotateOnly, RotoGrad, RotoGradNorm
 
 ROTATING: dict[str, type[RotateOnly]] = {
@@ -120,14 +122,14 @@ def find_method(name: str, num_tasks: int) -> Rule | None:
 
 
 def rotating_model(
-    args: argparse.Namespace, network: MultiHeadModel, image_shape: tuple[int, int, int]
+    args: argparse.Namespace, network: MultiHeadModel, inputs: Tensor
 ) -> RotateOnly | None:
     """The same backbone and heads with rotations between them, which begin as identities.
 
     Args:
         args: with the flags of ``method_arguments()``, and ``report_to``.
         network: whose parts it takes.
-        image_shape: (C, H, W) of its inputs.
+        inputs: any that it takes.
 
     Returns:
         The model; None for a method without rotations.
@@ -135,7 +137,7 @@ def rotating_model(
     if args.method not in ROTATING:
         return None
     with torch.no_grad():
-        size = network.backbone(torch.zeros(1, *image_shape)).shape[1]
+        size = network.backbone(inputs).shape[1]
     options = {"alpha": args.alpha} if args.method == "rotogradnorm" else {}
     model = ROTATING[args.method](
         network.backbone,
@@ -148,10 +150,11 @@ def rotating_model(
     return model
 
 
-def parameter_groups(
+def method_groups(
     args: argparse.Namespace, network: MultiHeadModel, rotations: RotateOnly | None
 ) -> list[dict[str, Any]]:
-    """For the optimizer: the network, and what turns and weighs gradients at its own rate."""
-    if rotations is None:
-        return [{"params": list(network.parameters())}]
-    return rotations.param_groups(args.learning_rate, args.learning_rate_rotation)
+    """For the optimizer: the network's parts, and what turns and weighs gradients, if anything."""
+    groups = parameter_groups(args, network)
+    if rotations is not None and (turning := rotations.rotation_parameters()):
+        groups.append({"name": "rotations", "params": turning, "lr": args.learning_rate_rotation})
+    return groups

@@ -13,6 +13,8 @@ from torch.nn import functional
 NUM_FEATURES = 48
 _NUM_LENET_FEATURES = 50
 _CHANNELS = (16, 32)
+PADDING = 0  # the token number after the end of a text
+_WIDTH, _NUM_LAYERS, _NUM_ATTENTION_HEADS = 64, 2, 2  # of the transformer
 _GRID = 4  # the feature map is pooled to at most 4 x 4 (to fewer than 8 for odd sizes)
 
 
@@ -20,7 +22,8 @@ class MultiHeadModel(nn.Module):
     """A backbone and the heads that read its features.
 
     Args:
-        backbone: maps images (N, C, H, W) to features (N, F).
+        backbone: maps inputs, such as images (N, C, H, W) or token numbers (N, T), to features
+            (N, F).
         heads: by name, what maps features (N, F) to logits (N, K).
     """
 
@@ -29,11 +32,11 @@ class MultiHeadModel(nn.Module):
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
 
-    def forward(self, images: Tensor, heads: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def forward(self, inputs: Tensor, heads: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Logits of several heads from one pass through the backbone.
 
         Args:
-            images: (N, C, H, W), of the parameters' dtype.
+            inputs: of N samples, as the backbone takes them; images in the parameters' dtype.
             heads: which heads; all by default. Heads left out cost nothing and get no gradient.
 
         Returns:
@@ -42,7 +45,7 @@ class MultiHeadModel(nn.Module):
         Raises:
             KeyError: for a head that the model does not have.
         """
-        features = self.backbone(images)
+        features = self.backbone(inputs)
         names = list(self.heads) if heads is None else heads
         return {name: self.heads[name](features) for name in names}
 
@@ -96,6 +99,72 @@ def build_lenet(
         for name, size in out_features.items()
     }
     return MultiHeadModel(backbone, heads)
+
+
+class TextBackbone(nn.Module):
+    """A transformer whose features are the mean of its last hidden states over a text's tokens.
+
+    Args:
+        transformer: an encoder of ``transformers``.
+    """
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Features (N, F) of token numbers (N, T), which end in ``PADDING`` or do not."""
+        mask = tokens != PADDING
+        outputs = self.transformer(input_ids=tokens, attention_mask=mask.long())
+        states = outputs.last_hidden_state.masked_fill(~mask[..., None], 0.0)
+        features: Tensor = states.sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return features
+
+
+def build_text_model(
+    num_tokens: int, max_length: int, num_classes: dict[str, int], *, seed: int
+) -> MultiHeadModel:
+    """A DistilBERT of two layers, with random weights, and linear heads; no dropout.
+
+    Width 64, two attention heads: 202,000 parameters for 2,048 tokens. A seed of its own for every
+    part, as in :func:`build_model`.
+
+    Args:
+        num_tokens: V; tokens have the numbers 1 to V - 1.
+        max_length: T, of a text in tokens.
+        num_classes: by head, its number of classes.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: without the package ``transformers``.
+    """
+    build_backbone = partial(_build_text_backbone, num_tokens, max_length)
+    heads = {
+        name: _seeded(seed, f"heads.{name}", partial(nn.Linear, _WIDTH, size))
+        for name, size in num_classes.items()
+    }
+    return MultiHeadModel(_seeded(seed, "backbone", build_backbone), heads)
+
+
+def _build_text_backbone(num_tokens: int, max_length: int) -> nn.Module:
+    try:  # here: it takes seconds to import
+        from transformers import DistilBertConfig, DistilBertModel
+    except ImportError as error:
+        raise ValueError(
+            f"a text model needs transformers ({error}): pip install 'gradient-bridge[text]'"
+        ) from error
+    config = DistilBertConfig(
+        vocab_size=num_tokens,
+        max_position_embeddings=max_length,
+        dim=_WIDTH,
+        hidden_dim=2 * _WIDTH,
+        n_layers=_NUM_LAYERS,
+        n_heads=_NUM_ATTENTION_HEADS,
+        pad_token_id=PADDING,
+        dropout=0.0,
+        attention_dropout=0.0,
+    )
+    return TextBackbone(DistilBertModel(config))
 
 
 def _build_lenet_backbone(image_shape: tuple[int, int, int]) -> nn.Module:

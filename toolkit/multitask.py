@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.data import TensorDataset
 
 from toolkit.data import FloatArray, IntArray, Task, in_memory, make_dataset
-from toolkit.models import MultiHeadModel, build_lenet, build_model
+from toolkit.models import MultiHeadModel, build_lenet
 
 PAIR, PAIR_TASKS = "pair", ("left", "right", "sum", "parity", "pixels")
 # Source images for training, of which pairs are drawn; evaluation has the rest.
@@ -92,12 +92,12 @@ class Batch:
     """One rank's share of a step.
 
     Attributes:
-        images: (N, C, H, W), on the CPU.
-        rows: by task, where the images with labels for it are; maybe nowhere.
+        inputs: of N samples, on the CPU.
+        rows: by task, where the samples with labels for it are; maybe nowhere.
         labels: by task, (n,) for these.
     """
 
-    images: Tensor
+    inputs: Tensor
     rows: Mapping[str, slice]
     labels: Mapping[str, Tensor]
 
@@ -108,10 +108,9 @@ class Tasks:
 
     Attributes:
         kinds: by task, in the order in which results are given.
-        silos: training data: images, then labels for the tasks that ``silo_tasks`` names.
+        silos: training data: inputs, then labels for the tasks that ``silo_tasks`` names.
         silo_tasks: for each silo, the tasks that its samples have labels for.
-        evaluation: columns ``image`` and one per task.
-        image_shape: (C, H, W).
+        evaluation: columns ``inputs`` and one per task.
         build_model: makes backbone and heads from a seed.
     """
 
@@ -119,7 +118,6 @@ class Tasks:
     silos: Sequence[TensorDataset]
     silo_tasks: Sequence[Sequence[str]]
     evaluation: Dataset
-    image_shape: tuple[int, int, int]
     build_model: Callable[[int], MultiHeadModel]
 
     @property
@@ -146,17 +144,17 @@ class Tasks:
             rank: of this process.
             num_processes: that share them.
         """
-        images: list[Tensor] = []
+        inputs: list[Tensor] = []
         rows: dict[str, slice] = {}
         labels: dict[str, Tensor] = {}
         start = 0
         for silo, names, wanted in zip(self.silos, self.silo_tasks, window, strict=True):
             part, *columns = silo[wanted[rank::num_processes]]
-            images.append(part)
+            inputs.append(part)
             rows |= dict.fromkeys(names, slice(start, start + len(part)))
             labels |= dict(zip(names, columns, strict=True))
             start += len(part)
-        return Batch(images=torch.cat(images), rows=rows, labels=labels)
+        return Batch(inputs=torch.cat(inputs), rows=rows, labels=labels)
 
     def summed_losses(self, predictions: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
         """For each task, the sum of the losses of the samples that have a label for it."""
@@ -174,15 +172,14 @@ class Tasks:
 
 
 def two_heads(task: Task) -> Tasks:
-    """One silo of images for each head."""
+    """One silo for each head."""
     heads = tuple(task.num_classes)
     return Tasks(
         kinds=dict.fromkeys(heads, CLASSES),
         silos=[in_memory(task.train[head], head) for head in heads],
         silo_tasks=[(head,) for head in heads],
         evaluation=task.evaluation,
-        image_shape=task.image_shape,
-        build_model=lambda seed: build_model(task.image_shape, task.num_classes, seed=seed),
+        build_model=lambda seed: task.build_model(task.num_classes, seed=seed),
     )
 
 
@@ -216,7 +213,6 @@ def digit_pair(seed: int) -> Tasks:
         silos=[TensorDataset(*map(torch.from_numpy, [train[0], *train[1].values()]))],
         silo_tasks=[tuple(kinds)],
         evaluation=make_dataset(*evaluation),
-        image_shape=shape,
         build_model=partial(build_lenet, shape, out_features),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def provenance(accelerator: Accelerator, args: argparse.Namespace) -> dict[str, 
             for name, value in vars(args).items()
         },
         "environment": {
+            "python": platform.python_version(),  # whose sources are the text of --task text
             "torch": torch.__version__,
             "accelerate": accelerate.__version__,
             "device": device_name(accelerator.device),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,9 @@ import numpy as np
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from PIL import Image
 
-from toolkit.data import (
-    NO_LABEL,
-    FloatArray,
-    Task,
-    check_labels,
-    load_task,
-    make_dataset,
-)
+from toolkit.bundled import load_task
+from toolkit.data import NO_LABEL, FloatArray, Task, check_labels, make_dataset
+from toolkit.models import build_model
 
 # What `load_dataset` calls the format of a single file, by suffix.
 _FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
@@ -91,10 +87,10 @@ def own_task(
     train, images, labels = {}, [], []
     for head, source in sources.items():
         train[head] = load_silo(source, source.split, head, num_classes[head], image_shape)
-        image_shape = train[head].features["image"].shape
+        image_shape = train[head].features["inputs"].shape
         if source.eval_split is not None:
             rows = load_silo(source, source.eval_split, head, num_classes[head], image_shape)[:]
-            images.append(rows["image"].numpy())
+            images.append(rows["inputs"].numpy())
             labels.append((head, rows[head].numpy()))
     assert image_shape is not None
     columns = {
@@ -107,7 +103,7 @@ def own_task(
     empty = np.empty((0, *image_shape), dtype=np.float32)
     return Task(
         name="+".join(source.dataset_name for source in sources.values()),
-        image_shape=image_shape,
+        build_model=partial(build_model, image_shape),
         num_classes=num_classes,
         train=train,
         evaluation=make_dataset(np.concatenate([empty, *images]), columns),
@@ -121,7 +117,7 @@ def load_silo(
     num_classes: int,
     image_shape: tuple[int, int, int] | None = None,
 ) -> Dataset:
-    """One split of a silo in this package's columns: ``image`` and ``head``.
+    """One split of a silo in this package's columns: ``inputs`` and ``head``.
 
     Args:
         source: where it lies.

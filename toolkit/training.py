@@ -1,4 +1,4 @@
-"""What recipes need around their training loops: optimizer, evaluation, checkpoints, results."""
+"""What recipes need around their training loops: evaluation, checkpoints, results."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import argparse
 import contextlib
 import json
 import logging
-import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,54 +19,12 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from toolkit.bridge.errors import BridgeError
-from toolkit.data import NO_LABEL
+from toolkit.data import NO_LABEL, to_dtype
 from toolkit.multitask import CLASSES, Kind
 
 _SAVING = ".saving-"  # prefix of a checkpoint that is not complete yet
-
-
-def build_optimizer(
-    args: argparse.Namespace, params: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
-) -> torch.optim.Optimizer:
-    """The optimizer that ``training_arguments()`` describe, over ``params``."""
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(
-            params, lr=args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay
-        )
-    return torch.optim.AdamW(params, lr=args.learning_rate, weight_decay=args.weight_decay)
-
-
-def build_scheduler(
-    args: argparse.Namespace, optimizer: torch.optim.Optimizer, num_training_steps: int
-) -> LambdaLR:
-    """The learning rate schedule; step it once per optimizer step.
-
-    Do not prepare it: a prepared scheduler advances once per rank. Register it for checkpointing
-    instead.
-
-    Args:
-        args: with ``lr_scheduler_type`` and ``num_warmup_steps``.
-        optimizer: bare, before ``prepare``.
-        num_training_steps: optimizer steps, at whose end ``linear`` and ``cosine`` reach zero.
-    """
-    warmup = args.num_warmup_steps
-
-    def factor(step: int) -> float:
-        if args.lr_scheduler_type == "constant":
-            return 1.0
-        if step < warmup:
-            return step / warmup
-        if args.lr_scheduler_type == "constant_with_warmup":
-            return 1.0
-        progress = min(1.0, (step - warmup) / max(1, num_training_steps - warmup))
-        if args.lr_scheduler_type == "linear":
-            return 1.0 - progress
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-    return LambdaLR(optimizer, factor)
 
 
 def evaluate(
@@ -78,17 +35,17 @@ def evaluate(
     batch_size: int,
     kinds: Mapping[str, Kind] | None = None,
 ) -> dict[str, float]:
-    """The metric of every head over the images that have a label for it. A collective.
+    """The metric of every head over the samples that have a label for it. A collective.
 
-    Every image counts once, however many ranks there are, and every rank calls the model equally
+    Every sample counts once, however many ranks there are, and every rank calls the model equally
     often, as wrappers with collectives of their own need.
 
     Args:
         accelerator: its ranks share the work.
         model: prepared or not; its training mode is restored.
-        dataset: columns ``image`` and one per head, with ``NO_LABEL`` where there is none.
+        dataset: columns ``inputs`` and one per head, with ``NO_LABEL`` where there is none.
         heads: to evaluate.
-        batch_size: images per rank and call.
+        batch_size: samples per rank and call.
         kinds: by head, what its metric is; without, the accuracy in percent.
 
     Returns:
@@ -103,11 +60,11 @@ def evaluate(
     for start in range(0, len(dataset), batch_size * accelerator.num_processes):
         stop = min(start + batch_size * accelerator.num_processes, len(dataset))
         mine = list(range(start + accelerator.process_index, stop, accelerator.num_processes))
-        # A rank without images in the last round reads one that it does not count.
+        # A rank without samples in the last round reads one that it does not count.
         batch = dataset[mine or [start]]
-        images = batch["image"].to(parameter.device, parameter.dtype)
+        inputs = to_dtype(batch["inputs"].to(parameter.device), parameter.dtype)
         with torch.no_grad():
-            predictions = model(images, heads)
+            predictions = model(inputs, heads)
         for number, head in enumerate(heads):
             labels = batch[head][: len(mine)].to(parameter.device)
             labelled = labels != NO_LABEL

@@ -103,8 +103,7 @@ def donate(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Mod
                 loss = F.cross_entropy(model(features, "h2"), labels, reduction=case.loss_reduction)
                 donor.backward(loss, num_samples=len(labels))
                 if not donor.publish():
-                    assert case.exchange == "delta"
-                    assert donor.following, "the donor went alone"
+                    assert donor.following or case.exchange == "head", "the donor went alone"
                     if accelerator.sync_gradients and case.max_grad_norm is not None:
                         accelerator.clip_grad_norm_(model.parameters(), case.max_grad_norm)
                     optimizer.step()
@@ -240,6 +239,7 @@ def main() -> None:
             loss_reduction=case.loss_reduction,
             exchange=case.exchange,
             local_steps=case.local_steps,
+            init_h2=case.init_h2 if args.role == "receiver" else "own",
             outer_learning_rate=case.outer_learning_rate,
             outer_momentum=case.outer_momentum,
             require_peer=True,

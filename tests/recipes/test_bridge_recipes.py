@@ -101,6 +101,8 @@ def test_a_donor_that_was_stopped_for_a_while_is_followed_again(recipes: Recipes
 
 def test_two_ranks_each_equal_joint_on_one(recipes: Recipes) -> None:
     own = ["--max_train_steps", 12, "--per_device_train_batch_size", 6]
+    own += ["--lr_backbone", 2e-3, "--lr_head1", 8e-3, "--lr_head2", 2e-2]
+    own += ["--lr_scheduler_type", "linear", "--num_warmup_steps", 3]
     donor = ["--per_device_train_batch_size", 7, "--gradient_accumulation_steps", 3]
     jobs = [
         recipes(DONOR, *donor, num_processes=2),

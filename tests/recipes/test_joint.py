@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.launching import Launcher
-from toolkit.data import in_memory, load_task, window_indices
-from toolkit.models import build_model
+from toolkit.bundled import load_task
+from toolkit.data import in_memory, window_indices
 
 Run = Callable[..., Path]
 STEPS = 12
@@ -25,7 +25,7 @@ SIZES = {"per_device_train_batch_size": 7, "gradient_accumulation_steps": 2}
 SIZES |= {"receiver_processes": 2, "donor_batch_size": 11, "donor_processes": 3}
 SIZES |= {"donor_accumulation_steps": 1, "max_train_steps": STEPS, "seed": 5}
 WEIGHT = 0.7
-LEARNING_RATE = 0.1
+RATES = {"backbone": 0.1, "heads.h1": 0.03, "heads.h2": 0.2}
 CLIP = 0.9
 
 
@@ -36,7 +36,8 @@ def run(launcher: Launcher, tmp_path: Path) -> Run:
     def launch(name: str, *flags: str, num_processes: int = 1) -> Path:
         output_dir = tmp_path / name
         common = [f"--{key}={value}" for key, value in SIZES.items()]
-        common += [f"--donor_weight={WEIGHT}", f"--learning_rate={LEARNING_RATE}"]
+        common += [f"--donor_weight={WEIGHT}", "--learning_rate=0.1"]
+        common += ["--lr_head1=0.03", "--lr_head2=0.2"]
         common += ["--dtype=float64", "--optimizer=sgd", "--weight_decay=0"]
         common += [f"--max_grad_norm={CLIP}", f"--output_dir={output_dir}"]
         job = launcher("recipes/joint.py", *common, *flags, num_processes=num_processes)
@@ -49,7 +50,7 @@ def run(launcher: Launcher, tmp_path: Path) -> Run:
 def by_hand(rule: str, reduction: str) -> dict[str, Tensor]:
     """The same training in the plainest way."""
     task = load_task("digits", seed=5)
-    model = build_model(task.image_shape, task.num_classes, seed=5).double()
+    model = task.build_model(task.num_classes, seed=5).double()
     own_data, donor_data = (in_memory(task.train[head], head) for head in ("h1", "h2"))
     windows = zip(
         window_indices(len(own_data), 7, 2, 2, seed=5),
@@ -68,12 +69,13 @@ def by_hand(rule: str, reduction: str) -> dict[str, Tensor]:
             ("append", "sum"): first.sum() + WEIGHT * second.sum(),
             ("pool", "mean"): torch.cat([first, WEIGHT * second]).mean(),
         }[rule, reduction]
-        parameters = list(model.parameters())
+        names, parameters = zip(*model.named_parameters(), strict=True)
         gradients = torch.autograd.grad(loss, parameters)
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.sub_(LEARNING_RATE * gradient * min(1.0, CLIP / float(norm + 1e-6)))
+            for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
+                (rate,) = (rate for part, rate in RATES.items() if name.startswith(f"{part}."))
+                parameter.sub_(rate * gradient * min(1.0, CLIP / float(norm + 1e-6)))
     return model.state_dict()
 
 

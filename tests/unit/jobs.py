@@ -86,6 +86,7 @@ class ReceiverAlone:
         count: float = 4.0,
         kind: Kind = "gradient",
         weights: Header | None = None,
+        **changes: Any,
     ) -> None:
         """Answer ``weights``, by default the newest."""
         weights = weights or self.weights_record().header
@@ -93,6 +94,7 @@ class ReceiverAlone:
             kind=kind, run_id=weights.run_id, job="donor", sequence=self.published,
             attempt=weights.attempt, receiver_step=weights.receiver_step,
             weights_digest=weights.weights_digest, head="heads.h2", count=count,
+            **changes,
         )  # fmt: skip
         self.receiver.transport.publish(
             "donor", self.published, lambda path: write_record(path, header, tensors or {})

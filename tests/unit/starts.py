@@ -13,7 +13,13 @@ from toolkit.bridge.runs import Attachment, attach
 from toolkit.bridge.transport import DirectoryTransport
 
 SCHEMAS = {"backbone": {"w": ["float32", [2, 3]]}, "heads.h2": {"v": ["float32", [3]]}}
-TERMS = {"schemas": SCHEMAS, "exchange": "gradient", "scope": "all", "unit": "samples"}
+TERMS = {
+    "schemas": SCHEMAS,
+    "exchange": "gradient",
+    "local_steps": None,
+    "scope": "all",
+    "unit": "samples",
+}
 PEER: dict[Role, Role] = {"donor": "receiver", "receiver": "donor"}
 CLAIM = {
     "payload_budget_files": 100,

@@ -58,7 +58,6 @@ def test_values() -> None:
         ("--image_column picture", "--image_column is about data of your own"),
         ("--dataset_split test", "--dataset_split is about data of your own"),
         ("--dataset_name x --num_classes 2 3 --image_shape 2 8 8", "1 or 3 channels, got 2"),
-        ("--momentum 0.9", "--momentum is of --optimizer sgd"),
         ("--num_warmup_steps 3", "--num_warmup_steps needs a schedule"),
         ("--checkpoints_total_limit 2", "needs --checkpointing_steps"),
     ],

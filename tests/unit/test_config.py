@@ -33,6 +33,7 @@ def test_that_settings_have_names() -> None:
         {"rescale": "append", "loss_reduction": "sum", "peer_wait": 0.1},
         {"aggregate": "protect", "max_staleness": 8, "rescale": "pool"},
         {"stale": "damp", "max_staleness": 1},
+        {"stale": "damp", "max_staleness": 1, "exchange": "auto"},
         {"stale": "compensate_adaptive", "max_staleness": 8, "compensation": 0.5},
         {"checkpoint_interval": 1, "checkpoints_kept": 1, "payload_budget_files": 1},
         {"run": "mine", "keep_payloads": True},
@@ -61,7 +62,7 @@ def test_that_sensible_settings_are_taken(settings: dict[str, Any]) -> None:
         ({"stale": "damp"}, "'damp' is about .* 1 to max_staleness .* max_staleness is 0: set it"),
         (
             {"stale": "damp", "exchange": "delta", "max_staleness": 32},
-            "stale 'damp' is about gradients .* exchange 'delta' has none: use stale 'apply', or",
+            "'damp' is about gradients at older .* exchange 'delta' has none: use stale 'apply'",
         ),
         (
             {"stale": "damp", "max_staleness": 1, "compensation": 0.1},
@@ -113,6 +114,13 @@ def test_that_values_out_of_range_are_refused_by_name(settings: dict[str, Any]) 
     (name,) = settings
     with pytest.raises(ValueError, match=name):
         BridgeConfig(**settings)
+
+
+def test_where_gradients_of_older_weights_may_come() -> None:
+    for exchange in ("auto", "gradient", "delta", "head", "distill"):
+        config = BridgeConfig(exchange=exchange, max_staleness=32)
+        assert config.has_stale_gradients is (exchange in ("auto", "gradient"))
+    assert not BridgeConfig().has_stale_gradients
 
 
 @pytest.mark.parametrize("name", ["", "receiver", "bridge", "heads", "a.b", "../x", "1st", "a b"])

@@ -1,4 +1,4 @@
-"""Tasks, labels, and the order of samples against Accelerate's own dataloaders."""
+"""Columns, labels, and the order of samples against Accelerate's own dataloaders."""
 
 from __future__ import annotations
 
@@ -10,82 +10,35 @@ import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.data_loader import prepare_data_loader
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from toolkit.data import (
-    Task,
     check_labels,
     in_memory,
-    load_task,
+    make_dataset,
+    to_dtype,
     window_indices,
     windows_per_epoch,
 )
 
+IMAGES = np.linspace(0, 1, 9 * 6, dtype=np.float32).reshape(9, 1, 2, 3)
 SIZES = [(83, 16, 1), (83, 16, 3), (80, 16, 2), (5, 8, 2), (9, 2, 4)]
 
 
-def rows(task: Task) -> list[Tensor]:
-    """All images of receiver's silo, donor's silo and evaluation set."""
-    datasets = (task.train["h1"], task.train["h2"], task.evaluation)
-    return [dataset[:]["image"] for dataset in datasets]
-
-
-@pytest.mark.parametrize("name", ["digits", "overlap"])
-def test_columns(name: str) -> None:
-    task = load_task(name)
-    assert task.train["h1"].column_names == ["image", "h1"]
-    assert task.train["h2"].column_names == ["image", "h2"]
-    assert task.evaluation.column_names == ["image", "h1", "h2"]
-    for images in rows(task):
-        assert images.shape[1:] == task.image_shape
-        assert images.dtype == torch.float32
-        assert float(images.min()) == 0.0
-        assert float(images.max()) == 1.0
-    for head, num_classes in task.num_classes.items():
-        assert set(task.evaluation[:][head].tolist()) == set(range(num_classes))
-
-
-def test_digits_uses_every_source_image_once() -> None:
-    used = torch.cat(rows(load_task("digits"))).flatten(1).double().numpy() * 16
-    expected = load_digits().data
-    assert sorted(map(tuple, used.tolist())) == sorted(map(tuple, expected.tolist()))
-
-
-def test_overlap_shares_no_source_image() -> None:
-    # Rows of the upper left digit that the other one does not cover tell which image it was.
-    seen = [
-        {image[0, :4, :8].numpy().tobytes() for image in part}
-        for part in rows(load_task("overlap"))
-    ]
-    everything = load_digits().images[:, :4] / 16
-    ambiguous = {
-        image.astype(np.float32).tobytes()
-        for image, count in zip(*np.unique(everything, axis=0, return_counts=True), strict=True)
-        if count > 1
-    }
-    for a, b in ((0, 1), (0, 2), (1, 2)):
-        assert len(seen[a]) > 400
-        assert not (seen[a] & seen[b]) - ambiguous
-
-
-def test_split_follows_the_seed() -> None:
-    first, same, other = (load_task("digits", seed=seed) for seed in (3, 3, 4))
-    assert all(torch.equal(a, b) for a, b in zip(rows(first), rows(same), strict=True))
-    assert not torch.equal(rows(first)[0], rows(other)[0])
-
-
-def test_unknown_task() -> None:
-    with pytest.raises(ValueError, match="'mnist' is unknown; choose one of"):
-        load_task("mnist")
-
-
 def test_in_memory_keeps_rows() -> None:
-    dataset = load_task("digits").train["h1"]
+    dataset = make_dataset(IMAGES, {"h1": np.arange(9), "h2": np.arange(9)})
     images, labels = in_memory(dataset, "h1")[[7, 2]]
-    assert torch.equal(images, dataset[[7, 2]]["image"])
-    assert torch.equal(labels, dataset[[7, 2]]["h1"])
+    assert torch.equal(images, torch.from_numpy(IMAGES[[7, 2]]))
+    assert labels.tolist() == [7, 2]
+
+
+def test_that_texts_stay_token_numbers_and_images_take_the_dtype() -> None:
+    tokens = np.arange(12).reshape(4, 3)
+    texts, _ = in_memory(make_dataset(tokens, {"h1": np.zeros(4, dtype=np.int64)}), "h1")[:]
+    assert to_dtype(texts, torch.float64).dtype == torch.int64
+    assert texts.tolist() == tokens.tolist()
+    assert to_dtype(torch.from_numpy(IMAGES), torch.float64).dtype == torch.float64
 
 
 @pytest.mark.parametrize("bad", [5, -1, 1.0, None, "2"])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 
 import pytest
+import torch
 
 from toolkit.methods import (
     check_method_arguments,
     find_method,
     method_arguments,
-    parameter_groups,
+    method_groups,
     rotating_model,
 )
 from toolkit.models import build_model
@@ -54,15 +55,19 @@ def test_defaults() -> None:
 def test_model_and_groups() -> None:
     network = build_model((1, 8, 8), {"h1": 10, "h2": 5}, seed=0)
     args = parsed("--method=rotogradnorm", "--alpha=0.5", "--burn_in_period=3")
-    model = rotating_model(args, network, (1, 8, 8))
+    images = torch.zeros(1, 1, 8, 8)
+    model = rotating_model(args, network, images)
     assert isinstance(model, RotoGradNorm)
     assert model.backbone is network.backbone
     assert list(model.heads) == list(network.heads.values())
     assert (model.size_z, model.burn_in_period, model.alpha) == (48, 3, 0.5)
-    groups = parameter_groups(args, network, model)
-    assert [group["lr"] for group in groups] == [0.01, 0.005]
-    assert groups[1]["params"] == model.rotation_parameters()
-    assert set(groups[0]["params"]) == set(network.parameters())
+    groups = method_groups(args, network, model)
+    names = ["backbone", "h1", "h2", "rotations"]
+    assert [group["name"] for group in groups] == names
+    assert [group["lr"] for group in groups] == [0.01, 0.01, 0.01, 0.005]
+    assert groups[3]["params"] == model.rotation_parameters()
+    of_network = [parameter for group in groups[:3] for parameter in group["params"]]
+    assert of_network == list(network.parameters())
     args = parsed("--method=pcgrad")
-    assert rotating_model(args, network, (1, 8, 8)) is None
-    assert parameter_groups(args, network, None) == [{"params": list(network.parameters())}]
+    assert rotating_model(args, network, images) is None
+    assert [group["name"] for group in method_groups(args, network, None)] == names[:3]

@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from toolkit.data import load_task
+from toolkit.bundled import load_task
 from toolkit.multitask import CLASSES, NUMBER, PAIR_TASKS, YES_OR_NO, Tasks, digit_pair, two_heads
 from toolkit.training import evaluate
 
@@ -34,7 +34,7 @@ def test_pairs_are_told_right(pair: Tasks) -> None:
         for image, digit in zip(bunch.images, bunch.target, strict=True)
     }
     images, left, right, total, parity, pixels = pair.silos[0][:500]
-    assert images.shape[1:] == pair.image_shape == (1, 8, 16)
+    assert images.shape[1:] == (1, 8, 16)
     for row in range(500):
         first, second = (digit_of[half.numpy().tobytes()] for half in images[row, 0].split(8, 1))
         assert (left[row], right[row], total[row]) == (first, second, first + second)
@@ -44,10 +44,10 @@ def test_pairs_are_told_right(pair: Tasks) -> None:
 
 
 def test_pairs_for_evaluation_are_of_other_images(pair: Tasks) -> None:
-    train, evaluation = pair.silos[0][:][0], pair.evaluation[:]["image"]
+    train, evaluation = pair.silos[0][:][0], pair.evaluation[:]["inputs"]
     assert (len(train), len(evaluation)) == (4000, 1000)
     assert not sources(train) & sources(evaluation)
-    assert set(pair.evaluation.column_names) == {"image", *PAIR_TASKS}
+    assert set(pair.evaluation.column_names) == {"inputs", *PAIR_TASKS}
 
 
 def test_seeds_give_other_pairs(pair: Tasks) -> None:
@@ -62,9 +62,9 @@ def test_ranks_share_a_step(pair: Tasks, name: str) -> None:
     predict = tasks.build_model(3)
     whole = tasks.batch(window, 0, 1)
     parts = [tasks.batch(window, rank, 2) for rank in range(2)]
-    assert sum(len(part.images) for part in parts) == sum(map(len, window)) == len(whole.images)
-    expected = torch.stack(tasks.summed_losses(predict(whole.images), whole))
-    found = [torch.stack(tasks.summed_losses(predict(part.images), part)) for part in parts]
+    assert sum(len(part.inputs) for part in parts) == sum(map(len, window)) == len(whole.inputs)
+    expected = torch.stack(tasks.summed_losses(predict(whole.inputs), whole))
+    found = [torch.stack(tasks.summed_losses(predict(part.inputs), part)) for part in parts]
     torch.testing.assert_close(sum(found), expected)
     assert tasks.num_labels(window) == ([5] * 5 if name == "pair" else [1, 3])
 
@@ -72,7 +72,7 @@ def test_ranks_share_a_step(pair: Tasks, name: str) -> None:
 def test_losses_are_of_the_labelled_samples() -> None:
     tasks = two_heads(load_task("digits", seed=3))
     batch = tasks.batch([[7, 11], [2, 4, 6]], 0, 1)
-    logits = tasks.build_model(3)(batch.images)
+    logits = tasks.build_model(3)(batch.inputs)
     (_, own), (_, donor) = tasks.silos[0][[7, 11]], tasks.silos[1][[2, 4, 6]]
     expected = [
         F.cross_entropy(logits["h1"][:2], own, reduction="sum"),

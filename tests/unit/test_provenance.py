@@ -17,7 +17,8 @@ from toolkit.verify import NOT_REPEATED
 EVERY_KIND = [
     "--task=overlap", "--learning_rate=0.0123456789", "--max_grad_norm=1", "--num_train_epochs=2",
     "--max_staleness=3", "--aggregate=pcgrad", "--keep_payloads", "--output_dir=-strange name",
-    "--checkpointing_steps=epoch", "--donor_weight=1e-3", "--run=-mine",
+    "--checkpointing_steps=epoch", "--donor_weight=1e-3", "--run=-mine", "--lr_head2=0.25",
+    "--optimizer=sgd", "--optimizer_args", "momentum=0.9", "nesterov=True",
 ]  # fmt: skip
 OWN_DATA = [
     "--dataset_name=own.parquet", "--num_classes", "10", "5", "--image_shape", "1", "8", "9",
@@ -69,6 +70,7 @@ def test_that_the_environment_is_what_bits_depend_on(monkeypatch: pytest.MonkeyP
     recorded = provenance(Accelerator(cpu=True), parse_arguments())["environment"]
 
     assert recorded["torch"] == torch.__version__
+    assert recorded["python"] == sys.version.split()[0]
     assert (recorded["device"], recorded["mixed_precision"]) == ("cpu", "no")
     assert recorded["dynamo_backend"] == "NO"
     assert recorded["num_threads"] == 3

@@ -75,9 +75,9 @@ def write_arrow(path: Path) -> Path:
 )
 def test_local_paths(write, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     silo = load_silo(source(write(tmp_path)), "train", "h1", 3)
-    assert silo.column_names == ["image", "h1"]
+    assert silo.column_names == ["inputs", "h1"]
     expected = torch.stack([torch.tensor(np.asarray(image)) for image in images()])[:, None] / 255
-    assert torch.allclose(silo[:]["image"], expected, atol=1e-7)
+    assert torch.allclose(silo[:]["inputs"], expected, atol=1e-7)
     assert silo[:]["h1"].tolist() == LABELS
 
 
@@ -89,7 +89,7 @@ def test_image_folder(tmp_path: Path) -> None:
             Image.fromarray(GREY + number).save(folder / "0.png")
     folder_source = SiloSource(dataset_name=str(tmp_path / "folder"), eval_split="test")
     task = own_task({"h2": folder_source}, {"h1": 4, "h2": 2}, (1, 3, 4))
-    assert task.image_shape == (1, 3, 4)
+    assert task.train["h2"].features["inputs"].shape == (1, 3, 4)
     assert task.train["h2"][:]["h2"].tolist() == [0, 1]
     assert task.evaluation[:]["h2"].tolist() == [0, 1]
     assert task.evaluation[:]["h1"].tolist() == [NO_LABEL, NO_LABEL]
@@ -98,7 +98,7 @@ def test_image_folder(tmp_path: Path) -> None:
 def test_own_task_without_evaluation(tmp_path: Path) -> None:
     path = source(write_parquet(tmp_path))
     task = own_task({"h1": path, "h2": path}, {"h1": 3, "h2": 4})
-    assert task.image_shape == (1, 6, 8)
+    assert task.train["h1"].features["inputs"].shape == (1, 6, 8)
     assert list(task.train) == ["h1", "h2"]
     assert len(task.evaluation) == 0
 

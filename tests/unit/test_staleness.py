@@ -30,10 +30,10 @@ FROZEN = "backbone.0.weight"
 def start(tmp_path: Path) -> Iterator[Start]:
     jobs: list[ReceiverAlone] = []
 
-    def build(**settings: Any) -> ReceiverAlone:
+    def build(name: str = "runs", **settings: Any) -> ReceiverAlone:
         reset()
         settings = {"max_staleness": 2, "donor_weight": LAMBDA, **settings}
-        jobs.append(ReceiverAlone(tmp_path / "runs", **settings))
+        jobs.append(ReceiverAlone(tmp_path / name, **settings))
         return jobs[-1]
 
     yield build
@@ -251,6 +251,19 @@ def test_that_a_checkpoint_is_gone_back_to(
     assert run.step(1)
     assert run.metric("norm of weight change")
     assert job.receiver.fates()["applied"] == fates["applied"] + 1
+
+
+def test_that_a_replay_ends_in_the_same_weights(start: Start) -> None:
+    settings = {"stale": "compensate_adaptive", "compensation": STRENGTH}
+    job = start(keep_payloads=True, **settings)
+    run = Run(job)
+    for age in AGES:
+        run.step(age)
+    job.receiver.close()
+    replay = start("replay", replay=job.receiver.run_dir, **settings)
+    for _ in AGES:
+        assert replay.step()
+    assert largest_difference(weights(replay.network), weights(job.network)) == 0.0
 
 
 def test_that_lockstep_keeps_no_weights(start: Start) -> None:

@@ -1,4 +1,4 @@
-"""Schedules, exact evaluation, checkpoints and result files."""
+"""Exact evaluation, checkpoints and result files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from toolkit.data import NO_LABEL, make_dataset
 from toolkit.training import (
     CompletedSteps,
     banner,
-    build_optimizer,
-    build_scheduler,
     evaluate,
     find_checkpoint,
     new_output_dir,
@@ -27,50 +25,6 @@ from toolkit.training import (
     save_checkpoint,
     write_results,
 )
-
-
-def arguments(**changes: object) -> argparse.Namespace:
-    defaults = {
-        "optimizer": "sgd",
-        "learning_rate": 1.0,
-        "momentum": 0.0,
-        "weight_decay": 0.0,
-        "lr_scheduler_type": "constant",
-        "num_warmup_steps": 0,
-    }
-    return argparse.Namespace(**{**defaults, **changes})
-
-
-@pytest.mark.parametrize(
-    ("schedule", "warmup", "expected"),
-    [
-        ("constant", 0, [1, 1, 1, 1, 1]),
-        ("constant_with_warmup", 2, [0, 0.5, 1, 1, 1]),
-        ("linear", 0, [1, 0.75, 0.5, 0.25, 0]),
-        ("linear", 2, [0, 0.5, 1, 0.5, 0]),
-        ("cosine", 0, [1, 0.8535534, 0.5, 0.1464466, 0]),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_schedule(schedule: str, warmup: int, expected: list[float]) -> None:
-    args = arguments(lr_scheduler_type=schedule, num_warmup_steps=warmup)
-    scheduler = build_scheduler(args, build_optimizer(args, nn.Linear(1, 1).parameters()), 4)
-    rates = []
-    for _ in expected:
-        rates.append(scheduler.get_last_lr()[0])
-        scheduler.step()
-    assert rates == pytest.approx(expected)
-
-
-def test_optimizers_take_their_settings() -> None:
-    sgd = build_optimizer(arguments(momentum=0.9, weight_decay=0.1), nn.Linear(1, 1).parameters())
-    assert isinstance(sgd, torch.optim.SGD)
-    assert (sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.9, 0.1)
-    adamw = build_optimizer(
-        arguments(optimizer="adamw", weight_decay=0.2), nn.Linear(1, 1).parameters()
-    )
-    assert isinstance(adamw, torch.optim.AdamW)
-    assert (adamw.defaults["lr"], adamw.defaults["weight_decay"]) == (1.0, 0.2)
 
 
 class Reader(nn.Module):

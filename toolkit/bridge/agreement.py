@@ -23,6 +23,7 @@ from toolkit.bridge.errors import BridgeError, SchemaMismatchError
 from toolkit.bridge.payload import FORMAT_VERSION
 from toolkit.parameters import schema_differences
 
+TERMS = ("exchange", "local_steps", "scope", "unit")
 ATTEMPT = re.compile(r"[0-9]{4,}")
 
 
@@ -70,12 +71,12 @@ def agree(bridge: Path, job: str, terms: dict[str, Any]) -> str:
     schemas = dict(terms["schemas"])
     mine: dict[str, Any] = {"run_id": uuid.uuid4().hex, "founder": job}
     mine |= {"format_version": FORMAT_VERSION, "schema": schemas.pop("backbone")}
-    mine |= {key: terms[key] for key in ("exchange", "scope", "unit")}
+    mine |= {key: terms[key] for key in TERMS}
     found = _create_or_read(bridge / "run.json", mine)
     founder = found["founder"] if found["founder"] != job else f"earlier {job}"
     differences = [
         f"{key}: {job} {mine[key]!r}, {founder} {found.get(key)!r}"
-        for key in ("format_version", "exchange", "scope", "unit")
+        for key in ("format_version", *TERMS)
         if mine[key] != found.get(key)
     ]
     differences += schema_differences(mine["schema"], found["schema"], job, founder)

@@ -7,11 +7,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from toolkit.bridge.config import SCOPES, STALE_RULES, BridgeConfig, Role
+from toolkit.bridge.config import EXCHANGES, SCOPES, STALE_RULES, BridgeConfig, Role
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.rescaling import RESCALE_RULES
 from toolkit.bridge.runs import newest_run
-from toolkit.flag_types import weights
+from toolkit.flag_types import checkpointing_steps, weights
 from toolkit.training import find_checkpoint
 
 _DEFAULTS = BridgeConfig()
@@ -31,6 +31,22 @@ def bridge_arguments() -> argparse.ArgumentParser:
         default=None,
         metavar="NAME",
         help="join or begin this run; by default the newest that waits for this job, or a new one",
+    )
+    group.add_argument(
+        "--exchange",
+        choices=EXCHANGES,
+        default=_DEFAULTS.exchange,
+        help="what crosses, the same on both sides. gradient: the donor's gradients at the "
+        "receiver's weights, exact. delta: what --local_steps optimizer steps of the donor from "
+        "the receiver's weights change, for slow disks. distill: the donor's own weights, a "
+        "teacher. head: gradients of the donor's own head, which leave the backbone alone",
+    )
+    group.add_argument(
+        "--local_steps",
+        type=int,
+        default=_DEFAULTS.local_steps,
+        metavar="K",
+        help="--exchange delta: steps of either job between two exchanges; the same on both sides",
     )
     group.add_argument(
         "--scope",
@@ -63,6 +79,13 @@ def donor_arguments() -> argparse.ArgumentParser:
         default=_DEFAULTS.donor_name,
         metavar="NAME",
         help="this donor's name in the run; several donors of one run need different ones",
+    )
+    group.add_argument(
+        "--publish_every",
+        type=checkpointing_steps,
+        default=_DEFAULTS.publish_every,
+        metavar="N|epoch",
+        help="--exchange head, distill: steps of the donor between two payloads",
     )
     group.add_argument(
         "--payload_budget_files",
@@ -113,6 +136,26 @@ def receiver_arguments() -> argparse.ArgumentParser:
         default=_DEFAULTS.num_donors,
         metavar="N",
         help="donors to wait for before the first step; others may join and leave at any time",
+    )
+    group.add_argument(
+        "--init_h2",
+        choices=("own", "donor"),
+        default=_DEFAULTS.init_h2,
+        help="--exchange head: begin with the receiver's own h2, or with the donor's",
+    )
+    group.add_argument(
+        "--outer_learning_rate",
+        type=float,
+        default=_DEFAULTS.outer_learning_rate,
+        metavar="LR",
+        help="--exchange delta: of the step that takes a donor's difference over; 1: as it is",
+    )
+    group.add_argument(
+        "--outer_momentum",
+        type=float,
+        default=_DEFAULTS.outer_momentum,
+        metavar="M",
+        help="--exchange delta: Nesterov momentum of that step",
     )
     group.add_argument(
         "--max_staleness",

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from toolkit.aggregation import find_rule
 from toolkit.bridge.rescaling import LossReduction, RescaleRule, check_rule
 
-Exchange = Literal["gradient", "delta"]
+Exchange = Literal["auto", "gradient", "delta", "distill", "head"]
 Scope = Literal["all", "head"]
 Role = Literal["donor", "receiver"]
 StaleRule = Literal["apply", "damp", "compensate", "compensate_adaptive"]
@@ -34,11 +34,15 @@ class BridgeConfig:
     runs_dir: str | Path = "runs"  # the directory that the jobs share
     run: str | None = None  # attach to this run of it; None: the newest that waits for this job
     resume_from_checkpoint: str | Path | None = None  # reattach to the run of this checkpoint
-    exchange: Exchange = "gradient"  # what crosses: gradients, or differences of weights
+    # What crosses. At the receiver's weights: gradients, or the difference that local steps make
+    # (delta). At the donor's own: its weights (distill), or gradients of its head (head).
+    exchange: Exchange = "gradient"
     scope: Scope = "all"  # what of it: backbone and head, or the head's only
     max_staleness: int = 0  # receiver steps that a payload may come late; 0: lockstep
     stale: StaleRule = "apply"  # receiver: what becomes of one that comes late (staleness.py)
     compensation: float | None = None  # lambda of "compensate" (None: 0.04), or "..._adaptive" (2)
+    publish_every: int | Literal["epoch"] = 1  # distill, head: donor's steps between payloads
+    init_h2: Literal["own", "donor"] = "own"  # head, receiver: the head that it begins with
     local_steps: int = 32  # delta: steps of either job between two exchanges
     outer_learning_rate: float = 1.0  # delta, receiver: of the outer step
     outer_momentum: float = 0.0  # delta, receiver: Nesterov momentum of the outer step
@@ -74,6 +78,9 @@ class BridgeConfig:
             )
         if self.exchange == "delta":
             self._check_delta()
+        if self.exchange == "head":
+            self.scope = "head"
+        self._check_own_weights()
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
         self._check_stale()
@@ -119,16 +126,53 @@ class BridgeConfig:
                 )
         if self.stale == "apply":
             return
-        if self.exchange != "gradient":
+        if self.exchange not in ("auto", "gradient"):
             raise ValueError(
-                f"stale {self.stale!r} is about gradients of older weights, and exchange "
-                f"{self.exchange!r} has none: use stale 'apply', or exchange 'gradient'"
+                f"stale {self.stale!r} is about gradients at older weights of the receiver, and "
+                f"exchange {self.exchange!r} has none: use stale 'apply', or exchange 'gradient'"
             )
         if not self.max_staleness:
             raise ValueError(
-                f"stale {self.stale!r} is about gradients of weights that are 1 to max_staleness "
+                f"stale {self.stale!r} is about gradients at weights that are 1 to max_staleness "
                 "steps old, and max_staleness is 0: set it to 1 or more, or use stale 'apply'"
             )
+
+    def _check_own_weights(self) -> None:
+        every = self.publish_every
+        if every != "epoch" and (isinstance(every, str) or every < 1):
+            raise ValueError(f"publish_every must be a number of at least 1, or 'epoch': {every!r}")
+        if self.follows and every != 1:
+            raise ValueError(
+                f"publish_every {every!r} is about a donor that trains by itself, and in exchange "
+                f"{self.exchange!r} it follows the receiver: use exchange 'head' or 'distill'"
+            )
+        if self.init_h2 not in ("own", "donor"):
+            raise ValueError(f"init_h2 must be 'own' or 'donor', got {self.init_h2!r}")
+        if self.init_h2 == "donor" and self.exchange != "head":
+            raise ValueError(
+                f"init_h2 'donor' is of exchange 'head'; in exchange {self.exchange!r} the "
+                "receiver's head is trained from its own beginning"
+            )
+        if self.init_h2 == "donor" and self.keep_payloads:
+            raise ValueError(
+                "keep_payloads and init_h2 'donor' exclude each other: a replay has no donor to "
+                "take the first weights from"
+            )
+
+    @property
+    def follows(self) -> bool:
+        """Whether the donor works at the receiver's weights, and not at its own."""
+        return self.exchange in ("auto", "gradient", "delta")
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether a donor publishes weights that it has trained by itself."""
+        return self.exchange in ("auto", "distill", "head")
+
+    @property
+    def has_stale_gradients(self) -> bool:
+        """Whether gradients may come that were taken at older weights of the receiver."""
+        return self.exchange in ("auto", "gradient") and self.max_staleness > 0
 
     def _check_delta(self) -> None:
         if self.aggregate != "sum":

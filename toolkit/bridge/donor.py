@@ -1,7 +1,8 @@
 """The donor's side: the receiver's weights in, gradients of the donor's loss out.
 
 While a donor follows, it computes gradients at the receiver's weights and never steps its own
-optimizer. Where no receiver comes, or it fell silent, the donor trains alone.
+optimizer. Where no receiver comes, or it fell silent, the donor trains alone; in the exchanges
+``distill`` and ``head`` it always does.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,6 +28,7 @@ from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.loss_scale import FollowedLossScale
 from toolkit.bridge.outer import LocalRound
+from toolkit.bridge.own_weights import publish_own_weights, stream_of
 from toolkit.bridge.payload import Header, Kind, Record, all_finite, payload_dtype
 from toolkit.bridge.weights_inbox import WeightsInbox
 from toolkit.parameters import check_only_shared_trains, innermost_optimizer, squared_norm
@@ -94,8 +96,11 @@ class GradientDonor(BridgeJob):
         self._weights: Header | None = None  # of the weights that are loaded
         self._is_alone = False
         self._round: LocalRound | None = None  # exchange "delta": the steps since these weights
+        self._publish_every = 1
+        self._own_published = -1  # windows after which the donor's own weights were published
         self._replacements = 0  # at the present weights
         self._payload_bytes = 0  # of the largest payload so far
+        self._validation: dict[str, float] = {}  # what the next payload tells the receiver
         self._loss_scale = FollowedLossScale(self.accelerator)
         self.completed_windows = self.control.on_main(self._open_inbox)
 
@@ -103,6 +108,8 @@ class GradientDonor(BridgeJob):
         self.receiver = PeerWatch(self.transport, "receiver")
         read = functools.partial(self._read, "receiver")
         self._inbox = WeightsInbox(self.job, self.transport, read)
+        if self.config.has_own_weights:
+            self._own_weights = self._open_stream(stream_of(self.job))
         return self._inbox.completed_windows
 
     # -- the loop's calls ---------------------------------------------------------------------
@@ -136,6 +143,8 @@ class GradientDonor(BridgeJob):
             )
         accumulation = self.accelerator.gradient_accumulation_steps
         windows_per_epoch = math.ceil(len(dataloader) / accumulation)
+        every = self.config.publish_every
+        self._publish_every = windows_per_epoch if every == "epoch" else every
         while max_windows is None or self.completed_windows < max_windows:
             before = self.completed_windows
             epoch, offset = divmod(self.completed_windows, windows_per_epoch)
@@ -188,6 +197,8 @@ class GradientDonor(BridgeJob):
                 self._round.add(window)
             else:
                 self.windows_alone += 1
+            if self.config.exchange == "head" and self.windows_alone % self._publish_every == 0:
+                self._publish_window(window)
             mean = self.config.loss_reduction == "mean"
             divisor = window.count if mean and window.count else 1.0
             scale_grads_(self.parameters.values(), window.sum_factor / divisor)
@@ -196,6 +207,32 @@ class GradientDonor(BridgeJob):
         for parameter in self.parameters.values():
             parameter.grad = None  # it is the receiver's now, and not the next window's
         return True
+
+    @property
+    def at_receiver_weights(self) -> bool:
+        """Whether the model has weights as the receiver published them."""
+        is_changed = self._round is not None and self._round.num_windows > 0
+        return self.following and not is_changed
+
+    def report(self, validation: Mapping[str, float]) -> None:
+        """Tell the receiver, with the next payload, what its weights are worth.
+
+        A receiver without labels for this donor's head cannot measure that itself; it finds the
+        values in its own ``metrics``.
+
+        Args:
+            validation: results on this donor's validation data, by name, finite.
+
+        Raises:
+            RuntimeError: if the model does not have the receiver's weights
+                (:attr:`at_receiver_weights`).
+        """
+        if not self.at_receiver_weights:
+            raise RuntimeError(
+                "report() is about the receiver's weights, which this donor has changed or never "
+                "had: look at at_receiver_weights first"
+            )
+        self._validation = {name: float(value) for name, value in validation.items()}
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -214,6 +251,8 @@ class GradientDonor(BridgeJob):
                 "new weights would not be seen inside an open autocast context: iterate over "
                 "follow() outside of it"
             )
+        if not self.config.follows:
+            return self._begin_own_window()
         if self._round is not None:
             if self._round.num_windows < self.config.local_steps:
                 return True
@@ -241,6 +280,34 @@ class GradientDonor(BridgeJob):
                 self.stop_reason = "the receiver has ended"
                 return False
             return True
+
+    def _begin_own_window(self) -> bool:
+        """The next window of a donor that trains by itself; False if the receiver has ended."""
+        if self.config.exchange == "head":
+            is_due = self._own_published < 0  # what a receiver may begin with
+        else:
+            is_due = self.windows_alone > 0 and self.windows_alone % self._publish_every == 0
+        if is_due:
+            self._publish_own_weights()
+        if self.control.on_main(lambda: self._inbox.look(self.receiver) is False):
+            self.stop_reason = "the receiver has ended"
+            return False
+        self.receiver_step = self.completed_windows
+        return True
+
+    @torch.no_grad()
+    def _publish_own_weights(self) -> None:
+        """Publish the weights that this donor has trained. A collective where they are sharded."""
+        if self._own_published == self.completed_windows:
+            return
+        self._own_published = self.completed_windows
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.shared.weights.items():
+            whole = full_tensor(tensor.detach())
+            if self.accelerator.is_main_process:
+                tensors[name] = whole.cpu().contiguous()
+        if self.accelerator.is_main_process:
+            publish_own_weights(self._own_weights, self._header("weights"), tensors)
 
     def _poll(self) -> _Decision | None:
         """On the main process: what the next window is for, or None to wait."""
@@ -270,7 +337,7 @@ class GradientDonor(BridgeJob):
         if self._is_alone:
             return _Decision("alone")
         if self.following:
-            reason = self.transport.rejection(self.job, self._next_sequence - 1)
+            reason = self._publisher.last_rejection
             if reason is not None:
                 logger.warning("the receiver rejected the last payload (%s)", reason)
                 self._replacements += 1
@@ -331,7 +398,7 @@ class GradientDonor(BridgeJob):
                 sums[name] = (grad * (window.sum_factor / window.scale)).cpu().contiguous()
         local = all_finite(sums.values()) and window.count > 0 and math.isfinite(window.loss)
         finite = self.control.agree(local)
-        if window.count:  # a window without samples says nothing about the scale
+        if self.following and window.count:  # one without samples says nothing about the scale
             self._loss_scale.update(finite, window.scale)
         self._published_windows += 1
         if self.accelerator.is_main_process:
@@ -345,24 +412,18 @@ class GradientDonor(BridgeJob):
     def _publish_payload(
         self, kind: Kind, sums: dict[str, Tensor], window: Window | LocalRound | None
     ) -> int:
-        weights = self._weights
-        assert weights is not None
         self._prune()
-        header = Header(
-            kind=kind,
-            run_id=self.run_id,
-            job=self.job,
-            attempt=weights.attempt,
-            receiver_step=weights.receiver_step,
-            weights_digest=weights.weights_digest,
-            head=self.head,
-            donor_step=self.completed_windows,
+        header = dataclasses.replace(
+            self._header(kind),
             count=window.count if window else 0.0,
             unit=self.config.unit,
             loss=window.loss if window and math.isfinite(window.loss) else None,
+            validation={} if kind == "skip" else self._validation,
         )
-        size = self._publish(header, sums)
-        self._inbox.note_answer(header, self._next_sequence - 1)
+        if kind != "skip":
+            self._validation = {}
+        size = self._publisher.publish(header, sums)
+        self._inbox.note_answer(header, self._publisher.next_sequence - 1)
         self._payload_bytes = max(self._payload_bytes, size)
         return size
 
@@ -391,16 +452,29 @@ class GradientDonor(BridgeJob):
         # What was published after the checkpoint is published: go on after it.
         self.completed_windows = max(self.completed_windows, state["completed_windows"])
 
-    def _end_header(self) -> Header:
+    def _header(self, kind: Kind) -> Header:
+        """Of a record that is published now."""
+        weights = self._weights
         return Header(
-            kind="end",
+            kind=kind,
             run_id=self.run_id,
             job=self.job,
-            attempt=self._weights.attempt if self._weights else 0,
-            receiver_step=self._weights.receiver_step if self._weights else 0,
-            weights_digest="",
+            attempt=weights.attempt if weights else 0,
+            receiver_step=weights.receiver_step if weights else 0,
+            weights_digest=weights.weights_digest if weights else "",
+            head=self.head,
             donor_step=self.completed_windows,
         )
+
+    def _end_header(self) -> Header:
+        return dataclasses.replace(self._header("end"), weights_digest="")
+
+    def close(self) -> None:
+        """Publish this job's last weights, if it trained by itself, and its end, and leave."""
+        is_own = not self.config.follows or (self._is_alone and self.windows_alone)
+        if not self._closed and is_own and self.config.has_own_weights:
+            self._publish_own_weights()
+        super().close()
 
     @property
     def published_windows(self) -> int:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from toolkit.bridge.config import JOB_NAME
 from toolkit.bridge.errors import PayloadError, PeerError
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.ledger import Entry
@@ -69,8 +70,9 @@ class Donors:
 
     def discover(self) -> None:
         """Take in the donors that have come since the last call."""
-        for name in self._transport.jobs():
-            if name != "receiver" and name not in self._donors:
+        for name in self._transport.streams():
+            is_donor = name != "receiver" and JOB_NAME.fullmatch(name)
+            if is_donor and name not in self._donors:
                 self._add(name)
 
     def _add(self, name: str) -> None:

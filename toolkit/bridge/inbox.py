@@ -61,7 +61,8 @@ class Inbox:
         expected: by head, the parameters that a gradient must fit, by name.
         kind: what the donor sends: gradients or differences.
         unit: the unit that its count must have.
-        max_staleness: receiver steps that its weights may be old.
+        max_staleness: receiver steps that its weights may be old; None for payloads that were not
+            taken at the receiver's weights, which are all taken, one a step, and never waited for.
         digests: of the weights, by receiver step; the newest few, kept up to date by the owner.
         is_new: whether the donor came after this start of the receiver: its stream begins at the
             beginning, and all of its records say that it lives.
@@ -82,7 +83,7 @@ class Inbox:
         expected: Mapping[str, Mapping[str, Tensor]],
         kind: Kind,
         unit: str,
-        max_staleness: int,
+        max_staleness: int | None,
         digests: Mapping[int, str],
         is_new: bool = False,
     ) -> None:
@@ -133,8 +134,10 @@ class Inbox:
                         self._donor, sequence + 1, answered, entries, sequence, digest, staleness
                     )
             verdict = Verdict(self._donor, sequence + 1, answered, entries)
-        in_time = peer.seen and verdict.answered >= receiver_step - self._max_staleness
-        return verdict if in_time or self.donor_is_away else None
+        if self._max_staleness is None or self.donor_is_away:
+            return verdict
+        in_time = verdict.answered >= receiver_step - self._max_staleness
+        return verdict if peer.seen and in_time else None
 
     def give_up(self, receiver_step: int, peer: PeerWatch) -> Verdict | None:
         """Wait no longer, for this step and until the donor publishes again.
@@ -221,12 +224,13 @@ class Inbox:
             raise PayloadError(
                 "alien", f"a donor publishes no {header.kind!r} where {self._kind!r} is exchanged"
             )
-        if header.receiver_step < step - self._max_staleness:
-            return "dropped", "stale", None
-        # The step and the digest together: a step may leave the weights as they are (a learning
-        # rate of 0), and a resumed receiver may come to a step with other weights.
-        if self._digests.get(header.receiver_step) != header.weights_digest:
-            return "dropped", "superseded", None
+        if self._max_staleness is not None:
+            if header.receiver_step < step - self._max_staleness:
+                return "dropped", "stale", None
+            # The step and the digest together: a step may leave the weights as they are (a learning
+            # rate of 0), and a resumed receiver may come to a step with other weights.
+            if self._digests.get(header.receiver_step) != header.weights_digest:
+                return "dropped", "superseded", None
         return ("skipped" if header.kind == "skip" else "applied"), "", record
 
     def _note_life(self, sequence: int, outcome: Outcome, step: int, peer: PeerWatch) -> None:

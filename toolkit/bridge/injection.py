@@ -55,7 +55,7 @@ class Injector:
         self._weights = {head: config.weight_of(head) for head in shared.heads}
         self._rule = None if config.aggregate == "sum" else find_rule(config.aggregate)
         self._history = WeightHistory(
-            shared, config.max_staleness if config.exchange == "gradient" else 0
+            shared, config.max_staleness if config.has_stale_gradients else 0
         )
         self.needs_older_weights = config.stale in COMPENSATION
 
@@ -122,6 +122,8 @@ class Injector:
             The staleness of each payload, by tag.
         """
         config, ages, changes = self._config, [], []
+        if not config.follows:  # the donors' weights are their own, and have no such age
+            return {}
         for place, record in enumerate(records):
             header = record.header
             age = receiver_step - header.receiver_step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import time
@@ -26,11 +25,10 @@ from toolkit.bridge.payload import (
     Header,
     Record,
     check_identity,
-    parse_header,
     parse_record,
     payload_dtype,
-    write_record,
 )
+from toolkit.bridge.publisher import Publisher
 from toolkit.bridge.runs import CHECKPOINT_FILE, attach, read_checkpoint
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.configuration import check_configuration
@@ -90,6 +88,7 @@ class BridgeJob:
         terms = {
             "schemas": self.shared.schemas(),
             "exchange": config.exchange,
+            "local_steps": config.local_steps if config.exchange == "delta" else None,
             "scope": config.scope,
             "unit": config.unit,
         }
@@ -118,58 +117,18 @@ class BridgeJob:
             logger.info("%s of run %s", self.job, self.run_dir)
 
     def _open_on_main(self) -> None:
-        self.transport.open_stream(self.job)
+        self._publisher = self._open_stream(self.job)
         self.output_dir.mkdir(exist_ok=True)
-        own = self.transport.sequences(self.job)
-        self._next_sequence = own[-1] + 1 if own else 0
+
+    def _open_stream(self, name: str) -> Publisher:
+        return Publisher(self.transport, name, self.run_id, self._record_bytes())
 
     def _gradient_parameters(self, head: str) -> dict[str, nn.Parameter]:
         """What a gradient for one head is for: that head, and the backbone if it crosses."""
         parameters = self.shared.heads[head]
         return self.shared.backbone | parameters if self.config.scope == "all" else parameters
 
-    # -- publishing and reading -------------------------------------------------------------
-
-    def _publish(self, header: Header, tensors: dict[str, torch.Tensor]) -> int:
-        """Publish the next record of this job's stream (main process); its size in bytes.
-
-        A number that an alien file occupies, or that the reader has refused already, is passed
-        over.
-
-        Raises:
-            BridgeError: if another living process publishes as this job.
-        """
-        while True:
-            sequence = self._next_sequence
-            if self.transport.rejection(self.job, sequence) is not None:
-                self._next_sequence += 1
-                continue
-            numbered = dataclasses.replace(header, sequence=sequence)
-
-            def write(path: Path, header: Header = numbered) -> None:
-                write_record(path, header, tensors)
-
-            try:
-                size = self.transport.publish(self.job, sequence, write)
-            except FileExistsError:
-                self._refuse_rival(sequence)
-                self._next_sequence += 1
-                continue
-            self._next_sequence += 1
-            return size
-
-    def _refuse_rival(self, sequence: int) -> None:
-        path = self.transport.path(self.job, sequence)
-        try:
-            data = self.transport.read(self.job, sequence, max_bytes=self._record_bytes())
-            check_identity(parse_header(data), run_id=self.run_id, job=self.job, sequence=sequence)
-        except (FileNotFoundError, PayloadError):
-            logger.warning("%s is taken by an alien file; publishing under the next number", path)
-            return
-        raise BridgeError(
-            f"{path} exists already: another process publishes as the {self.job} of this run. End "
-            "one of the two, or start a new run"
-        )
+    # -- reading ----------------------------------------------------------------------------
 
     def _record_bytes(self) -> int:
         """The size of a record of all that this job shares, at most."""
@@ -307,7 +266,7 @@ class BridgeJob:
         if self._heartbeat is not None:
             try:
                 if publish_end:
-                    self._publish(self._end_header(), {})
+                    self._publisher.publish(self._end_header(), {})
             finally:
                 self._heartbeat.stop()
 

@@ -15,17 +15,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from toolkit.bridge.config import Role
 from toolkit.bridge.donors import Donors
-from toolkit.bridge.errors import PayloadError
+from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.frozen_state import FrozenOptimizerState, frozen_sharded
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.injection import Injector
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger, Resumption, trail_path
+from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.outer import OuterOptimizer
+from toolkit.bridge.own_weights import newest_own_weights, stream_of
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
@@ -35,7 +38,7 @@ from toolkit.parameters import (
     check_takes_late_gradients,
     innermost_optimizer,
 )
-from toolkit.sharding import full_tensor
+from toolkit.sharding import full_tensor, shard_like
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +128,8 @@ class GradientReceiver(BridgeJob):
         if self._injected is not None:
             raise RuntimeError("backward() after inject(): call commit() after optimizer.step()")
         if not self._has_published:
+            if self.config.init_h2 == "donor" and self.completed_steps == 0:
+                self._take_heads()
             self._publish_weights()
         self.accumulator.backward(loss, num_samples)
 
@@ -196,6 +201,37 @@ class GradientReceiver(BridgeJob):
 
     # -- inside -----------------------------------------------------------------------------
 
+    @torch.no_grad()
+    def _take_heads(self) -> None:
+        """Begin with the heads that the donors have. A collective."""
+        wait: list[Wait] = []  # main process
+
+        def find() -> dict[str, tuple[int, str]] | None:
+            self._on_main.discover()
+            found = {}
+            for donor in self._on_main.names:
+                record = newest_own_weights(self.transport, donor, self._read)
+                if record is not None:
+                    found[donor] = (record.header.sequence, record.header.tensors_digest)
+            if not wait:
+                watch = PeerWatch(self.transport, "donor")
+                wait.append(self._open_wait(watch, "the donor's head"))
+            if len(found) >= self.config.num_donors:
+                return found
+            if (reason := wait[0].gave_up()) is None:
+                return None
+            logger.warning("%s: its head begins as it is", reason)
+            return found
+
+        found, _ = self._decide(find)
+        for donor, (sequence, digest) in found.items():
+            record = self._read_everywhere(stream_of(donor), sequence, digest, None)
+            if record is None:
+                raise BridgeError(f"not every rank could read the weights of the {donor}")
+            for name, parameter in self.shared.heads[record.header.head].items():
+                parameter.copy_(shard_like(record.tensors[name], parameter))
+            logger.info("%s begins as the %s has it", record.header.head, donor)
+
     def _settle(self, verdicts: Sequence[Verdict], num_steps: int) -> None:
         """What was received has been applied in as many steps: record its fate."""
         applied = [verdict for verdict in verdicts if verdict.digest is not None]
@@ -217,9 +253,9 @@ class GradientReceiver(BridgeJob):
                 transport=self.transport,
                 read=functools.partial(self._read, donor),
                 expected=expected,
-                kind=self.config.exchange,
+                kind="delta" if self.config.exchange == "delta" else "gradient",
                 unit=self.config.unit,
-                max_staleness=self.config.payload_age,
+                max_staleness=self.config.payload_age if self.config.follows else None,
                 digests=digests,
                 is_new=is_new,
             )
@@ -272,13 +308,13 @@ class GradientReceiver(BridgeJob):
 
     def _poll(self) -> tuple[Verdict, ...] | None:
         """On the main process: one look at the donors' streams."""
-        if self.transport.rejection("receiver", self._next_sequence - 1) is not None:
+        if self._publisher.last_rejection is not None:
             logger.warning("a donor could not read the weights; publishing them again")
             self._offer_weights()
         verdicts = self._on_main.look(self.completed_steps)
         if self.config.require_peer:
             self._on_main.require_peers()
-        if verdicts is None and self._step_on_disk != self._weights_step:
+        if verdicts is None and self.config.follows and self._step_on_disk != self._weights_step:
             # A donor is back after a silence in which nothing was published for it.
             self._offer_weights()
         return verdicts
@@ -309,12 +345,12 @@ class GradientReceiver(BridgeJob):
             self._initial_digest = digest
         donors = self._on_main
         donors.remember(self._weights_step, digest)
-        if donors.want_weights():
+        if self.config.follows and donors.want_weights():
             header = dataclasses.replace(
                 self._header("weights", digest), receiver_step=self._weights_step
             )
-            self._publish(header, tensors)
-            self.transport.prune("receiver", self._next_sequence - WEIGHTS_KEPT)
+            self._publisher.publish(header, tensors)
+            self._publisher.prune(WEIGHTS_KEPT)
             self._step_on_disk = self._weights_step
         for donor, needed in self._retention.oldest_needed(donors.cursors()).items():
             if needed > self._acknowledged.get(donor, 0):

@@ -110,6 +110,9 @@ class Replay:
     def require_peers(self) -> None:
         """Nobody is missed."""
 
+    def discover(self) -> None:
+        """All are known."""
+
     def begin(self) -> None:
         """There is nobody to ask."""
 

@@ -60,8 +60,8 @@ def attach(
     Args:
         role: ``donor`` or ``receiver``.
         config: names the runs directory and, maybe, a run or a checkpoint.
-        terms: what jobs must agree on: ``exchange``, ``scope``, ``unit``, and ``schemas``: that of
-            the ``backbone`` and of each head that this job shares.
+        terms: what jobs must agree on: ``agreement.TERMS``, and ``schemas``: that of the
+            ``backbone`` and of each head that this job shares.
         claim: what other jobs may want to know of this one; fit for JSON.
 
     Raises:
@@ -128,10 +128,10 @@ def _choose_run(runs_dir: Path, role: Role, job: str, config: BridgeConfig) -> t
     elif config.run is not None:
         run_dir = _named_run(runs_dir, config.run)
     else:
-        return _open_or_new_run(runs_dir, role, job), 0
+        return _open_or_new_run(runs_dir, role, config), 0
     attempts = len(attempts_of(run_dir, job))
     if config.run is not None:
-        _refuse_over(run_dir, role)
+        _refuse_over(run_dir, role, config)
     _refuse_living(run_dir, role, job)
     return run_dir, attempts
 
@@ -161,7 +161,7 @@ def _named_run(runs_dir: Path, name: str) -> Path:
     return run_dir
 
 
-def _refuse_over(run_dir: Path, role: Role) -> None:
+def _refuse_over(run_dir: Path, role: Role, config: BridgeConfig) -> None:
     name = run_dir.name
     ways_out = (
         "leave --run out to begin a new run, name another one, or resume it with "
@@ -169,7 +169,7 @@ def _refuse_over(run_dir: Path, role: Role) -> None:
     )
     if has_ended(run_dir, "receiver"):
         raise BridgeError(f"run {name!r} is over: its receiver has ended; {ways_out}")
-    donors = donors_of(run_dir) if role == "receiver" else []
+    donors = donors_of(run_dir) if role == "receiver" and not config.has_own_weights else []
     if donors and all(has_ended(run_dir, donor) for donor in donors):
         who = "its donor has" if len(donors) == 1 else "all its donors have"
         raise BridgeError(f"run {name!r} is over: {who} ended; {ways_out}")
@@ -192,10 +192,10 @@ def newest_run(runs_dir: Path) -> str | None:
     return max((path.name for path in numbered if path.is_dir()), key=int, default=None)
 
 
-def _open_or_new_run(runs_dir: Path, role: Role, job: str) -> Path:
+def _open_or_new_run(runs_dir: Path, role: Role, config: BridgeConfig) -> Path:
     """The newest numbered run if it waits for this job, else a new one of the next number."""
     newest = newest_run(runs_dir)
-    if newest is not None and _waits_for(runs_dir / newest, role, job):
+    if newest is not None and _waits_for(runs_dir / newest, role, config):
         return runs_dir / newest
     # The number follows from the very look that found no run to join: of two jobs that start at
     # the same moment one makes the directory, and the other looks again and joins it.
@@ -209,11 +209,13 @@ def _open_or_new_run(runs_dir: Path, role: Role, job: str) -> Path:
     return run_dir
 
 
-def _waits_for(run_dir: Path, role: Role, job: str) -> bool:
-    if attempts_of(run_dir, job) or has_ended(run_dir, "receiver"):
+def _waits_for(run_dir: Path, role: Role, config: BridgeConfig) -> bool:
+    if attempts_of(run_dir, config.job_of(role)) or has_ended(run_dir, "receiver"):
         return False
     donors = donors_of(run_dir)
     peers = ["receiver"] if role == "donor" and attempts_of(run_dir, "receiver") else donors
+    if role == "receiver" and config.has_own_weights and donors:
+        return True  # the weights of a donor that has ended, or died, are of use
     open_peers = [peer for peer in peers if not has_ended(run_dir, peer)]
     if peers and not any(_lives(run_dir, peer) for peer in open_peers):
         if open_peers:

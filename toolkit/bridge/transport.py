@@ -178,8 +178,8 @@ class DirectoryTransport:
         except OSError:
             return ""
 
-    def jobs(self) -> list[str]:
-        """The names of the jobs that have opened a stream here, at whatever time, in order."""
+    def streams(self) -> list[str]:
+        """The names of the streams that were opened here, at whatever time, in order."""
         return sorted(path.parent.name for path in self.root.glob("*/records"))
 
     def rejected(self, job: str) -> list[int]:

@@ -1,0 +1,98 @@
+"""What one job publishes in one stream: records with numbers that follow one another."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from toolkit.bridge.errors import BridgeError, PayloadError
+from toolkit.bridge.payload import Header, check_identity, parse_header, write_record
+from toolkit.bridge.transport import DirectoryTransport
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Numbers and publishes records; on the main process.
+
+    Args:
+        transport: the run's transport.
+        stream: the name of the stream; its directories are made here.
+        run_id: of the run.
+        record_bytes: the size of a record, at most.
+
+    Attributes:
+        next_sequence: the number of the next record.
+
+    Raises:
+        BridgeError: if the stream's directories cannot be made.
+    """
+
+    def __init__(
+        self, transport: DirectoryTransport, stream: str, run_id: str, record_bytes: int
+    ) -> None:
+        self._transport, self.stream = transport, stream
+        self._run_id, self._record_bytes = run_id, record_bytes
+        transport.open_stream(stream)
+        own = transport.sequences(stream)
+        self.next_sequence = own[-1] + 1 if own else 0
+
+    def publish(self, header: Header, tensors: Mapping[str, Tensor]) -> int:
+        """Publish the next record; its size in bytes.
+
+        A number that an alien file occupies, or that the reader has refused already, is passed
+        over.
+
+        Args:
+            header: of the record, whose stream and number are filled in.
+            tensors: contiguous CPU tensors by name.
+
+        Raises:
+            BridgeError: if another living process publishes in this stream.
+        """
+        while True:
+            sequence = self.next_sequence
+            if self._transport.rejection(self.stream, sequence) is not None:
+                self.next_sequence += 1
+                continue
+            numbered = dataclasses.replace(header, job=self.stream, sequence=sequence)
+
+            def write(path: Path, header: Header = numbered) -> None:
+                write_record(path, header, tensors)
+
+            try:
+                size = self._transport.publish(self.stream, sequence, write)
+            except FileExistsError:
+                self._refuse_rival(sequence)
+                self.next_sequence += 1
+                continue
+            self.next_sequence += 1
+            return size
+
+    def prune(self, num_kept: int) -> None:
+        """Delete all but the newest records, and files in the place of older ones."""
+        self._transport.prune(self.stream, self.next_sequence - num_kept)
+
+    @property
+    def last_rejection(self) -> str | None:
+        """The reason for which a reader refused the newest record, or None."""
+        return self._transport.rejection(self.stream, self.next_sequence - 1)
+
+    def _refuse_rival(self, sequence: int) -> None:
+        path = self._transport.path(self.stream, sequence)
+        try:
+            data = self._transport.read(self.stream, sequence, max_bytes=self._record_bytes)
+            check_identity(
+                parse_header(data), run_id=self._run_id, job=self.stream, sequence=sequence
+            )
+        except (FileNotFoundError, PayloadError):
+            logger.warning("%s is taken by an alien file; publishing under the next number", path)
+            return
+        raise BridgeError(
+            f"{path} exists already: another process publishes as the {self.stream} of this run. "
+            "End one of the two, or start a new run"
+        )

@@ -1,0 +1,95 @@
+"""The bundled tasks: what a donor and a receiver can learn from without downloading anything.
+
+``digits`` and ``overlap`` are made of scikit-learn's 1,797 digits (8 x 8 pixels), ``text`` of the
+source files of Python's standard library.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from toolkit.data import FloatArray, IntArray, Task, check_labels, make_dataset
+from toolkit.models import build_model
+from toolkit.text import text_task
+
+TASKS = ("digits", "overlap", "text")
+
+# digits: images with a label for h1 and for h2; the rest is for evaluation.
+_NUM_DIGITS_H1, _NUM_DIGITS_H2 = 80, 1200
+# overlap: source images, and what is composed of them, for h1, h2 and evaluation.
+_OVERLAP_POOLS, _OVERLAP_PAIRS = (600, 600, 597), (2000, 2000, 1000)
+_OVERLAP_SHIFT = 4  # pixels by which the second digit lies further right and further down
+
+
+def load_task(name: str, *, seed: int = 0) -> Task:
+    """A bundled task.
+
+    - ``digits``: ``h1`` tells the digit and has 80 labelled images; ``h2`` tells the pair of
+      digits (0 or 1, 2 or 3, ...) and has 1,200. The donor's coarse labels improve ``h1``.
+    - ``overlap``: two digits overlaid. ``h1`` tells the upper left one, ``h2`` the lower right
+      one; each silo has 2,000 images.
+    - ``text``: see :func:`toolkit.text.text_task`.
+
+    No source image or text is in two of receiver's silo, donor's silo and evaluation set.
+
+    Args:
+        name: one of ``TASKS``.
+        seed: of the split. Both jobs must use the same one, else their silos and evaluation sets
+            overlap.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task {name!r} is unknown; choose one of {list(TASKS)}")
+    if name == "text":
+        return text_task(seed)
+    bunch = load_digits()
+    images = (bunch.images / 16.0).astype(np.float32)
+    digits = bunch.target.astype(np.int64)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(digits))
+    if name == "digits":
+        parts = np.split(order, [_NUM_DIGITS_H1, _NUM_DIGITS_H1 + _NUM_DIGITS_H2])
+        labels = {"h1": digits, "h2": digits // 2}
+        samples = [
+            (images[part, None], {head: column[part] for head, column in labels.items()})
+            for part in parts
+        ]
+        num_classes = {"h1": 10, "h2": 5}
+    else:
+        pools = np.split(order, np.cumsum(_OVERLAP_POOLS)[:-1])
+        samples = [
+            _overlay(images, digits, rng.choice(pool, size=(num_pairs, 2)))
+            for pool, num_pairs in zip(pools, _OVERLAP_PAIRS, strict=True)
+        ]
+        num_classes = {"h1": 10, "h2": 10}
+    for head, size in num_classes.items():
+        for _, columns in samples:
+            check_labels(columns[head], size, head)
+    (own_images, own), (donor_images, donor), (evaluation_images, evaluation) = samples
+    return Task(
+        name=name,
+        build_model=partial(build_model, own_images.shape[1:]),
+        num_classes=num_classes,
+        train={
+            "h1": make_dataset(own_images, {"h1": own["h1"]}),
+            "h2": make_dataset(donor_images, {"h2": donor["h2"]}),
+        },
+        evaluation=make_dataset(evaluation_images, evaluation),
+    )
+
+
+def _overlay(
+    images: FloatArray, digits: IntArray, pairs: IntArray
+) -> tuple[FloatArray, dict[str, IntArray]]:
+    """Lay image ``pairs[i, 1]`` over ``pairs[i, 0]``, shifted to the lower right; sum, clipped."""
+    size, shift = images.shape[1], _OVERLAP_SHIFT
+    canvas = np.zeros((len(pairs), 1, size + shift, size + shift), dtype=np.float32)
+    canvas[:, 0, :size, :size] = images[pairs[:, 0]]
+    canvas[:, 0, shift:, shift:] += images[pairs[:, 1]]
+    labels = {"h1": digits[pairs[:, 0]], "h2": digits[pairs[:, 1]]}
+    return np.minimum(canvas, 1.0), labels

@@ -1,14 +1,18 @@
-"""Donors of different ages and heads under a loss scale, on two ranks, whole and sharded."""
+"""Donors of different ages and heads under a loss scale, on one rank and two, whole and sharded."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,20 +25,13 @@ from tests.jobs.staleness_job import (
     STEPS,
     own_sum,
     payload,
+    train,
 )
 from tests.launching import Launcher
 from tests.oracle import largest_difference
+from tests.unit.jobs import reset
 
 TIMEOUT = 120.0  # seconds, for a hang only
-
-
-@pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two ranks wrote."""
-    directory = tmp_path_factory.mktemp("staleness")
-    with Launcher(directory) as launch:
-        launch("tests/jobs/staleness_job.py", directory, num_processes=2).wait(TIMEOUT)
-    return directory
 
 
 def train_by_hand(rule: str) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
@@ -72,20 +69,55 @@ def train_by_hand(rule: str) -> tuple[dict[str, Tensor], list[dict[str, float]]]
     return {name: p.detach().clone() for name, p in parameters.items()}, moved
 
 
+def check(rule: str, weights: dict[str, Tensor], metrics: list[dict[str, float]]) -> None:
+    """Compare weights and metrics with one process."""
+    expected, moved = train_by_hand(rule)
+    assert largest_difference(weights, expected) <= 1e-12
+    for step, donors in enumerate(STEPS):
+        for donor, (_, age, _) in donors.items():
+            tag = f"bridge/staleness {donor}"
+            assert metrics[step][f"{tag} (receiver steps)"] == age
+            found = metrics[step][f"{tag} (norm of weight change)"]
+            assert found == pytest.approx(moved[step][donor], rel=1e-9)
+
+
+def test_that_the_rules_differ() -> None:
+    for first, second in itertools.combinations(RULES, 2):
+        assert largest_difference(train_by_hand(first)[0], train_by_hand(second)[0]) > 1e-4
+
+
+@pytest.fixture
+def accelerator(tmp_path: Path) -> Iterator[Accelerator]:
+    """One rank, in this process, on which FSDP2 can shard."""
+    reset()
+    store = f"file://{tmp_path / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield Accelerator(cpu=True)
+    dist.destroy_process_group()
+    reset()
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_one_rank_equals_the_formulas(accelerator: Accelerator, rule: str, shards: bool) -> None:
+    check(rule, *train(accelerator, rule, shards))
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks wrote."""
+    directory = tmp_path_factory.mktemp("staleness")
+    with Launcher(directory) as launch:
+        launch("tests/jobs/staleness_job.py", directory, num_processes=2).wait(TIMEOUT)
+    return directory
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["whole", "sharded"])
 @pytest.mark.parametrize("rule", RULES)
-def test_two_ranks_equal_one_process(output: Path, rule: str, layout: str) -> None:
-    expected, moved = train_by_hand(rule)
+def test_two_ranks_equal_the_formulas(output: Path, rule: str, layout: str) -> None:
     ranks = [load_file(output / f"{rule}-{layout}-{rank}.safetensors") for rank in (0, 1)]
     assert largest_difference(*ranks) == 0.0
-    assert largest_difference(ranks[0], expected) <= 1e-12
-    for other in set(RULES) - {rule}:
-        assert largest_difference(train_by_hand(other)[0], expected) > 1e-4
     for rank in (0, 1):
         metrics = json.loads((output / f"{rule}-{layout}-{rank}.json").read_text())
-        for step, donors in enumerate(STEPS):
-            for donor, (_, age, _) in donors.items():
-                tag = f"bridge/staleness {donor}"
-                assert metrics[step][f"{tag} (receiver steps)"] == age
-                found = metrics[step][f"{tag} (norm of weight change)"]
-                assert found == pytest.approx(moved[step][donor], rel=1e-9)
+        check(rule, ranks[rank], metrics)

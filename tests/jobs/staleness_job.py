@@ -66,9 +66,12 @@ def own_sum(like: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
 
 
 def train(
-    accelerator: Accelerator, shards: bool, **settings: Any
+    accelerator: Accelerator, rule: str, shards: bool
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """The weights after all steps, whole, and the metrics of each."""
+    settings: dict[str, Any] = {"stale": rule, "donor_weight": DONOR_WEIGHT, "max_staleness": 2}
+    if rule.startswith("compensate"):
+        settings["compensation"] = COMPENSATION
     network = Network(["h1", "h2", "h3"])
     if shards:
         mesh = init_device_mesh("cpu", (accelerator.num_processes,))
@@ -76,7 +79,7 @@ def train(
             fully_shard(layer, mesh=mesh)
     parameters = dict(network.named_parameters())
     shared = shared_parameters(network, "backbone", HEADS)
-    config = BridgeConfig(donor_weight=DONOR_WEIGHT, max_staleness=2, **settings)
+    config = BridgeConfig(**settings)
     control = ControlGroup(accelerator)
     injector = Injector(accelerator, parameters.values(), shared, control, config)
     optimizer = build_optimizer(network)
@@ -116,10 +119,7 @@ def main() -> None:
     assert accelerator.num_processes == 2
     for rule in RULES:
         for shards in (False, True):
-            settings: dict[str, Any] = {"stale": rule}
-            if rule.startswith("compensate"):
-                settings["compensation"] = COMPENSATION
-            weights, metrics = train(accelerator, shards, **settings)
+            weights, metrics = train(accelerator, rule, shards)
             stem = f"{rule}-{'sharded' if shards else 'whole'}-{accelerator.process_index}"
             save_file(weights, args.output / f"{stem}.safetensors")
             (args.output / f"{stem}.json").write_text(json.dumps(metrics))

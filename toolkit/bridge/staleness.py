@@ -11,6 +11,9 @@ they come here. A payload of age 0 is applied as it is by every rule:
 
 The samples count in full under every rule: were n damped too, S/n would be what it was. So damping
 is a smaller weight of the donor's loss, while compensation leaves the joint loss as it is.
+
+There is no rule that drops all payloads of age 1 or more: ``max_staleness=0`` takes fresh ones
+only, and waits for them. Not to wait would leave a donor that is slower without any part.
 """
 
 from __future__ import annotations

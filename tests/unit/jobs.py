@@ -85,10 +85,11 @@ class ReceiverAlone:
         tensors: dict[str, Tensor] | None,
         count: float = 4.0,
         kind: Kind = "gradient",
+        weights: Header | None = None,
         **changes: Any,
     ) -> None:
-        """Answer the newest weights."""
-        weights = self.weights_record().header
+        """Answer ``weights``, by default the newest."""
+        weights = weights or self.weights_record().header
         header = Header(
             kind=kind, run_id=weights.run_id, job="donor", sequence=self.published,
             attempt=weights.attempt, receiver_step=weights.receiver_step,

@@ -32,6 +32,9 @@ def test_that_settings_have_names() -> None:
         {"scope": "head", "max_staleness": 8, "rescale": "pool", "donor_weight": 0},
         {"rescale": "append", "loss_reduction": "sum", "peer_wait": 0.1},
         {"aggregate": "protect", "max_staleness": 8, "rescale": "pool"},
+        {"stale": "damp", "max_staleness": 1},
+        {"stale": "damp", "max_staleness": 1, "exchange": "auto"},
+        {"stale": "compensate_adaptive", "max_staleness": 8, "compensation": 0.5},
         {"checkpoint_interval": 1, "checkpoints_kept": 1, "payload_budget_files": 1},
         {"run": "mine", "keep_payloads": True},
         {"exchange": "distill", "distill_loss": "mse", "temperature": 4.0, "donor_weight": 0.5},
@@ -65,6 +68,24 @@ def test_that_sensible_settings_are_taken(settings: dict[str, Any]) -> None:
         ({"exchange": "distill", "distill_loss": "ce"}, r"'ce' is unknown; .*\['kl', 'mse'\]"),
         ({"exchange": "distill", "temperature": 0.0}, "temperature must be positive.* got 0.0"),
         ({"max_staleness": -1}, "max_staleness must not be negative, got -1"),
+        ({"stale": "drop"}, r"stale 'drop' is unknown; choose one of \['apply', 'damp', 'comp"),
+        ({"stale": "damp"}, "'damp' is about .* 1 to max_staleness .* max_staleness is 0: set it"),
+        (
+            {"stale": "damp", "exchange": "delta", "max_staleness": 32},
+            "'damp' is about gradients at older .* exchange 'delta' has none: use stale 'apply'",
+        ),
+        (
+            {"stale": "damp", "max_staleness": 1, "compensation": 0.1},
+            "compensation 0.1 is lambda of .* and stale is 'damp'",
+        ),
+        (
+            {"stale": "compensate", "max_staleness": 1, "compensation": 0},
+            "compensation must be finite and positive, got 0",
+        ),
+        (
+            {"stale": "compensate", "max_staleness": 1, "compensation": math.nan},
+            "compensation must be finite and positive, got nan",
+        ),
         ({"donor_weight": -0.1}, "donor_weight must be finite, not negative: got -0.1"),
         ({"donor_weight": math.nan}, "donor_weight.*nan"),
         ({"peer_wait": 0}, "peer_wait must be positive, got 0"),
@@ -103,6 +124,13 @@ def test_that_values_out_of_range_are_refused_by_name(settings: dict[str, Any]) 
     (name,) = settings
     with pytest.raises(ValueError, match=name):
         BridgeConfig(**settings)
+
+
+def test_where_gradients_of_older_weights_may_come() -> None:
+    for exchange in ("auto", "gradient", "delta", "head", "distill"):
+        config = BridgeConfig(exchange=exchange, max_staleness=32)
+        assert config.has_stale_gradients is (exchange in ("auto", "gradient"))
+    assert not BridgeConfig().has_stale_gradients
 
 
 @pytest.mark.parametrize("name", ["", "receiver", "bridge", "heads", "a.b", "../x", "1st", "a b"])

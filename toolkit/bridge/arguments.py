@@ -7,7 +7,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from toolkit.bridge.config import DISTILL_LOSSES, EXCHANGES, SCOPES, BridgeConfig, Role
+from toolkit.bridge.config import (
+    DISTILL_LOSSES,
+    EXCHANGES,
+    SCOPES,
+    STALE_RULES,
+    BridgeConfig,
+    Role,
+)
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.rescaling import RESCALE_RULES
 from toolkit.bridge.runs import newest_run
@@ -163,6 +170,22 @@ def receiver_arguments() -> argparse.ArgumentParser:
         default=_DEFAULTS.max_staleness,
         metavar="STEPS",
         help="receiver steps that the weights of a donor's gradient may be old; 0: lockstep, exact",
+    )
+    group.add_argument(
+        "--stale",
+        choices=STALE_RULES,
+        default=_DEFAULTS.stale,
+        help="what becomes of a gradient whose weights are 1 to --max_staleness steps old: applied "
+        "as it is; damped, divided by 1 + its age; or compensated for what the weights have "
+        "changed by (DC-ASGD, with a constant or an adaptive lambda). For that, and to log the "
+        "change, each rank keeps backbone and donors' heads --max_staleness + 1 times in memory",
+    )
+    group.add_argument(
+        "--compensation",
+        type=float,
+        metavar="LAMBDA",
+        help="of --stale compensate, by default 0.04 over the mean loss; or of "
+        "compensate_adaptive, by default 2 over a weight",
     )
     group.add_argument(
         "--aggregate",

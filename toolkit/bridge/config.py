@@ -16,9 +16,11 @@ Exchange = Literal["auto", "gradient", "delta", "distill", "head"]
 DistillLoss = Literal["kl", "mse"]
 Scope = Literal["all", "head"]
 Role = Literal["donor", "receiver"]
+StaleRule = Literal["apply", "damp", "compensate", "compensate_adaptive"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 DISTILL_LOSSES: tuple[DistillLoss, ...] = get_args(DistillLoss)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+STALE_RULES: tuple[StaleRule, ...] = get_args(StaleRule)
 TAKEN_NAMES = ("receiver", "bridge", "heads")  # of other directories of a run
 JOB_NAME = re.compile(r"[A-Za-z][\w-]*")
 
@@ -39,6 +41,8 @@ class BridgeConfig:
     exchange: Exchange = "gradient"
     scope: Scope = "all"  # what of it: backbone and head, or the head's only
     max_staleness: int = 0  # receiver steps that a payload may come late; 0: lockstep
+    stale: StaleRule = "apply"  # receiver: what becomes of one that comes late (staleness.py)
+    compensation: float | None = None  # lambda of "compensate" (None: 0.04), or "..._adaptive" (2)
     publish_every: int | Literal["epoch"] = 1  # distill, head: donor's steps between payloads
     init_h2: Literal["own", "donor"] = "own"  # head, receiver: the head that it begins with
     local_steps: int = 32  # delta: steps of either job between two exchanges
@@ -85,6 +89,7 @@ class BridgeConfig:
         self._check_own_weights()
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
+        self._check_stale()
         weight = self.donor_weight
         for value in weight.values() if isinstance(weight, Mapping) else (weight,):
             if not 0 <= value < math.inf:
@@ -110,6 +115,32 @@ class BridgeConfig:
             raise ValueError(
                 f"run {self.run!r} and resume_from_checkpoint {str(self.resume_from_checkpoint)!r} "
                 "exclude each other: a checkpoint knows its run; give one of them"
+            )
+
+    def _check_stale(self) -> None:
+        if self.stale not in STALE_RULES:
+            raise ValueError(f"stale {self.stale!r} is unknown; choose one of {list(STALE_RULES)}")
+        if self.compensation is not None:
+            if not self.stale.startswith("compensate"):
+                raise ValueError(
+                    f"compensation {self.compensation} is lambda of stale 'compensate' and "
+                    f"'compensate_adaptive', and stale is {self.stale!r}"
+                )
+            if not 0 < self.compensation < math.inf:
+                raise ValueError(
+                    f"compensation must be finite and positive, got {self.compensation}"
+                )
+        if self.stale == "apply":
+            return
+        if self.exchange not in ("auto", "gradient"):
+            raise ValueError(
+                f"stale {self.stale!r} is about gradients at older weights of the receiver, and "
+                f"exchange {self.exchange!r} has none: use stale 'apply', or exchange 'gradient'"
+            )
+        if not self.max_staleness:
+            raise ValueError(
+                f"stale {self.stale!r} is about gradients at weights that are 1 to max_staleness "
+                "steps old, and max_staleness is 0: set it to 1 or more, or use stale 'apply'"
             )
 
     def _check_own_weights(self) -> None:
@@ -143,6 +174,11 @@ class BridgeConfig:
     def has_own_weights(self) -> bool:
         """Whether a donor publishes weights that it has trained by itself."""
         return self.exchange in ("auto", "distill", "head")
+
+    @property
+    def has_stale_gradients(self) -> bool:
+        """Whether gradients may come that were taken at older weights of the receiver."""
+        return self.exchange in ("auto", "gradient") and self.max_staleness > 0
 
     def _check_delta(self) -> None:
         if self.aggregate != "sum":

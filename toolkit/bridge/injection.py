@@ -16,9 +16,11 @@ from toolkit.bridge.measures import (
     donor_metrics,
     inner_products,
     own_metrics,
+    staleness_metrics,
 )
 from toolkit.bridge.payload import Record
 from toolkit.bridge.rescaling import rescale_factors
+from toolkit.bridge.staleness import COMPENSATION, WeightHistory, compensate, damping
 from toolkit.parameters import SharedParameters
 from toolkit.sharding import shard_like
 
@@ -32,6 +34,9 @@ class Injector:
         shared: those that donors have gradients for.
         control: the job's control group.
         config: the rules.
+
+    Attributes:
+        needs_older_weights: whether a payload is of use only with the weights it was taken at.
 
     Raises:
         ValueError: if ``config.donor_weight`` names heads, and not all of them.
@@ -49,6 +54,10 @@ class Injector:
         self._control, self._config = control, config
         self._weights = {head: config.weight_of(head) for head in shared.heads}
         self._rule = None if config.aggregate == "sum" else find_rule(config.aggregate)
+        self._history = WeightHistory(
+            shared, config.max_staleness if config.has_stale_gradients else 0
+        )
+        self.needs_older_weights = config.stale in COMPENSATION
 
     def inject(
         self, window: Window, records: Sequence[Record], receiver_step: int
@@ -66,6 +75,7 @@ class Injector:
         config, counts = self._config, dict.fromkeys(self.shared.heads, 0.0)
         for record in records:
             counts[record.header.head] += record.header.count
+        self._history.remember(receiver_step)
         own_factor, donor_factors = rescale_factors(
             config.rescale, config.loss_reduction, window.count, counts, self._weights
         )
@@ -75,6 +85,7 @@ class Injector:
             return metrics
         sums = [self._placed(record) for record in records]
         factors = [donor_factors[record.header.head] for record in records]
+        metrics |= self._treat_stale(records, sums, factors, receiver_step)
         backbone, heads = inner_products(
             self.parameters, self.shared.backbone, sums, self._control,
             [1 / window.scale, *factors],
@@ -82,9 +93,6 @@ class Injector:
         metrics |= own_metrics(backbone, heads)
         for place, (record, factor) in enumerate(zip(records, factors, strict=True), 1):
             metrics |= donor_metrics(place, backbone, heads, window, record, factor)
-            if config.follows:
-                age = receiver_step - record.header.receiver_step
-                metrics[f"bridge/staleness {record.header.job} (receiver steps)"] = float(age)
         own_weight, *weights = self.weigh(backbone)
         if self._rule is not None:
             names = ["own", *(record.header.job for record in records)]
@@ -94,6 +102,42 @@ class Injector:
         for tensors, factor, weight in zip(sums, factors, weights, strict=True):
             self.add_(tensors, factor * window.scale, weight)
         return metrics
+
+    def forget_weights(self) -> None:
+        """Other weights have been loaded: the older versions kept are not of their past."""
+        self._history.clear()
+
+    def _treat_stale(
+        self,
+        records: Sequence[Record],
+        sums: list[dict[str, Tensor]],
+        factors: list[float],
+        receiver_step: int,
+    ) -> dict[str, float]:
+        """Do to the sums of older weights, or their factors, as ``config.stale`` says.
+
+        A collective where parameters are sharded.
+
+        Returns:
+            The staleness of each payload, by tag.
+        """
+        config, ages, changes = self._config, [], []
+        if not config.follows:  # the donors' weights are their own, and have no such age
+            return {}
+        for place, record in enumerate(records):
+            header = record.header
+            age = receiver_step - header.receiver_step
+            change = self._history.change_since(header.receiver_step, header.head)
+            if config.stale == "damp":
+                factors[place] *= damping(age)
+            elif self.needs_older_weights:
+                assert change is not None, f"no weights of step {header.receiver_step} are kept"
+                strength = config.compensation or COMPENSATION[config.stale]
+                adaptive = config.stale == "compensate_adaptive"
+                sums[place] = compensate(sums[place], header.count, change, strength, adaptive)
+            ages.append(age)
+            changes.append(change)
+        return staleness_metrics([r.header.job for r in records], ages, changes, self._control)
 
     def _placed(self, record: Record) -> dict[str, Tensor]:
         """A payload's tensors where their parameters are, without those of frozen parameters."""

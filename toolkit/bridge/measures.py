@@ -132,3 +132,42 @@ def aggregation_metrics(
         metrics[f"aggregate/{name} weight"] = weight
         metrics[f"aggregate/{name} norm (backbone)"] = norm
     return metrics
+
+
+def staleness_metrics(
+    jobs: Sequence[str],
+    ages: Sequence[int],
+    changes: Sequence[Mapping[str, Tensor] | None],
+    control: ControlGroup,
+) -> dict[str, float]:
+    """How old the weights of each donor's payload are. A collective where they are sharded.
+
+    Args:
+        jobs: the donors' names.
+        ages: in receiver steps.
+        changes: what the weights have changed by since, like the parameters in sharding; None
+            where that is not known.
+        control: the job's control group.
+    """
+    metrics = {
+        f"bridge/staleness {job} (receiver steps)": float(age)
+        for job, age in zip(jobs, ages, strict=True)
+    }
+    known = [
+        (job, list(change.values()))
+        for job, change in zip(jobs, changes, strict=True)
+        if change is not None
+    ]
+
+    def squares(shards: bool) -> list[float]:
+        return [
+            squared_norm(local_tensor(t) for t in tensors if is_sharded(t) is shards)
+            for _, tensors in known
+        ]
+
+    totals = squares(shards=False)
+    if any(is_sharded(t) for _, tensors in known for t in tensors):
+        totals = [a + b for a, b in zip(totals, control.sum(squares(shards=True)), strict=True)]
+    for (job, _), total in zip(known, totals, strict=True):
+        metrics[f"bridge/staleness {job} (norm of weight change)"] = math.sqrt(total)
+    return metrics

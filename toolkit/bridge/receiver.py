@@ -500,6 +500,12 @@ class GradientReceiver(BridgeJob):
         self.completed_windows = state["completed_windows"]
         self.steps_alone = state["steps_alone"]
         self.ledger.resume(Resumption(state["attempt"], self.completed_steps), state["ledger"])
+        self._injector.forget_weights()
+        if self._injector.needs_older_weights:
+            # Older weights are in no checkpoint: what was taken at them is superseded.
+            digests = state["digests"].items()
+            present = {step: d for step, d in digests if int(step) == self.completed_steps}
+            state = {**state, "digests": present}
         if self._donors is not None:
             self._donors.load_state(state)
 

@@ -58,12 +58,14 @@ def train_one_seed(
 
 def largest_weight_difference(a: Path, b: Path) -> float:
     """max |a - b| over all tensors of two ``model.safetensors`` files."""
+    import torch
     from safetensors.torch import load_file
 
     first, second = load_file(a), load_file(b)
     if set(first) != set(second):
         raise ValueError(f"{a} and {b} hold different tensors: {set(first) ^ set(second)}")
-    return max(float((first[name] - second[name]).abs().max()) for name in first)
+    differences = torch.stack([(first[name] - second[name]).abs().max() for name in first])
+    return float(differences.max())  # NaN if one of them is
 
 
 def _cell(values: Sequence[float]) -> str:

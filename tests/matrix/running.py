@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -17,6 +16,7 @@ from tests.matrix.joint import Pair, train_jointly
 from tests.matrix.mutations import mutations_of
 from tests.matrix.overflow import expected_pairs
 from tests.matrix.setting import FROZEN, Setting, build_network, to_json
+from tests.oracle import largest_difference
 
 JOB = "tests/matrix/job.py"
 EXACT = 1e-12
@@ -97,14 +97,6 @@ def launch(directory: Path, runs: list[Run], timeout: float) -> None:
         ]
         for job in jobs:
             job.wait(timeout)
-
-
-def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """max |a - b| over all tensors; infinite for NaN or unequal names."""
-    if set(a) != set(b):
-        return math.inf
-    worst = max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
-    return worst if math.isfinite(worst) else math.inf
 
 
 def precision_of(setting: Setting) -> str:

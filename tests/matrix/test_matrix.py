@@ -23,13 +23,13 @@ from tests.matrix.running import (
     EXACT,
     Run,
     compare,
-    largest_difference,
     launch,
     precision_of,
     resting,
     runs_of,
 )
 from tests.matrix.setting import build_network, to_json
+from tests.oracle import largest_difference
 
 pytestmark = [pytest.mark.matrix, pytest.mark.timeout(1800)]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.starts import PEER, Jobs
+from tests.unit.starts import PEER, SCHEMAS, Jobs
 from toolkit.bridge import liveness, runs
 from toolkit.bridge.config import Role
 from toolkit.bridge.errors import BridgeError, SchemaMismatchError
@@ -155,3 +155,22 @@ def test_that_a_fifo_in_a_records_place_holds_up_nobody(jobs: Jobs) -> None:
     os.mkfifo(DirectoryTransport(run.run_dir / "bridge").path("donor", 0))
 
     assert not has_ended(run.run_dir, "donor")
+
+
+def test_that_heads_that_differ_are_told_beside_the_backbone(jobs: Jobs) -> None:
+    jobs.start("receiver", {"schemas": {**SCHEMAS, "heads.h3": {}}})
+    head = {"heads.h2": {"v": ["float32", [4]]}, "heads.h4": {}}
+    other = {"backbone": {"w": ["float32", [2, 2]]}, **head}
+
+    with pytest.raises(SchemaMismatchError) as caught:
+        jobs.start("donor", {"schemas": other})
+    for line in ("\n  w: donor float32 (2, 2)", "\n  v: donor float32 (4,), receiver float32 (3,)"):
+        assert str(caught.value).count(line) == 1
+    heads = jobs.runs_dir / "0001" / "bridge" / "heads"
+    assert sorted(path.stem for path in heads.iterdir()) == ["heads.h2", "heads.h3"]
+
+
+def test_that_a_head_that_the_receiver_does_not_have_is_refused(jobs: Jobs) -> None:
+    jobs.start("receiver")
+    with pytest.raises(SchemaMismatchError, match=r"the receiver takes those for heads\.h2"):
+        jobs.start("donor", {"schemas": {"backbone": SCHEMAS["backbone"], "heads.h3": {}}})

@@ -80,13 +80,15 @@ def agree(bridge: Path, job: str, terms: dict[str, Any]) -> str:
         if mine[key] != found.get(key)
     ]
     differences += schema_differences(mine["schema"], found["schema"], job, founder)
-    if not differences:
-        (bridge / "heads").mkdir(exist_ok=True)
-        for head, schema in schemas.items():
-            ours = {"founder": job, "schema": schema}
-            theirs = _create_or_read(bridge / "heads" / f"{head}.json", ours)
-            founder = theirs["founder"] if theirs["founder"] != job else f"earlier {job}"
-            differences += schema_differences(schema, theirs["schema"], job, founder)
+    paths = {head: bridge / "heads" / f"{head}.json" for head in schemas}
+    known = [head for head, path in paths.items() if path.exists()]
+    (bridge / "heads").mkdir(exist_ok=True)
+    for head in (*known, *schemas):
+        if head in known or not differences:  # a job that does not fit founds nothing
+            theirs = _create_or_read(paths[head], {"founder": job, "schema": schemas[head]})
+            name = theirs["founder"] if theirs["founder"] != job else f"earlier {job}"
+            lines = schema_differences(schemas[head], theirs["schema"], job, name)
+            differences += [line for line in lines if line not in differences]
     if differences:
         raise SchemaMismatchError(
             f"this {job} does not fit run {bridge.parent.name}, founded by the {founder}; these "

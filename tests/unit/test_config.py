@@ -127,7 +127,7 @@ def test_that_values_out_of_range_are_refused_by_name(settings: dict[str, Any]) 
 
 
 def test_where_gradients_of_older_weights_may_come() -> None:
-    for exchange in ("auto", "gradient", "delta", "head", "distill"):
+    for exchange in ("auto", "gradient", "delta", "head"):
         config = BridgeConfig(exchange=exchange, max_staleness=32)
         assert config.has_stale_gradients is (exchange in ("auto", "gradient"))
     assert not BridgeConfig().has_stale_gradients

@@ -336,7 +336,8 @@ def loop(
                 version = newest if taught else None
                 versions.add(version)
                 # What counts from the next window on.
-                teachers.at_work = has_teacher(setting, window + 1)
+                is_taught = has_teacher(setting, window + 1)
+                teachers.at_work = frozenset(receiver.shared.heads if is_taught else ())
                 receiver.inject()
                 metrics = dict(receiver.metrics)
                 for parameter in receiver.shared.head.values():

@@ -30,6 +30,7 @@ class Run:
             self.transport,
             open_inbox=self.open_inbox,
             open_wait=self.open_wait,
+            head_of=lambda donor: "heads.h2",
             num_expected=num_expected,
             max_staleness=0,
             peer_wait=PATIENCE,

@@ -202,7 +202,7 @@ def test_that_a_head_rests_again_when_its_teacher_does(start: Start, runs_dir: P
     job = start()
     job.step()
     assert job.receiver._lessons is not None
-    job.receiver._lessons.teachers.at_work = False
+    job.receiver._lessons.teachers.at_work = frozenset()
     job.step()  # a change counts from the next step on
     moved = job.network.get_parameter("heads.h2.weight").detach().clone()
     assert job.receiver.taught_heads == ()
@@ -349,8 +349,7 @@ def test_that_a_copied_teacher_is_in_eval_mode_and_leaves_the_student_alone() ->
     of_donor = shared_parameters(trained, "backbone", [HEAD]).weights
     assert set(teacher._tensors) == set(of_donor)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    record: Any = type("Record", (), {"tensors": of_donor})
-    teacher.load(record)
+    teacher.copy_(of_donor)
     inputs = torch.randn(7, 4)
     with torch.no_grad():
         trained.eval()

@@ -171,6 +171,11 @@ class BridgeConfig:
         return self.exchange in ("auto", "gradient", "delta")
 
     @property
+    def has_teachers(self) -> bool:
+        """Whether a receiver may learn from a donor's weights on its own inputs."""
+        return self.exchange in ("auto", "distill")
+
+    @property
     def has_own_weights(self) -> bool:
         """Whether a donor publishes weights that it has trained by itself."""
         return self.exchange in ("auto", "distill", "head")

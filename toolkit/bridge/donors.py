@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from toolkit.bridge.config import JOB_NAME
@@ -28,8 +28,14 @@ class _Donor:
 
     inbox: Inbox
     peer: PeerWatch
+    head: str
     wait: Wait | None = None
     verdict: Verdict | None = None
+
+    @property
+    def is_away(self) -> bool:
+        """Whether it was given up or has ended, and has not published since."""
+        return self.inbox.donor_is_away and not self.inbox.has_news()
 
 
 class Donors:
@@ -41,6 +47,7 @@ class Donors:
             weights by receiver step, which are kept up to date here, and whether the donor came
             after this start of the receiver.
         open_wait: begins the wait for a donor, from its watch and what is waited for.
+        head_of: the head that a donor trains, by the donor's name.
         num_expected: donors that must have been found before a step, until waiting is given up.
         max_staleness: receiver steps that a payload's weights may be old.
         peer_wait: seconds without a sign of life after which a donor does not count as alive.
@@ -52,13 +59,14 @@ class Donors:
         *,
         open_inbox: Callable[[str, Mapping[int, str], bool], Inbox],
         open_wait: Callable[[PeerWatch, str], Wait],
+        head_of: Callable[[str], str],
         num_expected: int,
         max_staleness: int,
         peer_wait: float,
     ) -> None:
         self._transport, self._open_inbox, self._open_wait = transport, open_inbox, open_wait
         self._num_expected, self._max_staleness = num_expected, max_staleness
-        self._peer_wait = peer_wait
+        self._peer_wait, self._head_of = peer_wait, head_of
         self._donors: dict[str, _Donor] = {}
         self._digests: dict[int, str] = {}
         self._missing: Wait | None = None  # for donors that were never found
@@ -77,7 +85,7 @@ class Donors:
 
     def _add(self, name: str) -> None:
         inbox = self._open_inbox(name, self._digests, self._has_started)
-        self._donors[name] = _Donor(inbox, PeerWatch(self._transport, name))
+        self._donors[name] = _Donor(inbox, PeerWatch(self._transport, name), self._head_of(name))
         if self._digests:
             logger.info("the %s joins at receiver step %d", name, max(self._digests))
 
@@ -111,11 +119,21 @@ class Donors:
         for donor in self._donors.values():
             donor.wait = donor.verdict = None
 
-    def look(self, receiver_step: int) -> tuple[Verdict, ...] | None:
+    def heads_alone(self) -> frozenset[str]:
+        """The heads whose donors are all away: they have ended, or were given up.
+
+        A donor that has published again is back.
+        """
+        self.discover()
+        lively = {d.head for d in self._donors.values() if not d.is_away}
+        return frozenset(d.head for d in self._donors.values()) - lively
+
+    def look(self, receiver_step: int, without: Collection[str] = ()) -> tuple[Verdict, ...] | None:
         """One look at every stream that has no answer yet.
 
         Args:
             receiver_step: the receiver's completed steps.
+            without: heads whose donors have no part in this step.
 
         Returns:
             Each donor's part of this step, or None while one of them must be waited for.
@@ -125,7 +143,9 @@ class Donors:
         """
         self.discover()
         for name, donor in self._donors.items():
-            if donor.verdict is None:
+            if donor.verdict is None and donor.head in without:
+                donor.verdict = donor.inbox.pass_over()
+            elif donor.verdict is None:
                 donor.verdict = self._ask(name, donor, receiver_step)
         if len(self._donors) < self._num_expected and not self._gives_up_finding(receiver_step):
             return None

@@ -139,6 +139,10 @@ class Inbox:
         in_time = verdict.answered >= receiver_step - self._max_staleness
         return verdict if peer.seen and in_time else None
 
+    def pass_over(self) -> Verdict:
+        """Leave the stream alone in this step."""
+        return Verdict(self._donor, self.cursor, self._answered, ())
+
     def give_up(self, receiver_step: int, peer: PeerWatch) -> Verdict | None:
         """Wait no longer, for this step and until the donor publishes again.
 
@@ -147,6 +151,10 @@ class Inbox:
         """
         self.donor_is_away = True
         return self.look(receiver_step, peer)
+
+    def has_news(self) -> bool:
+        """Whether the donor has published since it was last heard of, after a time away."""
+        return max(self._transport.sequences(self._donor), default=-1) >= self._first_unseen
 
     def settle(self, verdict: Verdict) -> tuple[Entry, ...]:
         """The step happened: move the cursor; the fates that are final now."""

@@ -183,8 +183,14 @@ class BridgeJob:
 
     # -- waiting ----------------------------------------------------------------------------
 
-    def _open_wait(self, peer: PeerWatch, what: str) -> Wait:
-        """Begin a wait for something of another job (main process)."""
+    def _open_wait(self, peer: PeerWatch, what: str, patience: float | None = None) -> Wait:
+        """Begin a wait for something of another job (main process).
+
+        Args:
+            peer: that job.
+            what: what is waited for.
+            patience: seconds of silence after which it is given up; by default ``peer_wait``.
+        """
         config = self.config
         recipe = "receiver" if self.role == "donor" else "donor"
         hint = f"Start it now, for instance: accelerate launch recipes/{recipe}.py"
@@ -192,7 +198,8 @@ class BridgeJob:
             hint += f" --runs_dir {config.runs_dir}"
         if config.run is not None:
             hint += f" --run {config.run}"
-        return Wait(peer, what, config.peer_wait, config.require_peer, hint)
+        patience = config.peer_wait if patience is None else patience
+        return Wait(peer, what, patience, config.require_peer, hint)
 
     def _decide(self, poll: Callable[[], T | None]) -> tuple[T, float]:
         """Poll on the main process until there is a decision; the same one on every rank.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -111,6 +111,28 @@ class Lessons:
             teachers.begin(offer)
             teachers.take()
         self._change()
+
+    def stand_in(self, alone: Collection[str], trained: Collection[str], step: int) -> None:
+        """Exchange ``auto``: teach the heads whose donors are all away, and no others.
+
+        Args:
+            alone: these heads, the same on all ranks.
+            trained: those that some donor has trained in this run.
+            step: the receiver's completed steps.
+        """
+        for head in self._shared.heads:
+            was_alone = head in self.teachers.at_work
+            if head in alone and not was_alone:
+                if head in trained:
+                    self.teachers.remember(head, self._shared.weights, step)
+                logger.warning(
+                    "its donor is away: from receiver step %d on %s learns from %s", step, head,
+                    "a teacher" if self.teachers.of(head) else "nothing, until a teacher comes",
+                )  # fmt: skip
+            elif was_alone and head not in alone:
+                self.teachers.forget(head)
+                logger.info("its donor is back: %s takes gradients from step %d on", head, step)
+        self.teachers.at_work = frozenset(alone)
 
     def end_window(self, was_skipped: bool) -> None:
         """Between two windows: look for newer weights. A collective, which never waits."""

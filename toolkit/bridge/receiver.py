@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from toolkit.bridge.agreement import read_claim
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.donors import Donors
 from toolkit.bridge.errors import BridgeError, PayloadError
@@ -28,12 +29,13 @@ from toolkit.bridge.injection import Injector
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger, Resumption, trail_path
 from toolkit.bridge.lessons import Lessons, LossFunction, check_sharded_head
-from toolkit.bridge.liveness import PeerWatch, Wait
+from toolkit.bridge.liveness import BEAT_SECONDS, PeerWatch, Wait
 from toolkit.bridge.outer import OuterOptimizer
 from toolkit.bridge.own_weights import newest_own_weights, stream_of
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
+from toolkit.bridge.runs import has_ended
 from toolkit.bridge.teacher import Teacher, TeacherFactory, copy_teacher, make_teacher
 from toolkit.bridge.teachers import Teachers
 from toolkit.configuration import check_one_scaled_optimizer
@@ -46,6 +48,7 @@ from toolkit.sharding import full_tensor, shard_like
 
 logger = logging.getLogger(__name__)
 
+SILENT_BEATS = 5  # after which a donor is away where a teacher can stand in for it
 WEIGHTS_KEPT = 2  # the newest weights, and the ones that a donor may be reading
 
 
@@ -99,7 +102,7 @@ class GradientReceiver(BridgeJob):
     ) -> None:
         self._lessons: Lessons | None = None
         super().__init__(accelerator, model, optimizer, config, backbone=backbone, head=head)
-        if self.config.exchange == "distill":
+        if self.config.has_teachers and self._kept is None:
             self._lessons = self._begin_lessons(backbone, teacher_loss_fn, teacher_factory)
         elif teacher_loss_fn or teacher_factory:
             raise ValueError(
@@ -108,8 +111,8 @@ class GradientReceiver(BridgeJob):
             )
 
     def _attach(self) -> None:
-        distills = self.config.exchange == "distill"
-        check_head_rests(self.shared.head, may_train=distills and check_sharded_head(self.shared))
+        may_train = self.config.has_teachers and check_sharded_head(self.shared)
+        check_head_rests(self.shared.head, may_train=may_train)
         check_takes_late_gradients(self.optimizer)
         check_one_scaled_optimizer(self.accelerator)
         replay = self.config.replay
@@ -159,7 +162,7 @@ class GradientReceiver(BridgeJob):
         """
         if self._injected is not None:
             raise RuntimeError("backward() after inject(): call commit() after optimizer.step()")
-        if not self._has_published and self._lessons is None:
+        if not self._has_published and self.config.exchange != "distill":
             if self.config.init_h2 == "donor" and self.completed_steps == 0:
                 self._take_heads()
             self._publish_weights()
@@ -185,7 +188,7 @@ class GradientReceiver(BridgeJob):
             raise RuntimeError("inject() was called twice in this accumulation window")
         window = self.accumulator.close(self._lessons.sums() if self._lessons else ())
         self.accumulator.reduce_unmanaged_(self.parameters.items())
-        takes_gradients = self._outer is None and self._lessons is None
+        takes_gradients = self._outer is None and self.config.exchange != "distill"
         verdicts, records, wait_seconds = self._receive() if takes_gradients else ((), [], 0.0)
         for head, parameters in self.shared.heads.items():
             for parameter in () if head in self.taught_heads else parameters.values():
@@ -221,7 +224,7 @@ class GradientReceiver(BridgeJob):
         injected, self._injected = self._injected, None
         self.completed_windows += 1
         was_skipped = self._step_was_skipped(injected.scale)
-        if self._lessons is not None:
+        if self._lessons is not None and not self.config.follows:
             self.completed_steps += not was_skipped
             self.steps_alone += not was_skipped and not self.taught_heads
             self._lessons.end_window(was_skipped)
@@ -229,9 +232,11 @@ class GradientReceiver(BridgeJob):
         if was_skipped:
             return False
         if self._outer is None:
-            self._settle(injected.verdicts, num_steps=1)
+            self._settle(injected.verdicts, num_steps=0 if self.taught_heads else 1)
             self.completed_steps += 1
             self._publish_weights()
+            if self._lessons is not None:
+                self._change_lessons(self._lessons)
             return True
         self.completed_steps += 1
         if self.completed_steps % self.config.local_steps == 0:
@@ -289,10 +294,37 @@ class GradientReceiver(BridgeJob):
             self.transport, self.control, run_id=self.run_id, build=build, heads=heads
         )
         lessons = Lessons(teachers, self.shared, self.config, loss_fn)
+        if self.config.exchange == "auto":
+            teachers.at_work = frozenset()
+            return lessons
         name = next(iter(self._donors.names if self._donors is not None else ()), "donor")
         wait = self._open_wait(PeerWatch(self.transport, name), "a teacher")
         lessons.begin(self._decide, wait, name)
         return lessons
+
+    def _change_lessons(self, lessons: Lessons) -> None:
+        """Exchange ``auto``: teachers stand in for donors that are away. A collective."""
+        donors = self._donors
+
+        def heads() -> tuple[frozenset[str], frozenset[str]]:
+            assert donors is not None
+            trained = (d for d in donors.names if self.ledger.counts(d)["applied"])
+            return donors.heads_alone(), frozenset(map(self._head_of, trained))
+
+        alone, trained = self.control.on_main(heads)
+        lessons.stand_in(alone, trained, self.completed_steps)
+        lessons.end_window(was_skipped=False)
+
+    def _head_of(self, donor: str) -> str:
+        """The head that a donor of this run trains (main process)."""
+        claim = read_claim(self.run_dir, donor) or {}
+        return str(next(iter(claim.get("heads", self.shared.heads))))
+
+    def _open_donor_wait(self, peer: PeerWatch, what: str) -> Wait:
+        patience = None
+        if self.config.exchange == "auto" and peer.seen:  # teachers can stand in: do not stall
+            patience = min(self.config.peer_wait, SILENT_BEATS * BEAT_SECONDS)
+        return self._open_wait(peer, what, patience)
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -343,7 +375,7 @@ class GradientReceiver(BridgeJob):
         expected = {head: self._gradient_parameters(head) for head in self.shared.heads}
 
         def open_inbox(donor: str, digests: Mapping[int, str], is_new: bool) -> Inbox:
-            return Inbox(
+            inbox = Inbox(
                 donor,
                 transport=self.transport,
                 read=functools.partial(self._read, donor),
@@ -354,11 +386,15 @@ class GradientReceiver(BridgeJob):
                 digests=digests,
                 is_new=is_new,
             )
+            if self.config.has_teachers and has_ended(self.run_dir, donor):
+                inbox.donor_is_away = True  # nobody resumes it: what it has left may teach
+            return inbox
 
         return Donors(
             self.transport,
             open_inbox=open_inbox,
-            open_wait=self._open_wait,
+            open_wait=self._open_donor_wait,
+            head_of=self._head_of,
             num_expected=self.config.num_donors,
             max_staleness=self.config.payload_age,
             peer_wait=self.config.peer_wait,
@@ -406,7 +442,7 @@ class GradientReceiver(BridgeJob):
         if self._publisher.last_rejection is not None:
             logger.warning("a donor could not read the weights; publishing them again")
             self._offer_weights()
-        verdicts = self._on_main.look(self.completed_steps)
+        verdicts = self._on_main.look(self.completed_steps, self.taught_heads)
         if self.config.require_peer:
             self._on_main.require_peers()
         if verdicts is None and self.config.follows and self._step_on_disk != self._weights_step:

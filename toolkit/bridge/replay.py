@@ -8,7 +8,7 @@ ledger says. The run itself is only read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,11 @@ class Replay:
         """Note the digest of the weights after ``receiver_step`` steps."""
         self._digests[receiver_step] = digest
 
-    def look(self, receiver_step: int) -> tuple[Verdict, ...]:
+    def heads_alone(self) -> frozenset[str]:
+        """A replay has no teachers."""
+        return frozenset()
+
+    def look(self, receiver_step: int, without: Collection[str] = ()) -> tuple[Verdict, ...]:
         """What the run did at this step; the same again if a loss scaler skips the step."""
         by_donor = self._by_step.get(receiver_step, {})
         return tuple(self._verdict(receiver_step, *item) for item in by_donor.items())

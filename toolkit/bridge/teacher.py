@@ -65,10 +65,10 @@ class Teacher:
             raise PayloadError("nonfinite", "a weight is not finite")
 
     @torch.no_grad()
-    def load(self, record: Record) -> None:
-        """Take over the donor's weights and buffers, in place."""
+    def copy_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over weights and buffers, in place, of as many tensors as it has."""
         for name, tensor in self._tensors.items():
-            tensor.copy_(record.tensors[name])
+            tensor.copy_(tensors[name])
 
 
 class _BackboneAndHead(nn.Module):

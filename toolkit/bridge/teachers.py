@@ -17,6 +17,9 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.own_weights import donors_with_weights, stream_of
@@ -26,6 +29,7 @@ from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
 
+MEMORY = "memory"  # in the place of a donor's name
 LOOK_SECONDS = 0.5  # between two looks for newer weights, at least
 READ_SECONDS = 5.0  # a network file system may show a new file to one host before another
 _FAILED, _PENDING, _READY = 0.0, 1.0, 2.0
@@ -69,8 +73,8 @@ class Teachers:
         heads: names of the heads that may have one.
 
     Attributes:
-        at_work: whether they teach; what they have is kept up to date in any case. The same on
-            all ranks; a change counts from the next step on.
+        at_work: the heads that are taught; what teachers have is kept up to date in any case. The
+            same on all ranks; a change counts from the next step on.
         working: by donor, its teacher.
         misfit: main process: why the newest weights cannot be loaded, where they are of another
             model.
@@ -91,7 +95,7 @@ class Teachers:
         self._max_bytes = _ALLOWANCE_BYTES + max(
             model.num_bytes + 1024 * model.num_tensors for model in self._models.values()
         )
-        self.at_work = True
+        self.at_work = frozenset(heads)
         self.working: dict[str, Working] = {}
         self.misfit: str | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
@@ -108,11 +112,33 @@ class Teachers:
     def heads(self) -> tuple[str, ...]:
         """The heads that have a teacher at work, in order."""
         taught = {working.offer.head for working in self.working.values()}
-        return tuple(head for head in self._heads if self.at_work and head in taught)
+        return tuple(head for head in self._heads if head in self.at_work and head in taught)
 
     def of(self, head: str) -> dict[str, Teacher]:
         """The teachers of one head by donor."""
         return {d: w.teacher for d, w in self.working.items() if w.offer.head == head}
+
+    @torch.no_grad()
+    def remember(self, head: str, weights: Mapping[str, Tensor], receiver_step: int) -> None:
+        """Let the receiver's own present weights teach a head, unless a donor has left its own.
+
+        So does a head that nobody trains any more go on saying what it said, while the backbone
+        below it moves (Li and Hoiem, Learning without Forgetting, 2016, arXiv 1606.09282).
+
+        Args:
+            head: its name.
+            weights: what this rank has, by name.
+            receiver_step: after which it has them.
+        """
+        if self.of(head):
+            return
+        self._models[head].copy_(weights)
+        offer = Offer(MEMORY, head, -1, "", receiver_step)
+        self.working[f"{MEMORY} of {head}"] = Working(self._models[head], offer)
+
+    def forget(self, head: str) -> None:
+        """End what :meth:`remember` began."""
+        self.working.pop(f"{MEMORY} of {head}", None)
 
     # -- between two steps --------------------------------------------------------------------
 
@@ -173,13 +199,14 @@ class Teachers:
                 self._reject(offer.donor, offer.sequence, error)
             return
         assert record is not None
+        self.forget(offer.head)
         old = self.working.pop(offer.donor, None)
         if old is not None and old.offer.head == offer.head:
             teacher = old.teacher
         else:
             is_free = self._models[offer.head] not in self.of(offer.head).values()
             teacher = self._models[offer.head] if is_free else self._build(offer.head)
-        teacher.load(record)
+        teacher.copy_(record.tensors)
         self.working[offer.donor] = Working(teacher, offer)
         logger.info("the %s teaches with its weights of step %d", offer.donor, offer.donor_step)
 

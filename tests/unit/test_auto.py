@@ -1,0 +1,109 @@
+"""Exchange ``auto``: gradients while a donor lives, a teacher while none does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.unit.jobs import ReceiverAlone, batches, reset
+
+HEAD = "heads.h2"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    reset()
+    yield
+    reset()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., ReceiverAlone]]:
+    jobs: list[ReceiverAlone] = []
+
+    def build(**settings: Any) -> ReceiverAlone:
+        jobs.append(ReceiverAlone(tmp_path / "runs", exchange="auto", **settings))
+        return jobs[-1]
+
+    yield build
+    for job in jobs:
+        job.receiver.close()
+
+
+def step(job: ReceiverAlone, donates: bool = False) -> float | None:
+    """One step, for which the donor has a gradient or not; what the teacher's loss was."""
+    inputs, labels = next(batches("h1", [7]))
+    receiver, loss_of_teacher = job.receiver, None
+    with job.accelerator.accumulate(job.model):
+        loss = F.cross_entropy(job.network(inputs, "h1"), labels)
+        if HEAD in receiver.taught_heads:
+            part = receiver.teacher_loss(job.network(inputs, "h2"), inputs)
+            loss_of_teacher = float(part.detach())
+            loss = loss + part
+        receiver.backward(loss, num_samples=len(labels))
+        if donates:
+            job.donate(job.constant(0.1))
+        receiver.inject()
+        job.optimizer.step()
+        job.optimizer.zero_grad()
+        assert receiver.commit()
+    return loss_of_teacher
+
+
+def test_that_a_teacher_stands_in_for_a_donor_that_ended_until_it_is_back(
+    start: Callable[..., ReceiverAlone], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = start()
+    assert [step(job, donates=True) for _ in range(3)] == [None] * 3
+    job.donate(None, kind="end")
+    assert step(job) is None, "the end is read in this step"
+    assert job.receiver.taught_heads == (HEAD,)
+    assert "from receiver step 4 on heads.h2 learns from a teacher" in caplog.text
+
+    before = job.network.get_parameter("heads.h2.weight").detach().clone()
+    losses = [step(job) for _ in range(6)]
+    assert losses[0] == pytest.approx(0.0, abs=1e-12), "no spike: it says what the head says"
+    assert all(loss is not None and loss > 0 for loss in losses[1:]), "the backbone has moved"
+    assert not torch.equal(job.network.get_parameter("heads.h2.weight"), before)
+    assert job.receiver.steps_alone == 1
+
+    job.receiver.transport.beat("donor", 1)  # it is back, and weights are published for it
+    assert step(job) is not None
+    job.donate(job.constant(0.1))
+    assert step(job) is not None, "the next step takes its gradient"
+    assert not job.receiver.taught_heads
+    assert not job.network.get_parameter("heads.h2.weight").requires_grad
+    assert step(job, donates=True) is None
+    fates = job.receiver.fates()
+    assert (fates["applied"], fates["dropped"]) == (4, 1), "an answer to weights that are past"
+
+
+def test_that_nothing_teaches_a_head_that_was_never_trained(
+    start: Callable[..., ReceiverAlone],
+) -> None:
+    job = start()
+    job.receiver.transport.open_stream("donor")
+    assert step(job) is None  # given up
+    assert step(job) is None
+    assert job.receiver.taught_heads == ()
+    assert job.receiver.steps_alone == 2
+
+
+def test_that_the_teacher_is_the_receiver_as_it_was(start: Callable[..., ReceiverAlone]) -> None:
+    job = start(donor_weight=0.7, temperature=1.0)
+    step(job, donates=True)
+    job.donate(None, kind="end")
+    step(job)
+    inputs, _ = next(batches("h1", [7]))
+    with torch.no_grad():
+        memory = F.log_softmax(job.network(inputs, "h2"), dim=-1)
+    step(job)
+    with torch.no_grad():
+        student = F.log_softmax(job.network(inputs, "h2"), dim=-1)
+        expected = 0.7 * F.kl_div(student, memory, log_target=True, reduction="batchmean")
+    assert step(job) == pytest.approx(float(expected), rel=1e-12)

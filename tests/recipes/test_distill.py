@@ -90,7 +90,7 @@ def test_that_two_ranks_learn_from_a_donor_that_has_left(
 @pytest.mark.parametrize("first", [DONOR, RECEIVER], ids=["donor first", "receiver first"])
 def test_that_both_jobs_find_each_other(recipes: Recipes, first: str) -> None:
     flags: dict[str, list[object]] = {
-        DONOR: ["--exchange", "distill", "--publish_every", 5],
+        DONOR: ["--exchange", "distill", "--publish_every", 25, "--max_train_steps", 10**6],
         RECEIVER: [*FLAGS, "--max_train_steps", 400],
     }
     one = recipes(first, *flags[first])

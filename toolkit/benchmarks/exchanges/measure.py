@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,7 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from toolkit.benchmarks.exchanges.plot import NEEDED, can_plot, plot
+from toolkit.benchmarks.exchanges.plot import NEEDED, can_plot, has_picture, plot
 from toolkit.benchmarks.exchanges.rows import ROWS, UNFINISHED
 from toolkit.benchmarks.exchanges.summary import as_json, notes, summarize, table
 from toolkit.benchmarks.exchanges.trials import Outcome, Trial
@@ -30,8 +31,12 @@ _POLL_SECONDS = 0.1
 
 
 def run_trials(
-    trials: Sequence[Trial], num_jobs: int, num_steps: int, progress: Progress
-) -> list[Outcome]:
+    trials: Sequence[Trial],
+    num_jobs: int,
+    num_steps: int,
+    progress: Progress,
+    outcomes: list[Outcome],
+) -> None:
     """Run all trials in order, as many side by side as ``num_jobs`` jobs allow.
 
     Args:
@@ -39,12 +44,12 @@ def run_trials(
         num_jobs: at a time.
         num_steps: of each trial, for its bar.
         progress: shows one bar for all trials and one for each that runs.
+        outcomes: gets those of all trials that end well.
 
     Raises:
         JobFailedError: if a job ended with an error. All others are stopped.
     """
     waiting, running = list(trials), dict[Trial, TaskID]()
-    outcomes = []
     overall = progress.add_task("all", total=len(trials))
     try:
         while waiting or running:
@@ -64,7 +69,6 @@ def run_trials(
     finally:
         for trial in running:
             trial.stop()
-    return outcomes
 
 
 def measure_exchanges(args: argparse.Namespace) -> None:
@@ -81,14 +85,19 @@ def measure_exchanges(args: argparse.Namespace) -> None:
     trials = [Trial(row, seed, root, args) for seed in range(args.num_seeds) for row in rows]
     console.print(f"{len(trials)} trials, at most {args.jobs} jobs at a time; logs in {root}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    outcomes: list[Outcome] = []
+    failure = ""
     try:
         with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-            outcomes = run_trials(trials, args.jobs, args.max_train_steps, progress)
+            run_trials(trials, args.jobs, args.max_train_steps, progress, outcomes)
     except JobFailedError as error:
-        console.print(f"[bold red]failed:[/] {error}", highlight=False)
-        sys.exit(1)
+        failure = str(error)
     summaries = summarize(outcomes)
-    console.print(table(summaries, args.task, args.num_seeds, args.max_train_steps))
+    if summaries:
+        console.print(table(summaries, args.task, args.max_train_steps))
+    if failure:
+        console.print(f"[bold red]failed:[/] {escape(failure)}", highlight=False)
+        sys.exit(1)
     for note in notes(summaries):
         console.print(note, highlight=False)
     facts = {
@@ -101,7 +110,9 @@ def measure_exchanges(args: argparse.Namespace) -> None:
         "num_cpus": os.cpu_count(),
         "torch": torch.__version__,
     }
-    if args.plot is not None:
+    if args.plot is not None and not has_picture(summaries):
+        console.print("no picture: no row has both bytes and a gain")
+    elif args.plot is not None:
         title = f"{args.task}: {args.max_train_steps} steps, {args.num_seeds} seeds"
         plot(summaries, title, args.plot)
     write_figures({**facts, "rows": as_json(summaries)}, args.output)

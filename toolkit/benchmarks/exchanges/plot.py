@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,24 +26,28 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def has_picture(summaries: Sequence[Summary]) -> bool:
+    """Whether there is anything to show."""
+    return any(s.recovery[head] is not None for s in _sent(summaries) for head in HEADS)
+
+
+def _sent(summaries: Sequence[Summary]) -> list[Summary]:
+    return [summary for summary in summaries if summary.mib and ROWS[summary.row].shares]
+
+
 def plot(summaries: Sequence[Summary], title: str, path: Path) -> None:
     """Write a PNG with one panel for each head that joint training improves.
 
     Args:
-        summaries: of all rows; those without bytes are left out.
+        summaries: of all rows, which have a picture; those without bytes are left out.
         title: of the picture.
         path: of the file.
-
-    Raises:
-        ValueError: if there is nothing to show.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    sent = [summary for summary in summaries if summary.mib and ROWS[summary.row].shares]
+    sent = _sent(summaries)
     heads = [head for head in HEADS if any(s.recovery[head] is not None for s in sent)]
-    if not heads:
-        raise ValueError("nothing to plot: no row has both bytes and a recovery")
     figure = Figure(figsize=(1 + 5.5 * len(heads), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -63,15 +66,18 @@ def _draw(axes: Any, summaries: Sequence[Summary], head: str) -> None:
     families = dict.fromkeys(ROWS[summary.row].exchange for summary in summaries)
     for family in families:
         rows = [summary for summary in summaries if ROWS[summary.row].exchange == family]
-        points = [(math.nan if s.mib is None else s.mib, s.recovery[head]) for s in rows]
+        points = [(summary.mib, summary.recovery[head]) for summary in rows]
         colour = _COLOURS[family]
-        axes.plot(*zip(*points, strict=True), "o", color=colour, label=family or "no bridge")
-        for summary, point in zip(rows, points, strict=True):
+        axes.plot(*zip(*points, strict=True), "o", color=colour)
+        for place, (summary, point) in enumerate(zip(rows, points, strict=True)):
+            # To the right and to the left by turns: ways of one exchange lie close together.
+            side, shift = ("right", -6) if place % 2 or not family else ("left", 6)
             axes.annotate(
-                summary.row, point, xytext=(5, 4), textcoords="offset points", fontsize=8,
-                color=colour,
+                summary.row, point, xytext=(shift, 4), textcoords="offset points", fontsize=8,
+                color=colour, ha=side,
             )  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.margins(x=0.25, y=0.12)
     axes.set_xlabel("crossed in both directions (MiB)")
     axes.set_ylabel(f"recovered of joint training's gain on {head} (%)")

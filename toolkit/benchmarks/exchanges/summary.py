@@ -97,14 +97,22 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
     return found
 
 
-def table(summaries: Sequence[Summary], task: str, num_seeds: int, num_steps: int) -> Table:
+def table(summaries: Sequence[Summary], task: str, num_steps: int) -> Table:
     """For the terminal."""
+    num_seeds = max(len(summary.accuracies[HEADS[0]]) for summary in summaries)
     seeds = "1 seed" if num_seeds == 1 else f"mean ± standard deviation of {num_seeds} seeds"
-    result = Table(title=f"task {task!r}, {num_steps} steps, {seeds}", box=box.SIMPLE_HEAD)
-    result.add_column("row")
-    headings = [*(f"{head}\n(%)" for head in HEADS), *(f"{head}\nrecovered\n(%)" for head in HEADS)]
-    for heading in [*headings, "payloads", "MiB", "age\n(steps)", "time /\nlockstep"]:
-        result.add_column(heading, justify="right")
+    result = Table(
+        title=f"{task}: {num_steps} steps, {seeds}",
+        caption="gain: part of what joint training gains over the receiver alone; MiB: in both "
+        "directions; age: of payloads, in receiver steps; time: of training, over lockstep's",
+        box=box.HORIZONTALS,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    result.add_column("row", no_wrap=True)
+    headings = [*(f"{head}\n(%)" for head in HEADS), *(f"{head}\ngain\n(%)" for head in HEADS)]
+    for heading in [*headings, "payloads", "MiB", "age", "time"]:
+        result.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
         result.add_row(
             summary.row,

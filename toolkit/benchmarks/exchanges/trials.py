@@ -23,7 +23,7 @@ class Outcome:
         row: its name.
         seed: of data and weights.
         accuracies: in percent, by head.
-        payloads: that the donor published for the receiver.
+        payloads: that the donor published.
         mib: size of all records of both jobs; None where a killed donor has not told its own.
         mean_staleness: of the payloads applied, in receiver steps; None where they have no age.
         training_seconds: from the end of the first step to that of the last one.
@@ -101,9 +101,11 @@ class Trial:
         *others, measured = self._jobs.values()
         results: dict[str, Any] = measured.results()
         of_donor: dict[str, Any] = others[0].results() if others and not self._is_killed else {}
-        payloads = results.get("fates", of_donor).get("published", 0)
-        if self.row.exchange == "" and of_donor:  # the seed's recipe, which has no fates
-            payloads = of_donor["published_records"]
+        payloads = of_donor.get("published_records", 0)
+        if self._is_killed:
+            payloads = results["fates"]["published"]
+        elif self.row.exchange:
+            payloads -= 1  # its end
         both = [content.get("published_bytes", 0) for content in (results, of_donor)]
         return Outcome(
             row=self.row.name,

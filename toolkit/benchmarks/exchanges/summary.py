@@ -52,7 +52,7 @@ def summarize(outcomes: Sequence[Outcome]) -> list[Summary]:
         for name, found in by_row.items()
         if found
     }
-    lockstep = {o.seed: o.training_seconds for o in by_row[LOCKSTEP]}
+    lockstep = {o.seed: o.training_seconds for o in by_row[LOCKSTEP] if o.training_seconds}
     summaries = []
     for name, mean in means.items():
         found = by_row[name]

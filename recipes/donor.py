@@ -177,7 +177,10 @@ def main() -> None:
             step = donor.completed_windows
             metrics = dict(donor.metrics)
             if step % args.eval_steps == 0:
-                metrics |= {f"accuracy/{head} (%)": a for head, a in measure().items()}
+                accuracies = measure()
+                metrics |= {f"accuracy/{head} (%)": a for head, a in accuracies.items()}
+                if donor.at_receiver_weights:
+                    donor.report({f"{head} (%)": a for head, a in accuracies.items()})
             accelerator.log(metrics, step=donor.receiver_step)
             progress.update()
             if checkpointing_steps and step % checkpointing_steps == 0:

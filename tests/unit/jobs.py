@@ -81,7 +81,11 @@ class ReceiverAlone:
         return parse_record(transport.read("receiver", newest, max_bytes=10**6))
 
     def donate(
-        self, tensors: dict[str, Tensor] | None, count: float = 4.0, kind: Kind = "gradient"
+        self,
+        tensors: dict[str, Tensor] | None,
+        count: float = 4.0,
+        kind: Kind = "gradient",
+        **changes: Any,
     ) -> None:
         """Answer the newest weights."""
         weights = self.weights_record().header
@@ -89,6 +93,7 @@ class ReceiverAlone:
             kind=kind, run_id=weights.run_id, job="donor", sequence=self.published,
             attempt=weights.attempt, receiver_step=weights.receiver_step,
             weights_digest=weights.weights_digest, head="heads.h2", count=count,
+            **changes,
         )  # fmt: skip
         self.receiver.transport.publish(
             "donor", self.published, lambda path: write_record(path, header, tensors or {})

@@ -189,3 +189,27 @@ def test_that_fp16_without_a_scaler_is_refused(tmp_path: Path) -> None:
     config = BridgeConfig(runs_dir=tmp_path / "runs")
     with pytest.raises(BridgeError, match="fp16 needs a GPU"):
         GradientDonor(accelerator, network, optimizer, config)
+
+
+def test_that_the_receiver_is_told_what_its_weights_are_worth(
+    start: Callable[..., DonorAlone],
+) -> None:
+    job = start()
+    job.publish_weights(step=0, fill=0.1)
+    with job.donor as donor:
+        with pytest.raises(RuntimeError, match="never had"):
+            donor.report({"h2 (%)": 1.0})
+        for step, (inputs, labels) in enumerate(donor.follow(loader(job, 9), max_windows=3)):
+            with job.accelerator.accumulate(job.model):
+                loss = F.cross_entropy(job.model(inputs, "h2"), labels)
+                if step == 1:
+                    loss = loss * torch.inf  # a skip record tells nothing
+                donor.backward(loss, len(labels))
+                assert donor.publish()
+                job.optimizer.zero_grad()
+            if step == 0:
+                donor.report({"h2 (%)": 87.5})
+            job.publish_weights(step=step + 1, fill=0.1)
+    headers = [job.payload(sequence).header for sequence in range(3)]
+    assert [header.kind for header in headers] == ["gradient", "skip", "gradient"]
+    assert [header.validation for header in headers] == [{}, {}, {"h2 (%)": 87.5}]

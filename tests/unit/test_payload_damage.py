@@ -130,6 +130,8 @@ def test_that_a_crafted_file_passes_if_it_says_what_a_record_says(tmp_path: Path
         ({"kind": "velocity"}, "malformed"),
         ({"kind": ["gradient"]}, "malformed"),
         ({"unknown": 1}, "malformed"),
+        ({"validation": {"h2": "good"}}, "malformed"),
+        ({"validation": [1.0]}, "malformed"),
     ],
 )
 def test_that_another_header_is_refused(

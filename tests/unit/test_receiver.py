@@ -303,3 +303,13 @@ def stop_after(job: ReceiverAlone, looks: int) -> Callable[[], None]:
         assert job.receiver._poll() is None
 
     return poll
+
+
+def test_that_the_donors_validation_is_among_the_metrics(job: ReceiverAlone) -> None:
+    with job.accelerator.accumulate(job.model):
+        job.backward()
+        job.donate(job.constant(1.0), validation={"h2 (%)": 87.5})
+        job.receiver.inject()
+        assert job.receiver.metrics["validation donor/h2 (%)"] == 87.5
+        job.optimizer.step()
+        job.receiver.commit()

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from toolkit.aggregation import find_rule
 from toolkit.bridge.rescaling import LossReduction, RescaleRule, check_rule
 
-Exchange = Literal["gradient", "delta", "distill", "head"]
+Exchange = Literal["auto", "gradient", "delta", "distill", "head"]
 Scope = Literal["all", "head"]
 Role = Literal["donor", "receiver"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
@@ -131,7 +131,12 @@ class BridgeConfig:
     @property
     def follows(self) -> bool:
         """Whether the donor works at the receiver's weights, and not at its own."""
-        return self.exchange in ("gradient", "delta")
+        return self.exchange in ("auto", "gradient", "delta")
+
+    @property
+    def has_own_weights(self) -> bool:
+        """Whether a donor publishes weights that it has trained by itself."""
+        return self.exchange in ("auto", "distill", "head")
 
     def _check_delta(self) -> None:
         if self.aggregate != "sum":

@@ -12,7 +12,7 @@ import functools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -100,6 +100,7 @@ class GradientDonor(BridgeJob):
         self._own_published = -1  # windows after which the donor's own weights were published
         self._replacements = 0  # at the present weights
         self._payload_bytes = 0  # of the largest payload so far
+        self._validation: dict[str, float] = {}  # what the next payload tells the receiver
         self._loss_scale = FollowedLossScale(self.accelerator)
         self.completed_windows = self.control.on_main(self._open_inbox)
 
@@ -107,7 +108,7 @@ class GradientDonor(BridgeJob):
         self.receiver = PeerWatch(self.transport, "receiver")
         read = functools.partial(self._read, "receiver")
         self._inbox = WeightsInbox(self.job, self.transport, read)
-        if not self.config.follows:
+        if self.config.has_own_weights:
             self._own_weights = self._open_stream(stream_of(self.job))
         return self._inbox.completed_windows
 
@@ -206,6 +207,32 @@ class GradientDonor(BridgeJob):
         for parameter in self.parameters.values():
             parameter.grad = None  # it is the receiver's now, and not the next window's
         return True
+
+    @property
+    def at_receiver_weights(self) -> bool:
+        """Whether the model has weights as the receiver published them."""
+        is_changed = self._round is not None and self._round.num_windows > 0
+        return self.following and not is_changed
+
+    def report(self, validation: Mapping[str, float]) -> None:
+        """Tell the receiver, with the next payload, what its weights are worth.
+
+        A receiver without labels for this donor's head cannot measure that itself; it finds the
+        values in its own ``metrics``.
+
+        Args:
+            validation: results on this donor's validation data, by name, finite.
+
+        Raises:
+            RuntimeError: if the model does not have the receiver's weights
+                (:attr:`at_receiver_weights`).
+        """
+        if not self.at_receiver_weights:
+            raise RuntimeError(
+                "report() is about the receiver's weights, which this donor has changed or never "
+                "had: look at at_receiver_weights first"
+            )
+        self._validation = {name: float(value) for name, value in validation.items()}
 
     # -- inside -------------------------------------------------------------------------------
 
@@ -391,7 +418,10 @@ class GradientDonor(BridgeJob):
             count=window.count if window else 0.0,
             unit=self.config.unit,
             loss=window.loss if window and math.isfinite(window.loss) else None,
+            validation={} if kind == "skip" else self._validation,
         )
+        if kind != "skip":
+            self._validation = {}
         size = self._publisher.publish(header, sums)
         self._inbox.note_answer(header, self._publisher.next_sequence - 1)
         self._payload_bytes = max(self._payload_bytes, size)
@@ -440,8 +470,9 @@ class GradientDonor(BridgeJob):
         return dataclasses.replace(self._header("end"), weights_digest="")
 
     def close(self) -> None:
-        """Publish this job's last weights, if it trains by itself, and its end, and leave."""
-        if not self._closed and not self.config.follows:
+        """Publish this job's last weights, if it trained by itself, and its end, and leave."""
+        is_own = not self.config.follows or (self._is_alone and self.windows_alone)
+        if not self._closed and is_own and self.config.has_own_weights:
             self._publish_own_weights()
         super().close()
 

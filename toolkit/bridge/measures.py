@@ -107,7 +107,13 @@ def donor_metrics(
         metrics[f"gradient/cosine own {donor} (backbone)"] = gd / norms
     if header.loss is not None:
         metrics[f"loss/{donor} (per sample)"] = header.loss
-    return metrics
+    return metrics | validation_metrics(record)
+
+
+def validation_metrics(record: Record) -> dict[str, float]:
+    """What the donor has measured on its validation data, at the weights of its payload."""
+    header = record.header
+    return {f"validation {header.job}/{name}": v for name, v in header.validation.items()}
 
 
 def aggregation_metrics(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from toolkit.bridge.accumulation import Window
+from toolkit.bridge.measures import validation_metrics
 from toolkit.bridge.payload import Record, payload_dtype
 from toolkit.parameters import SharedParameters, squared_norm
 from toolkit.sharding import full_tensor, shard_like
@@ -96,7 +97,7 @@ class OuterOptimizer:
         kept = {name: parameter.grad for name, parameter in self._trained.items()}
         for parameter in self._trained.values():
             parameter.grad = None
-        metrics = {}
+        metrics: dict[str, float] = {}
         for record in records:
             header = record.header
             share = self._weights[header.head] * header.count / counts[header.head]
@@ -108,7 +109,7 @@ class OuterOptimizer:
                         gradient if parameter.grad is None else parameter.grad + gradient
                     )
             norm = math.sqrt(squared_norm(record.tensors.values()))
-            metrics[f"delta/{header.job} norm"] = norm
+            metrics |= {f"delta/{header.job} norm": norm, **validation_metrics(record)}
         self.optimizer.step()
         for name, parameter in self._trained.items():
             parameter.grad = kept[name]

@@ -45,6 +45,8 @@ class Header:
     count: float = 0.0  # samples in the sum
     unit: str = "samples"  # what `count` counts
     loss: float | None = None  # mean loss over `count`, for display
+    # What the receiver's weights are worth on the donor's validation data, by name.
+    validation: dict[str, float] = dataclasses.field(default_factory=dict)
     tensors_digest: str = ""  # digest of the record's own tensors
     format_version: int = FORMAT_VERSION
 
@@ -144,13 +146,16 @@ def parse_header(data: bytes) -> Header:
 
 def _checked_header(fields: dict[str, Any]) -> Header:
     types = {"str": (str,), "int": (int,), "float": (int, float), "Kind": (str,)}
-    types["float | None"] = (int, float, type(None))
+    types |= {"float | None": (int, float, type(None)), "dict[str, float]": (dict,)}
     for field in dataclasses.fields(Header):
         value = fields.get(field.name)
         if type(value) not in types[str(field.type)]:
             raise PayloadError("malformed", f"header field {field.name} is {value!r}")
     if unknown := set(fields) - {field.name for field in dataclasses.fields(Header)}:
         raise PayloadError("malformed", f"header field {sorted(unknown)[0]!r} is unknown")
+    for name, value in fields["validation"].items():
+        if type(value) not in types["float"]:
+            raise PayloadError("malformed", f"validation of {name!r} is {value!r}")
     if fields["kind"] not in get_args(Kind):
         raise PayloadError("malformed", f"kind {fields['kind']!r} is unknown")
     return Header(**fields)

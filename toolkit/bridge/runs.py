@@ -169,7 +169,7 @@ def _refuse_over(run_dir: Path, role: Role, config: BridgeConfig) -> None:
     )
     if has_ended(run_dir, "receiver"):
         raise BridgeError(f"run {name!r} is over: its receiver has ended; {ways_out}")
-    donors = donors_of(run_dir) if role == "receiver" and config.follows else []
+    donors = donors_of(run_dir) if role == "receiver" and not config.has_own_weights else []
     if donors and all(has_ended(run_dir, donor) for donor in donors):
         who = "its donor has" if len(donors) == 1 else "all its donors have"
         raise BridgeError(f"run {name!r} is over: {who} ended; {ways_out}")
@@ -214,7 +214,7 @@ def _waits_for(run_dir: Path, role: Role, config: BridgeConfig) -> bool:
         return False
     donors = donors_of(run_dir)
     peers = ["receiver"] if role == "donor" and attempts_of(run_dir, "receiver") else donors
-    if role == "receiver" and not config.follows and donors:
+    if role == "receiver" and config.has_own_weights and donors:
         return True  # the weights of a donor that has ended, or died, are of use
     open_peers = [peer for peer in peers if not has_ended(run_dir, peer)]
     if peers and not any(_lives(run_dir, peer) for peer in open_peers):

@@ -2,9 +2,11 @@
 
     python recipes/benchmark.py isolation
     python recipes/benchmark.py rotograd
+    python recipes/benchmark.py exchanges --task overlap --plot exchanges.png
 
-All variants run side by side in one process and on one thread, interleaved, so that a busy machine
-slows them alike; what counts is the ratio of their medians.
+The variants of the first two run side by side in one process and on one thread, interleaved, so
+that a busy machine slows them alike; what counts is the ratio of their medians. The third launches
+real donors and receivers.
 """
 
 from __future__ import annotations
@@ -12,9 +14,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from toolkit.benchmarks.exchanges.measure import measure_exchanges
+from toolkit.benchmarks.exchanges.rows import ROWS
 from toolkit.benchmarks.isolation import measure_isolation
 from toolkit.benchmarks.rotograd import NETWORKS, NUM_TASKS, SIZES, measure_rotograd
+from toolkit.bundled import TASKS
 from toolkit.flag_types import DefaultsFormatter, positive_int
+from toolkit.training import clean_errors
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,9 +56,36 @@ def parse_arguments() -> argparse.Namespace:
     add("--num_tasks", nargs="+", type=positive_int, default=list(NUM_TASKS), help="K, of each")
     add("--sizes", nargs="+", type=positive_int, default=list(SIZES), help="d, of each")
     rotograd.set_defaults(measure=measure_rotograd)
+    exchanges = commands.add_parser(
+        "exchanges",
+        parents=[common],
+        help="every way to share, between the receiver alone and joint training",
+        description="Launch real donors and receivers on bundled data, for every way to share and "
+        "every seed, and compare accuracies, bytes and time. A row's gain is its part of what joint "
+        "training gains over the receiver alone: 0 % as alone, 100 % as joint. Rows: "
+        + "; ".join(f"{row.name}: {row.title}" for row in ROWS.values()),
+        formatter_class=DefaultsFormatter,
+    )
+    add = exchanges.add_argument
+    add("--task", choices=TASKS, default="digits", help="bundled data; text needs transformers")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="to launch")
+    add("--num_seeds", type=positive_int, default=5, help="seeds 0, 1, ...")
+    add("--max_train_steps", type=positive_int, default=1280, help="optimizer steps")
+    add("--dtype", choices=("float32", "float64"), default="float32", help="of weights and images")
+    add(
+        "--jobs",
+        type=positive_int,
+        default=2,
+        help="launched jobs at a time; times are worth something with as many free cores only",
+    )
+    add("--plot", type=Path, help="write a picture (PNG) here; needs matplotlib")
+    add("--runs_dir", type=Path, default=Path("runs"), help="where results go")
+    exchanges.set_defaults(measure=measure_exchanges)
     args = parser.parse_args()
-    if args.output is not None and not args.output.absolute().parent.is_dir():
-        parser.error(f"--output: there is no directory {args.output.absolute().parent}")
+    for name in ("output", "plot"):
+        path = getattr(args, name, None)
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"--{name}: there is no directory {path.absolute().parent}")
     return args
 
 
@@ -63,4 +96,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_errors():
+        main()

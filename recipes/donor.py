@@ -203,6 +203,7 @@ def main() -> None:
         "seconds": time.monotonic() - start_time,
         "published": donor.published_windows,
         "windows_alone": donor.windows_alone,
+        **donor.traffic(),
     }
     write_results(output_dir, results, final_weights(accelerator, model))
     logger.info(f"accuracy: {describe_accuracies(accuracies)}")

@@ -230,6 +230,8 @@ def main() -> None:
         "steps_alone": receiver.steps_alone,
         "num_processes": accelerator.num_processes,
         "seconds": time.monotonic() - start_time,
+        **receiver.traffic(),
+        "mean_staleness (receiver steps)": receiver.mean_staleness,
         "fates": receiver.fates(),
         "fates_by_donor": receiver.fates_by_donor(),
         "provenance": {**provenance(accelerator, args), **receiver.evidence(state)},

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from toolkit.launching import JobFailedError, LaunchedJob, follow, launch
+from toolkit.launching import JobFailedError, LaunchedJob, follow, launch, new_directory
 
 ALONE_PEER_WAIT_SECONDS = 1
 
@@ -86,21 +86,10 @@ def _table(rows: dict[str, list[dict[str, object]]], num_seeds: int) -> Table:
     return table
 
 
-def _new_root(runs_dir: Path) -> Path:
-    for number in range(1, 10_000):
-        root = runs_dir / f"demo-{number:04d}"
-        try:
-            root.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return root
-    raise FileExistsError(f"{runs_dir} holds 9,999 demos already; delete some")
-
-
 def run_demo(args: argparse.Namespace) -> int:
     """Run the demo and print its table; the exit status."""
     console = Console()
-    root = _new_root(args.runs_dir.absolute())
+    root = new_directory(args.runs_dir, "demo")
     rows: dict[str, list[dict[str, object]]] = {}
     differences = []
     start = time.monotonic()

@@ -62,6 +62,18 @@ class LaunchedJob:
                 self.process.wait()
 
 
+def new_directory(runs_dir: Path, name: str) -> Path:
+    """Make ``<runs_dir>/<name>-NNNN`` of the next free number."""
+    for number in range(1, 10_000):
+        root = runs_dir.absolute() / f"{name}-{number:04d}"
+        try:
+            root.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return root
+    raise FileExistsError(f"{runs_dir} holds 9,999 of {name} already; delete some")
+
+
 def bundled(name: str) -> Path:
     """Where ``recipes`` or ``accelerate_configs`` lie: in the package, or in the checkout."""
     package = Path(__file__).resolve().parent
@@ -72,7 +84,7 @@ def bundled(name: str) -> Path:
 
 
 def launch(
-    recipe: str,
+    recipe: str | Path,
     name: str,
     output_dir: Path,
     flags: Sequence[object],
@@ -85,7 +97,7 @@ def launch(
     """Start one recipe; its output goes to ``<output_dir>.log``.
 
     Args:
-        recipe: its name, without ``.py``.
+        recipe: its name, without ``.py``; or the path of a script.
         name: of the job, for people.
         output_dir: where it is told to write, or writes by itself.
         flags: of the recipe.
@@ -105,7 +117,8 @@ def launch(
         options = [f"--config_file={bundled('accelerate_configs') / 'cpu_2proc.yaml'}"]
         options += [f"--num_processes={num_processes}"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options]
-    command += [str(bundled("recipes") / f"{recipe}.py"), *map(str, flags)]
+    script = recipe if isinstance(recipe, Path) else bundled("recipes") / f"{recipe}.py"
+    command += [str(script), *map(str, flags)]
     log = output_dir.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}

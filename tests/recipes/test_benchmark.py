@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.launching import ROOT
+from tests.recipes.running import TIMEOUT, wait_until
 
 
 def measure(directory: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
@@ -59,3 +62,62 @@ def test_rotograd(tmp_path: Path) -> None:
     for row in figures["rows"]:
         assert row["rotograd time ratio"] > 0
         assert row["sum (MiB)"] > 0
+
+
+def exchanges(directory: Path, *flags: str) -> subprocess.Popen[str]:
+    """``recipes/benchmark.py exchanges`` with one seed."""
+    command = [sys.executable, str(ROOT / "recipes" / "benchmark.py"), "exchanges"]
+    command += ["--num_seeds", "1", "--runs_dir", str(directory), *flags]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+
+
+@pytest.mark.slow
+def test_exchanges(tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    rows = ["seed", "gradient-0", "gradient-8", "distill-25"]
+    steps = ["--max_train_steps", "24", "--output", str(output)]
+    benchmark = exchanges(tmp_path, "--rows", *rows, *steps)
+    printed, errors = benchmark.communicate(timeout=TIMEOUT)
+    assert benchmark.returncode == 0, errors
+    assert "3 trials" in printed
+    assert "left out: distill" in printed
+    figures = json.loads(output.read_text())
+    found = {row["row"]: row for row in figures["rows"]}
+    assert list(found) == ["seed", "gradient-0", "gradient-8"]
+    assert found["seed"]["payloads"] == 24
+    assert found["gradient-0"]["mean_staleness"] == 0.0
+    assert found["gradient-0"]["time_ratio"] == 1.0
+    assert 7.0 <= found["gradient-8"]["mean_staleness"] <= 8.0
+    assert found["gradient-8"]["mib"] > found["seed"]["mib"] > 0
+
+
+def jobs_of(benchmark: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The donor and the receiver that it has launched, once they are there."""
+    process = psutil.Process(benchmark.pid)
+    wait_until(lambda: len(process.children()) == 2, "two jobs")
+    return process.children()
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_is_named_and_the_other_one_ended(tmp_path: Path) -> None:
+    benchmark = exchanges(tmp_path, "--rows", "gradient-0")
+    donor, receiver = jobs_of(benchmark)
+    donor.kill()
+    printed, _ = benchmark.communicate(timeout=TIMEOUT)
+    assert benchmark.returncode == 1
+    assert "failed: donor of gradient-0, seed 0 ended with status -9" in printed
+    assert "gradient-0-seed-0/donor.log" in "".join(printed.split())
+    assert not receiver.is_running()
+
+
+@pytest.mark.slow
+def test_an_interrupt_leaves_no_job_behind(tmp_path: Path) -> None:
+    benchmark = exchanges(tmp_path, "--rows", "gradient-0")
+    jobs = jobs_of(benchmark)
+    benchmark.send_signal(signal.SIGINT)
+    _, errors = benchmark.communicate(timeout=TIMEOUT)
+    assert benchmark.returncode == 130
+    assert errors == "interrupted\n"
+    assert not any(job.is_running() for job in jobs)

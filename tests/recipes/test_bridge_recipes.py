@@ -45,6 +45,12 @@ def test_either_order_again_and_equal_to_joint(recipes: Recipes) -> None:
         assert fates["applied"] == 40
         settled = sum(fates[fate] for fate in ("applied", "dropped", "rejected", "skipped"))
         assert settled + fates["pending"] == fates["published"]
+        assert results["mean_staleness (receiver steps)"] == 0.0
+        donated = recipes.results(run, "donor")
+        assert donated["published_records"] == fates["published"] + 1, "and an end"
+        size = sum(tensor.numel() * tensor.itemsize for tensor in shared.values())
+        assert 0 < donated["published_bytes"] - fates["published"] * size < 100_000
+        assert 0 < results["published_bytes"] - 41 * size < 100_000, "the weights of 0 to 40 steps"
     assert torch.equal(
         recipes.weights("0001", "receiver")["heads.h2.weight"],
         recipes.weights("0002", "receiver")["heads.h2.weight"],

@@ -113,6 +113,7 @@ class BridgeJob:
         self.transport = DirectoryTransport(self.run_dir / "bridge")
         self.output_dir = self.run_dir / self.job
         self._heartbeat: Heartbeat | None = None
+        self._publishers: list[Publisher] = []  # main process: one for each stream
         self._closed = False
         self.control.on_main(self._open_on_main)
         if self.accelerator.is_main_process:
@@ -132,7 +133,8 @@ class BridgeJob:
         self.output_dir.mkdir(exist_ok=True)
 
     def _open_stream(self, name: str) -> Publisher:
-        return Publisher(self.transport, name, self.run_id, self._record_bytes())
+        self._publishers.append(Publisher(self.transport, name, self.run_id, self._record_bytes()))
+        return self._publishers[-1]
 
     def _gradient_parameters(self, head: str) -> dict[str, nn.Parameter]:
         """What a gradient for one head is for: that head, and the backbone if it crosses."""
@@ -269,6 +271,17 @@ class BridgeJob:
         self._load_state(content)
 
     # -- the end ----------------------------------------------------------------------------
+
+    def traffic(self) -> dict[str, int]:
+        """What this start of the job has published, in all its streams, for ``results.json``.
+
+        Heartbeats and acknowledgements, a few bytes each, do not count. All zero but on the main
+        process.
+        """
+        return {
+            "published_records": sum(stream.num_records for stream in self._publishers),
+            "published_bytes": sum(stream.num_bytes for stream in self._publishers),
+        }
 
     def _end_header(self) -> Header:
         raise NotImplementedError

@@ -27,6 +27,8 @@ class Publisher:
 
     Attributes:
         next_sequence: the number of the next record.
+        num_records: published by this object.
+        num_bytes: their size on disk.
 
     Raises:
         BridgeError: if the stream's directories cannot be made.
@@ -40,6 +42,7 @@ class Publisher:
         transport.open_stream(stream)
         own = transport.sequences(stream)
         self.next_sequence = own[-1] + 1 if own else 0
+        self.num_records = self.num_bytes = 0
 
     def publish(self, header: Header, tensors: Mapping[str, Tensor]) -> int:
         """Publish the next record; its size in bytes.
@@ -71,6 +74,8 @@ class Publisher:
                 self.next_sequence += 1
                 continue
             self.next_sequence += 1
+            self.num_records += 1
+            self.num_bytes += size
             return size
 
     def prune(self, num_kept: int) -> None:

@@ -137,6 +137,7 @@ class GradientReceiver(BridgeJob):
         )
         self._donors = self._open_donors() if self.accelerator.is_main_process else None
         self._initial_digest = ""
+        self._ages = [0, 0]  # of the payloads applied in this start: their sum, and how many
         self._retention = CheckpointCursors(self.run_id)
         self._outer: OuterOptimizer | None = None
         if self.config.exchange == "delta":
@@ -368,6 +369,8 @@ class GradientReceiver(BridgeJob):
                     self.transport.keep(verdict.donor, verdict.sequence)
             self.ledger.record(self._donors.settle(verdicts))
         self.steps_alone += 0 if applied else num_steps
+        self._ages[0] += sum(verdict.staleness for verdict in applied)
+        self._ages[1] += len(applied)
 
     def _open_donors(self) -> Donors | Replay:
         if self._kept is not None:
@@ -554,6 +557,16 @@ class GradientReceiver(BridgeJob):
         super()._on_save_state(models, weights, directory)
         if self.accelerator.is_main_process:
             self._retention.saved_below(Path(directory).absolute().parent)
+
+    @property
+    def mean_staleness(self) -> float | None:
+        """How old the weights of a payload were when it was applied, in receiver steps, on average.
+
+        Over this start; None without payloads, and where they are not taken at the receiver's
+        weights.
+        """
+        total, number = self._ages
+        return total / number if number and self.config.follows else None
 
     def fates(self) -> dict[str, int]:
         """How many payloads met which fate, over all donors, for ``results.json``.

@@ -13,7 +13,7 @@ from recipes.joint import parse_arguments as parse_joint
 from recipes.receiver import parse_arguments as parse_receiver
 from toolkit.benchmarks.exchanges.late_donor import LatePublisher
 from toolkit.benchmarks.exchanges.plot import plot
-from toolkit.benchmarks.exchanges.rows import ROWS, UNFINISHED, Row, commands
+from toolkit.benchmarks.exchanges.rows import ROWS, Row, commands
 from toolkit.benchmarks.exchanges.summary import Summary, notes, summarize
 from toolkit.benchmarks.exchanges.trials import Outcome
 from toolkit.bridge.payload import Header, Kind, parse_header
@@ -73,7 +73,7 @@ def test_the_picture(tmp_path: Path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS.values() if row.exchange not in UNFINISHED])
+@pytest.mark.parametrize("row", ROWS.values())
 def test_that_the_recipes_take_the_flags_of_a_row(
     row: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

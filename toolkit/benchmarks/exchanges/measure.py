@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 from toolkit.benchmarks.exchanges.plot import NEEDED, can_plot, has_picture, plot
-from toolkit.benchmarks.exchanges.rows import ROWS, UNFINISHED
+from toolkit.benchmarks.exchanges.rows import ROWS
 from toolkit.benchmarks.exchanges.summary import as_json, notes, summarize, table
 from toolkit.benchmarks.exchanges.trials import Outcome, Trial
 from toolkit.benchmarks.timing import write_figures
@@ -77,9 +77,6 @@ def measure_exchanges(args: argparse.Namespace) -> None:
         sys.exit(f"error: {NEEDED}")
     console = Console()
     rows = [row for name, row in ROWS.items() if name in args.rows]
-    for row in [row for row in rows if row.exchange in UNFINISHED]:
-        console.print(f"left out: {row.title}: the recipes have no exchange {row.exchange!r} yet")
-        rows.remove(row)
     root = new_directory(args.runs_dir, "exchanges")
     # Seed by seed, so that rows to compare run under the same conditions of the machine.
     trials = [Trial(row, seed, root, args) for seed in range(args.num_seeds) for row in rows]

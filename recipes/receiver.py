@@ -228,6 +228,7 @@ def main() -> None:
         "accuracies (%)": accuracies,
         "completed_steps": receiver.completed_steps,
         "steps_alone": receiver.steps_alone,
+        "steps_taught": receiver.steps_taught,
         "num_processes": accelerator.num_processes,
         "seconds": time.monotonic() - start_time,
         **receiver.traffic(),
@@ -238,7 +239,7 @@ def main() -> None:
     }
     write_results(output_dir, results, state)
     logger.info(f"accuracy: {describe_accuracies(accuracies)}")
-    logger.info(f"steps alone: {receiver.steps_alone}")
+    logger.info(f"steps alone: {receiver.steps_alone}, with a teacher: {receiver.steps_taught}")
     for donor, fates in receiver.fates_by_donor().items():
         counts = ", ".join(f"{count} {fate}" for fate, count in fates.items())
         logger.info(f"payloads of the {donor}: {counts}")

@@ -74,6 +74,7 @@ class GradientReceiver(BridgeJob):
     Attributes:
         completed_steps: optimizer steps that happened.
         steps_alone: those of them without a gradient, or a teacher, of any donor.
+        steps_taught: those in which some head had a teacher.
         completed_windows: accumulation windows, those included whose step a loss scaler skipped.
         metrics: numbers of the newest step, plain floats, for ``accelerator.log``.
         output_dir: where this job's results belong.
@@ -124,6 +125,7 @@ class GradientReceiver(BridgeJob):
         self.completed_steps = 0
         self.completed_windows = 0
         self.steps_alone = 0
+        self.steps_taught = 0
         self._has_published = False
         self._weights: dict[str, Tensor] = {}  # main process: the present ones, whole, on the CPU
         self._weights_step = -1  # theirs
@@ -228,12 +230,14 @@ class GradientReceiver(BridgeJob):
         if self._lessons is not None and not self.config.follows:
             self.completed_steps += not was_skipped
             self.steps_alone += not was_skipped and not self.taught_heads
+            self.steps_taught += not was_skipped and bool(self.taught_heads)
             self._lessons.end_window(was_skipped)
             return not was_skipped
         if was_skipped:
             return False
         if self._outer is None:
             self._settle(injected.verdicts, num_steps=0 if self.taught_heads else 1)
+            self.steps_taught += bool(self.taught_heads)
             self.completed_steps += 1
             self._publish_weights()
             if self._lessons is not None:
@@ -528,6 +532,7 @@ class GradientReceiver(BridgeJob):
             "completed_steps": self.completed_steps,
             "completed_windows": self.completed_windows,
             "steps_alone": self.steps_alone,
+            "steps_taught": self.steps_taught,
             "ledger": self.ledger.by_donor,
             "teachers": self._lessons.teachers.state() if self._lessons is not None else {},
             **self._on_main.state(),
@@ -538,6 +543,7 @@ class GradientReceiver(BridgeJob):
         self.completed_steps = state["completed_steps"]
         self.completed_windows = state["completed_windows"]
         self.steps_alone = state["steps_alone"]
+        self.steps_taught = state["steps_taught"]
         self.ledger.resume(Resumption(state["attempt"], self.completed_steps), state["ledger"])
         self._injector.forget_weights()
         if self._injector.needs_older_weights:

@@ -20,7 +20,11 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=[World(1, 1), World(2, 2)], ids="{0[0]}x{0[1]}".format)
+@pytest.fixture(
+    scope="module",
+    params=[World(2, 2), pytest.param(World(1, 1), marks=pytest.mark.slow)],
+    ids="{0[0]}x{0[1]}".format,
+)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Every case in this world."""
     return train(tmp_path_factory.mktemp("delta"), request.param, CASES)

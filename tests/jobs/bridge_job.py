@@ -159,8 +159,8 @@ def _stale_by_one(self: GradientDonor, record: Record) -> None:
 def _forget(attribute: str) -> Callable[..., Any]:
     """Leave the world size or the accumulation steps out of the sum's factor."""
 
-    def close(self: accumulation.WindowAccumulator) -> accumulation.Window:
-        window = _close(self)
+    def close(self: accumulation.WindowAccumulator, *extra: Any) -> accumulation.Window:
+        window = _close(self, *extra)
         factor = window.sum_factor / getattr(self._accelerator, attribute)
         return accumulation.Window(window.count, window.loss, factor, window.scale)
 

@@ -101,8 +101,8 @@ def clip_before(self: Injector, tensors: Any, factor: float, w: float) -> None:
 def _window(factor: Callable[[WindowAccumulator, Window], float]) -> Any:
     """Change the factor that makes ``.grad`` a sum."""
 
-    def close(self: WindowAccumulator) -> Window:
-        window = _close(self)
+    def close(self: WindowAccumulator, *extra: Any) -> Window:
+        window = _close(self, *extra)
         return dataclasses.replace(window, sum_factor=window.sum_factor / factor(self, window))
 
     return close

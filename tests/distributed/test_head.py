@@ -10,6 +10,8 @@ import pytest
 from tests.distributed.test_oracle import Trained, World, train
 from tests.oracle import Case, build_network, largest_difference, train_with_head
 
+pytestmark = pytest.mark.slow
+
 CASES = [
     Case(exchange="head", num_steps=60, optimizer="momentum"),
     Case(exchange="head", num_steps=60, init_h2="donor", optimizer="sgd"),

@@ -110,7 +110,11 @@ def check_trained_jointly(
         assert largest_difference(weights, trained.weights(case, rank)) == 0.0
 
 
-@pytest.fixture(scope="module", params=[World(1, 1), World(2, 2)], ids="{0[0]}x{0[1]}".format)
+@pytest.fixture(
+    scope="module",
+    params=[World(2, 2), pytest.param(World(1, 1), marks=pytest.mark.slow)],
+    ids="{0[0]}x{0[1]}".format,
+)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """Every case in this world."""
     return train(tmp_path_factory.mktemp("oracle"), request.param, EVERY_WORLD)
@@ -136,7 +140,7 @@ def test_that_the_gradients_of_these_cases_conflict() -> None:
             assert largest_difference(train_jointly(case), summed) > 1e-3, case.name
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the core of the matrix has unlike worlds too
 @pytest.mark.parametrize("world", [World(2, 1), World(1, 2)], ids=str)
 def test_unlike_worlds(tmp_path: Path, world: World) -> None:
     cases = [Case(accumulation=3), Case(donor_accumulation=3, rescale="pool", optimizer="sgd")]

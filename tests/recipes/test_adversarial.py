@@ -22,7 +22,8 @@ def start(launcher: Launcher, output_dir: Path, *flags: str, num_processes: int 
     return launcher("recipes/adversarial.py", *arguments, num_processes=num_processes)
 
 
-@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
 def test_resume_is_bitwise_and_nothing_leaks(
     launcher: Launcher, tmp_path: Path, num_processes: int
 ) -> None:

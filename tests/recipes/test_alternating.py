@@ -114,6 +114,7 @@ def test_a_resume_is_bitwise(directory: Path, launcher: Launcher, tmp_path: Path
         assert all(torch.equal(weights[key], again[key]) for key in weights)
 
 
+@pytest.mark.slow
 def test_what_happens_without_freezing_and_that_other_optimizers_hold(
     launcher: Launcher, tmp_path: Path
 ) -> None:

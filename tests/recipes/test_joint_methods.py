@@ -57,6 +57,7 @@ def finish(*jobs: Job) -> None:
         job.wait(180)
 
 
+@pytest.mark.slow
 def test_methods_on_five_tasks(runs: Runs, tmp_path: Path) -> None:
     pair = ("--task=pair", "--per_device_train_batch_size=9", "--max_grad_norm=2")
     rotograd = (*pair, *ROTOGRAD, "--checkpointing_steps=5")

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 ALONE, SEED, LOCKSTEP, JOINT = "alone", "seed", "gradient-0", "joint"
-UNFINISHED = ("distill", "auto")  # exchanges that the recipes refuse as yet
+UNFINISHED = ("distill",)  # exchanges that the recipes do not have as yet
 PEER_WAIT_SECONDS = 5  # without a donor's sign of life
 
 

@@ -61,8 +61,8 @@ def parse_arguments() -> argparse.Namespace:
         parents=[common],
         help="every way to share, between the receiver alone and joint training",
         description="Launch real donors and receivers on bundled data, for every way to share and "
-        "every seed, and compare accuracies, bytes and time. A row's gain is its part of what joint "
-        "training gains over the receiver alone: 0 % as alone, 100 % as joint. Rows: "
+        "every seed, and compare accuracies, bytes and time. A row's gain is its part of what "
+        "joint training gains over the receiver alone: 0 % as alone, 100 % as joint. Rows: "
         + "; ".join(f"{row.name}: {row.title}" for row in ROWS.values()),
         formatter_class=DefaultsFormatter,
     )

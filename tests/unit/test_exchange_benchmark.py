@@ -88,7 +88,8 @@ def test_that_the_recipes_take_the_flags_of_a_row(
         args = PARSERS[role]()
         assert (args.task, args.seed, args.output_dir) == ("overlap", 3, tmp_path / role)
         if role == "donor":
-            assert args.has_bound is row.donor_first
+            assert args.has_bound is (row.exchange in ("head", "distill"))
+            assert not (args.has_bound and args.require_peer)
         else:
             assert args.max_train_steps == 7
         if row.exchange:

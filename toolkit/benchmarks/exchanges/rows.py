@@ -39,6 +39,11 @@ class Row:
         return self.name not in (ALONE, JOINT)
 
     @property
+    def trains_by_itself(self) -> bool:
+        """Whether the donor does, which may then end before the receiver."""
+        return self.exchange in ("head", "distill")
+
+    @property
     def num_jobs(self) -> int:
         """How many run side by side."""
         return 2 if self.shares and not self.donor_first else 1
@@ -115,8 +120,8 @@ def commands(
         row: which.
         directory: of this row and seed.
         training: flags of all jobs: the task, the seed and so on.
-        steps: flags that say how long to train. A donor of the bridge goes without, until the
-            receiver has ended, unless it is to end first.
+        steps: flags that say how long to train. A donor that follows the receiver goes without,
+            until that has ended; one that trains by itself takes as many steps as it.
     """
     scripts = Path(__file__).resolve().parent
 
@@ -135,12 +140,12 @@ def commands(
     bridge = (*bridge, "--exchange", row.exchange)
     if row.donor_killed:
         bridge = (*bridge, "--peer_wait", PEER_WAIT_SECONDS)
-    elif not row.donor_first:
+    elif not row.trains_by_itself:
         bridge = (*bridge, "--require_peer")
     donor: tuple[str | Path, ...] = ("donor",)
     if row.late:
         donor = (scripts / "late_donor.py", str(row.late))
-    donor_steps = steps if row.donor_first else ()
+    donor_steps = steps if row.trains_by_itself else ()
     return {
         "donor": command("donor", *donor, *bridge, *donor_steps, *row.donor_flags),
         "receiver": command("receiver", "receiver", *bridge, *steps, *row.receiver_flags),

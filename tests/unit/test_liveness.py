@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from toolkit.bridge import liveness
+from toolkit.bridge import control, liveness
+from toolkit.bridge.control import pause
 from toolkit.bridge.errors import PeerError
 from toolkit.bridge.liveness import (
     BEAT_SECONDS,
@@ -20,7 +21,6 @@ from toolkit.bridge.liveness import (
     Heartbeat,
     PeerWatch,
     Wait,
-    pause,
 )
 from toolkit.bridge.transport import DirectoryTransport
 
@@ -43,7 +43,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=clock, sleep=clock.sleep))
+    for module in (liveness, control):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, sleep=clock.sleep))
     return clock
 
 

@@ -285,7 +285,7 @@ def test_that_a_donor_back_from_a_silence_finds_the_present_weights(
         job.donate(job.constant(1.0))  # late: of the weights that it could find
         job.receiver._on_main.begin()
         with pytest.raises(Stop):
-            job.receiver._decide(stop_after(job, 2))
+            job.receiver.control.decide(stop_after(job, 2))
     assert job.weights_record().header.receiver_step == 2
 
 

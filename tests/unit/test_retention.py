@@ -11,6 +11,7 @@ import pytest
 
 from toolkit.bridge.retention import CheckpointCursors
 from toolkit.bridge.runs import CHECKPOINT_FILE
+from toolkit.bridge.transport import DirectoryTransport
 
 
 def save(directory: Path, cursor: int, **changes: Any) -> Path:
@@ -21,8 +22,8 @@ def save(directory: Path, cursor: int, **changes: Any) -> Path:
 
 
 @pytest.fixture
-def cursors() -> CheckpointCursors:
-    return CheckpointCursors("mine")
+def cursors(tmp_path: Path) -> CheckpointCursors:
+    return CheckpointCursors(DirectoryTransport(tmp_path / "bridge"), "mine")
 
 
 def oldest(cursors: CheckpointCursors, cursor: int) -> int:

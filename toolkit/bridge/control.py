@@ -6,6 +6,7 @@ collectives and need no device.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 T = TypeVar("T")
+
+SLICE_SECONDS = 5.0  # the other ranks stand in a broadcast at most this long at a time
 
 
 class ControlGroup:
@@ -46,6 +49,32 @@ class ControlGroup:
             raise outcome[1]
         return outcome[0]
 
+    def decide(self, poll: Callable[[], T | None]) -> tuple[T, float]:
+        """Poll on the main process until there is a decision; the same one on every rank.
+
+        Args:
+            poll: the decision, or None for not yet; it ends its waits by itself.
+
+        Returns:
+            The decision and the seconds waited.
+        """
+        start = time.monotonic()
+
+        def one_slice() -> tuple[T, float] | None:
+            end = time.monotonic() + SLICE_SECONDS
+            while time.monotonic() < end:
+                decision = poll()
+                waited = time.monotonic() - start
+                if decision is not None:
+                    return decision, waited
+                pause(waited)
+            return None
+
+        while True:
+            outcome = self.on_main(one_slice)
+            if outcome is not None:
+                return outcome
+
     def agree(self, ok: bool) -> bool:
         """Whether ``ok`` holds on every rank."""
         return self.min(float(ok)) > 0
@@ -71,3 +100,8 @@ class ControlGroup:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=operation, group=self._group)
         return tensor.tolist()
+
+
+def pause(waited_seconds: float) -> None:
+    """Sleep a little: 5 % of the time waited so far, 0.5 ms at least and 0.5 s at most."""
+    time.sleep(min(0.5, max(0.0005, 0.05 * waited_seconds)))

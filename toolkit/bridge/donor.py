@@ -23,13 +23,21 @@ from torch.utils.data import DataLoader
 from toolkit.bridge.accumulation import Window, scale_grads_
 from toolkit.bridge.agreement import read_claim
 from toolkit.bridge.config import Role
-from toolkit.bridge.errors import BridgeError, PayloadError
+from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.loss_scale import FollowedLossScale
 from toolkit.bridge.outer import LocalRound
-from toolkit.bridge.own_weights import publish_own_weights, stream_of
-from toolkit.bridge.payload import Header, Kind, Record, all_finite, payload_dtype
+from toolkit.bridge.own_weights import stream_of
+from toolkit.bridge.payload import (
+    Header,
+    Kind,
+    Record,
+    all_finite,
+    digest_tensors,
+    payload_dtype,
+)
+from toolkit.bridge.payload_outbox import PayloadOutbox
 from toolkit.bridge.weights_inbox import WeightsInbox
 from toolkit.parameters import check_only_shared_trains, innermost_optimizer, squared_norm
 from toolkit.sharding import full_tensor, reshard, shard_like
@@ -99,7 +107,6 @@ class GradientDonor(BridgeJob):
         self._publish_every = 1
         self._own_published = -1  # windows after which the donor's own weights were published
         self._replacements = 0  # at the present weights
-        self._payload_bytes = 0  # of the largest payload so far
         self._validation: dict[str, float] = {}  # what the next payload tells the receiver
         self._loss_scale = FollowedLossScale(self.accelerator)
         self.completed_windows = self.control.on_main(self._open_inbox)
@@ -108,6 +115,7 @@ class GradientDonor(BridgeJob):
         self.receiver = PeerWatch(self.transport, "receiver")
         read = functools.partial(self._read, "receiver")
         self._inbox = WeightsInbox(self.job, self.transport, read)
+        self._outbox = PayloadOutbox(self.transport, self._publisher, self._inbox, self.config)
         if self.config.has_own_weights:
             self._own_weights = self._open_stream(stream_of(self.job))
         return self._inbox.completed_windows
@@ -260,7 +268,7 @@ class GradientDonor(BridgeJob):
             self._round = None
         while True:
             self._wait = None
-            decision, self._wait_seconds = self._decide(self._poll)
+            decision, self._wait_seconds = self.control.decide(self._poll)
             if decision.action == "alone":
                 self._go_alone()
                 return True
@@ -295,19 +303,15 @@ class GradientDonor(BridgeJob):
         self.receiver_step = self.completed_windows
         return True
 
-    @torch.no_grad()
     def _publish_own_weights(self) -> None:
         """Publish the weights that this donor has trained. A collective where they are sharded."""
         if self._own_published == self.completed_windows:
             return
         self._own_published = self.completed_windows
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in self.shared.weights.items():
-            whole = full_tensor(tensor.detach())
-            if self.accelerator.is_main_process:
-                tensors[name] = whole.cpu().contiguous()
+        weights = self._whole_weights()
         if self.accelerator.is_main_process:
-            publish_own_weights(self._own_weights, self._header("weights"), tensors)
+            header = self._header("weights").of_weights(digest_tensors(weights))
+            self._own_weights.publish_weights(header, weights)
 
     def _poll(self) -> _Decision | None:
         """On the main process: what the next window is for, or None to wait."""
@@ -412,7 +416,6 @@ class GradientDonor(BridgeJob):
     def _publish_payload(
         self, kind: Kind, sums: dict[str, Tensor], window: Window | LocalRound | None
     ) -> int:
-        self._prune()
         header = dataclasses.replace(
             self._header(kind),
             count=window.count if window else 0.0,
@@ -422,26 +425,7 @@ class GradientDonor(BridgeJob):
         )
         if kind != "skip":
             self._validation = {}
-        size = self._publisher.publish(header, sums)
-        self._inbox.note_answer(header, self._publisher.next_sequence - 1)
-        self._payload_bytes = max(self._payload_bytes, size)
-        return size
-
-    def _prune(self) -> None:
-        """Delete what will never be asked for again; refuse to grow beyond the budget."""
-        acknowledged = self.transport.acknowledged(self.job)
-        self.transport.prune(self.job, acknowledged)
-        self._inbox.forget_below(acknowledged)
-        kept = len(self.transport.sequences(self.job))
-        gib = kept * self._payload_bytes / 2**30
-        config = self.config
-        if kept > config.payload_budget_files or gib > config.payload_budget_gib:
-            raise BridgeError(
-                f"{kept} payloads ({gib:.2f} GiB) are unacknowledged, the budget is "
-                f"{config.payload_budget_files} (--payload_budget_files) and "
-                f"{config.payload_budget_gib:g} GiB (--payload_budget_gib). The receiver needs "
-                f"them for its oldest checkpoint: keep fewer (--checkpoints_total_limit)"
-            )
+        return self._outbox.publish(header, sums)
 
     # -- checkpoints and results --------------------------------------------------------------
 

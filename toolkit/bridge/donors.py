@@ -7,16 +7,22 @@ stream, whenever that is; a step waits for those that live.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from toolkit.bridge.config import JOB_NAME
+from torch import Tensor
+
+from toolkit.bridge.agreement import read_claim
+from toolkit.bridge.config import JOB_NAME, BridgeConfig
 from toolkit.bridge.errors import PayloadError, PeerError
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.ledger import Entry
 from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.payload import Record
+from toolkit.bridge.runs import has_ended
 from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
@@ -118,6 +124,14 @@ class Donors:
         """Ask all donors anew."""
         for donor in self._donors.values():
             donor.wait = donor.verdict = None
+
+    def heads_applied(self, applied: Callable[[str], int]) -> frozenset[str]:
+        """The heads that some donor has trained.
+
+        Args:
+            applied: how many payloads of a donor were applied, by its name.
+        """
+        return frozenset(d.head for name, d in self._donors.items() if applied(name))
 
     def heads_alone(self) -> frozenset[str]:
         """The heads whose donors are all away: they have ended, or were given up.
@@ -225,6 +239,57 @@ class Donors:
             if name not in self._donors:
                 self._add(name)
             self._donors[name].inbox.load_state(inbox_state)
+
+
+def open_donors(
+    transport: DirectoryTransport,
+    run_dir: Path,
+    config: BridgeConfig,
+    *,
+    expected: Mapping[str, Mapping[str, Tensor]],
+    read: Callable[[str, int], Record],
+    open_wait: Callable[[PeerWatch, str], Wait],
+) -> Donors:
+    """The donors of a receiver's run.
+
+    Args:
+        transport: the run's transport.
+        run_dir: the run's directory.
+        config: the receiver's settings.
+        expected: by head, the parameters that a gradient must fit, by name.
+        read: reads and verifies a record of a stream.
+        open_wait: begins the wait for a donor, from its watch and what is waited for.
+    """
+
+    def open_inbox(donor: str, digests: Mapping[int, str], is_new: bool) -> Inbox:
+        inbox = Inbox(
+            donor,
+            transport=transport,
+            read=functools.partial(read, donor),
+            expected=expected,
+            kind="delta" if config.exchange == "delta" else "gradient",
+            unit=config.unit,
+            max_staleness=config.payload_age if config.follows else None,
+            digests=digests,
+            is_new=is_new,
+        )
+        if config.has_teachers and has_ended(run_dir, donor):
+            inbox.donor_is_away = True  # nobody resumes it: what it has left may teach
+        return inbox
+
+    def head_of(donor: str) -> str:
+        claim = read_claim(run_dir, donor) or {}
+        return str(next(iter(claim.get("heads", expected))))
+
+    return Donors(
+        transport,
+        open_inbox=open_inbox,
+        open_wait=open_wait,
+        head_of=head_of,
+        num_expected=config.num_donors,
+        max_staleness=config.payload_age,
+        peer_wait=config.peer_wait,
+    )
 
 
 def _warn(reason: str, step: int) -> None:

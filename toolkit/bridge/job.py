@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -13,14 +13,14 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 
 from toolkit.bridge import files
 from toolkit.bridge.accumulation import WindowAccumulator
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.errors import BridgeError, PayloadError
-from toolkit.bridge.liveness import Heartbeat, PeerWatch, Wait, pause
+from toolkit.bridge.liveness import Heartbeat, PeerWatch, Wait
 from toolkit.bridge.payload import (
     Header,
     Record,
@@ -33,13 +33,13 @@ from toolkit.bridge.runs import CHECKPOINT_FILE, attach, read_checkpoint
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.configuration import check_configuration
 from toolkit.parameters import check_in_optimizer, check_optimizer_within, shared_parameters
-from toolkit.sharding import check_sharding, is_sharded, reshard
+from toolkit.sharding import check_sharding, full_tensor, is_sharded, reshard
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SLICE_SECONDS = 5.0  # the other ranks stand in a broadcast at most this long at a time
+READ_SECONDS = 5.0  # a network file system may show a new file to one host before another
 _HEADER_ALLOWANCE_BYTES = 2**20
 
 
@@ -141,6 +141,19 @@ class BridgeJob:
         parameters = self.shared.heads[head]
         return self.shared.backbone | parameters if self.config.scope == "all" else parameters
 
+    @torch.no_grad()
+    def _whole_weights(self) -> dict[str, Tensor]:
+        """The present shared weights and buffers, whole, on the CPU; empty but on the main process.
+
+        A collective where they are sharded.
+        """
+        weights = {}
+        for name, tensor in self.shared.weights.items():
+            whole = full_tensor(tensor.detach())
+            if self.accelerator.is_main_process:
+                weights[name] = whole.cpu().contiguous()
+        return weights
+
     # -- reading ----------------------------------------------------------------------------
 
     def _record_bytes(self) -> int:
@@ -170,12 +183,11 @@ class BridgeJob:
             mine: the record, where this rank has read it already.
         """
         record = mine
-        deadline = time.monotonic() + SLICE_SECONDS
+        deadline = time.monotonic() + READ_SECONDS
         while record is None:
             try:
                 record = self._read(job, sequence)
             except (FileNotFoundError, PayloadError) as error:
-                # A network file system may show a new file to one host before another.
                 if time.monotonic() > deadline:
                     logger.warning("rank cannot read record %d: %s", sequence, error)
                     break
@@ -202,32 +214,6 @@ class BridgeJob:
             hint += f" --run {config.run}"
         patience = config.peer_wait if patience is None else patience
         return Wait(peer, what, patience, config.require_peer, hint)
-
-    def _decide(self, poll: Callable[[], T | None]) -> tuple[T, float]:
-        """Poll on the main process until there is a decision; the same one on every rank.
-
-        Args:
-            poll: the decision, or None for not yet; it ends its waits by itself.
-
-        Returns:
-            The decision and the seconds waited.
-        """
-        start = time.monotonic()
-
-        def one_slice() -> tuple[T, float] | None:
-            end = time.monotonic() + SLICE_SECONDS
-            while time.monotonic() < end:
-                decision = poll()
-                waited = time.monotonic() - start
-                if decision is not None:
-                    return decision, waited
-                pause(waited)
-            return None
-
-        while True:
-            outcome = self.control.on_main(one_slice)
-            if outcome is not None:
-                return outcome
 
     # -- checkpoints ------------------------------------------------------------------------
 

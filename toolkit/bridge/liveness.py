@@ -99,11 +99,6 @@ class PeerWatch:
         return self.seen
 
 
-def pause(waited_seconds: float) -> None:
-    """Sleep a little: 5 % of the time waited so far, 0.5 ms at least and 0.5 s at most."""
-    time.sleep(min(0.5, max(0.0005, 0.05 * waited_seconds)))
-
-
 class Wait:
     """One bounded wait for the other job, with a status line while it lasts.
 

@@ -8,19 +8,15 @@ counts, none has a fate, and the donor deletes the older ones itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-
-from torch import Tensor
+from collections.abc import Callable
 
 from toolkit.bridge.errors import PayloadError
-from toolkit.bridge.payload import Header, Record, digest_tensors
-from toolkit.bridge.publisher import Publisher
+from toolkit.bridge.payload import Record
 from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".weights"
-WEIGHTS_KEPT = 2  # the newest, and the one that a receiver may be reading
 
 
 def stream_of(donor: str) -> str:
@@ -32,20 +28,6 @@ def donors_with_weights(transport: DirectoryTransport) -> list[str]:
     """The names of the donors that have opened such a stream, in order."""
     streams = transport.streams()
     return [stream.removesuffix(_SUFFIX) for stream in streams if stream.endswith(_SUFFIX)]
-
-
-def publish_own_weights(
-    publisher: Publisher, header: Header, tensors: Mapping[str, Tensor]
-) -> None:
-    """Publish a donor's present weights and delete old ones (main process).
-
-    Args:
-        publisher: of the donor's stream of weights.
-        header: with the donor's place; kind, digest and number are filled in.
-        tensors: its backbone, head and buffers, whole, on the CPU, by plain name.
-    """
-    publisher.publish(header.of_weights(digest_tensors(tensors)), tensors)
-    publisher.prune(WEIGHTS_KEPT)
 
 
 def newest_own_weights(

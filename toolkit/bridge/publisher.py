@@ -15,6 +15,8 @@ from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
 
+_WEIGHTS_KEPT = 2  # the newest, and the ones that another job may be reading
+
 
 class Publisher:
     """Numbers and publishes records; on the main process.
@@ -78,9 +80,13 @@ class Publisher:
             self.num_bytes += size
             return size
 
-    def prune(self, num_kept: int) -> None:
-        """Delete all but the newest records, and files in the place of older ones."""
-        self._transport.prune(self.stream, self.next_sequence - num_kept)
+    def publish_weights(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
+        """Publish the newest state of some weights, as :meth:`publish` does, and delete old ones.
+
+        Files in the place of older ones go too.
+        """
+        self.publish(header, tensors)
+        self._transport.prune(self.stream, self.next_sequence - _WEIGHTS_KEPT)
 
     @property
     def last_rejection(self) -> str | None:

@@ -9,7 +9,6 @@ the gradients are synchronised.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,12 +18,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from toolkit.bridge.agreement import read_claim
 from toolkit.bridge.config import BridgeConfig, Role
-from toolkit.bridge.donors import Donors
+from toolkit.bridge.donors import Donors, open_donors
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.frozen_state import FrozenOptimizerState, frozen_sharded
-from toolkit.bridge.inbox import Inbox, Verdict
+from toolkit.bridge.inbox import Verdict
 from toolkit.bridge.injection import Injector
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger, Resumption, trail_path
@@ -35,21 +33,20 @@ from toolkit.bridge.own_weights import newest_own_weights, stream_of
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
-from toolkit.bridge.runs import has_ended
 from toolkit.bridge.teacher import Teacher, TeacherFactory, copy_teacher, make_teacher
 from toolkit.bridge.teachers import Teachers
+from toolkit.bridge.weights_outbox import WeightsOutbox
 from toolkit.configuration import check_one_scaled_optimizer
 from toolkit.parameters import (
     check_head_rests,
     check_takes_late_gradients,
     innermost_optimizer,
 )
-from toolkit.sharding import full_tensor, shard_like
+from toolkit.sharding import shard_like
 
 logger = logging.getLogger(__name__)
 
 SILENT_BEATS = 5  # after which a donor is away where a teacher can stand in for it
-WEIGHTS_KEPT = 2  # the newest weights, and the ones that a donor may be reading
 
 
 class GradientReceiver(BridgeJob):
@@ -127,20 +124,21 @@ class GradientReceiver(BridgeJob):
         self.steps_alone = 0
         self.steps_taught = 0
         self._has_published = False
-        self._weights: dict[str, Tensor] = {}  # main process: the present ones, whole, on the CPU
-        self._weights_step = -1  # theirs
-        self._step_on_disk = -1  # of the newest weights that a donor can read
         self._injected: _Injection | None = None
-        # What donors have been told that they may delete, exclusive.
-        self._acknowledged: dict[str, int] = {}
         self.ledger = Ledger(
             trail_path(self.run_dir, self.attempt) if self.accelerator.is_main_process else None,
             durable=self.config.keep_payloads,
         )
-        self._donors = self._open_donors() if self.accelerator.is_main_process else None
-        self._initial_digest = ""
+        # On the main process: the donors, and the weights on their way to them.
+        self._donors: Donors | Replay | None = None
+        self._outbox: WeightsOutbox | None = None
+        if self.accelerator.is_main_process:
+            self._donors = self._open_donors()
+            self._outbox = WeightsOutbox(
+                self._publisher, self._donors, publishes=self.config.follows
+            )
         self._ages = [0, 0]  # of the payloads applied in this start: their sum, and how many
-        self._retention = CheckpointCursors(self.run_id)
+        self._retention = CheckpointCursors(self.transport, self.run_id)
         self._outer: OuterOptimizer | None = None
         if self.config.exchange == "delta":
             config = self.config
@@ -304,26 +302,20 @@ class GradientReceiver(BridgeJob):
             return lessons
         name = next(iter(self._donors.names if self._donors is not None else ()), "donor")
         wait = self._open_wait(PeerWatch(self.transport, name), "a teacher")
-        lessons.begin(self._decide, wait, name)
+        lessons.begin(self.control.decide, wait, name)
         return lessons
 
     def _change_lessons(self, lessons: Lessons) -> None:
         """Exchange ``auto``: teachers stand in for donors that are away. A collective."""
-        donors = self._donors
 
         def heads() -> tuple[frozenset[str], frozenset[str]]:
-            assert donors is not None
-            trained = (d for d in donors.names if self.ledger.counts(d)["applied"])
-            return donors.heads_alone(), frozenset(map(self._head_of, trained))
+            donors = self._on_main
+            applied = donors.heads_applied(lambda donor: self.ledger.counts(donor)["applied"])
+            return donors.heads_alone(), applied
 
         alone, trained = self.control.on_main(heads)
         lessons.stand_in(alone, trained, self.completed_steps)
         lessons.end_window(was_skipped=False)
-
-    def _head_of(self, donor: str) -> str:
-        """The head that a donor of this run trains (main process)."""
-        claim = read_claim(self.run_dir, donor) or {}
-        return str(next(iter(claim.get("heads", self.shared.heads))))
 
     def _open_donor_wait(self, peer: PeerWatch, what: str) -> Wait:
         patience = None
@@ -355,7 +347,7 @@ class GradientReceiver(BridgeJob):
             logger.warning("%s: its head begins as it is", reason)
             return found
 
-        found, _ = self._decide(find)
+        found, _ = self.control.decide(find)
         for donor, (sequence, digest) in found.items():
             record = self._read_everywhere(stream_of(donor), sequence, digest, None)
             if record is None:
@@ -379,32 +371,13 @@ class GradientReceiver(BridgeJob):
     def _open_donors(self) -> Donors | Replay:
         if self._kept is not None:
             return Replay(self._kept)
-        expected = {head: self._gradient_parameters(head) for head in self.shared.heads}
-
-        def open_inbox(donor: str, digests: Mapping[int, str], is_new: bool) -> Inbox:
-            inbox = Inbox(
-                donor,
-                transport=self.transport,
-                read=functools.partial(self._read, donor),
-                expected=expected,
-                kind="delta" if self.config.exchange == "delta" else "gradient",
-                unit=self.config.unit,
-                max_staleness=self.config.payload_age if self.config.follows else None,
-                digests=digests,
-                is_new=is_new,
-            )
-            if self.config.has_teachers and has_ended(self.run_dir, donor):
-                inbox.donor_is_away = True  # nobody resumes it: what it has left may teach
-            return inbox
-
-        return Donors(
+        return open_donors(
             self.transport,
-            open_inbox=open_inbox,
+            self.run_dir,
+            self.config,
+            expected={head: self._gradient_parameters(head) for head in self.shared.heads},
+            read=self._read,
             open_wait=self._open_donor_wait,
-            head_of=self._head_of,
-            num_expected=self.config.num_donors,
-            max_staleness=self.config.payload_age,
-            peer_wait=self.config.peer_wait,
         )
 
     @property
@@ -424,7 +397,7 @@ class GradientReceiver(BridgeJob):
         if self._donors is not None:
             self._donors.begin()
         while True:
-            verdicts, seconds = self._decide(self._poll)
+            verdicts, seconds = self.control.decide(self._poll)
             waited += seconds
             records = []
             for verdict in verdicts:
@@ -446,15 +419,11 @@ class GradientReceiver(BridgeJob):
 
     def _poll(self) -> tuple[Verdict, ...] | None:
         """On the main process: one look at the donors' streams."""
-        if self._publisher.last_rejection is not None:
-            logger.warning("a donor could not read the weights; publishing them again")
-            self._offer_weights()
+        assert self._outbox is not None
+        self._outbox.look()
         verdicts = self._on_main.look(self.completed_steps, self.taught_heads)
         if self.config.require_peer:
             self._on_main.require_peers()
-        if verdicts is None and self.config.follows and self._step_on_disk != self._weights_step:
-            # A donor is back after a silence in which nothing was published for it.
-            self._offer_weights()
         return verdicts
 
     def _step_was_skipped(self, scale_before: float) -> bool:
@@ -466,34 +435,12 @@ class GradientReceiver(BridgeJob):
     def _publish_weights(self) -> None:
         """Take the present weights and publish them. A collective where they are sharded."""
         self._has_published = True
-        self._weights_step = self.completed_steps
-        self._weights = {}  # free the last ones first
-        for name, tensor in self.shared.weights.items():
-            whole = full_tensor(tensor.detach())
-            if self.accelerator.is_main_process:
-                self._weights[name] = whole.cpu().contiguous()
-        if self.accelerator.is_main_process:
-            self._offer_weights()
-
-    def _offer_weights(self) -> None:
-        """Publish the newest weights taken, unless nobody is there (main process)."""
-        tensors = self._weights
-        digest = digest_tensors(tensors)
-        if self._weights_step == 0:
-            self._initial_digest = digest
-        donors = self._on_main
-        donors.remember(self._weights_step, digest)
-        if self.config.follows and donors.want_weights():
-            header = dataclasses.replace(
-                self._header("weights", digest), receiver_step=self._weights_step
-            )
-            self._publisher.publish(header, tensors)
-            self._publisher.prune(WEIGHTS_KEPT)
-            self._step_on_disk = self._weights_step
-        for donor, needed in self._retention.oldest_needed(donors.cursors()).items():
-            if needed > self._acknowledged.get(donor, 0):
-                self.transport.acknowledge(donor, needed)
-                self._acknowledged[donor] = needed
+        if self._outbox is not None:
+            self._outbox.forget()  # the last ones, before these take as much memory
+        weights = self._whole_weights()
+        if self._outbox is not None:
+            self._outbox.take(self._header("weights", digest_tensors(weights)), weights)
+            self._retention.acknowledge(self._on_main.cursors())
 
     def _header(self, kind: Any, digest: str) -> Header:
         return Header(
@@ -528,7 +475,7 @@ class GradientReceiver(BridgeJob):
     def _state(self) -> dict[str, Any]:
         return {
             "attempt": self.attempt,
-            "initial_digest": self._initial_digest,
+            "initial_digest": self._outbox.initial_digest if self._outbox else "",
             "completed_steps": self.completed_steps,
             "completed_windows": self.completed_windows,
             "steps_alone": self.steps_alone,
@@ -539,7 +486,8 @@ class GradientReceiver(BridgeJob):
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        self._initial_digest = state["initial_digest"]
+        if self._outbox is not None:
+            self._outbox.initial_digest = state["initial_digest"]
         self.completed_steps = state["completed_steps"]
         self.completed_windows = state["completed_windows"]
         self.steps_alone = state["steps_alone"]
@@ -614,7 +562,7 @@ class GradientReceiver(BridgeJob):
         evidence: dict[str, Any] = {
             "run_id": self.run_id,
             "attempt": self.attempt,
-            "initial_weights_digest": self._initial_digest,
+            "initial_weights_digest": self._outbox.initial_digest if self._outbox else "",
             "final_weights_digest": digest_tensors(model_state),
         }
         if isinstance(self._donors, Replay):

@@ -8,7 +8,7 @@ ledger says. The run itself is only read.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,10 @@ class Replay:
         self._digests[receiver_step] = digest
 
     def heads_alone(self) -> frozenset[str]:
+        """A replay has no teachers."""
+        return frozenset()
+
+    def heads_applied(self, applied: Callable[[str], int]) -> frozenset[str]:
         """A replay has no teachers."""
         return frozenset()
 

@@ -13,17 +13,20 @@ from pathlib import Path
 
 from toolkit.bridge import files
 from toolkit.bridge.runs import CHECKPOINT_FILE
+from toolkit.bridge.transport import DirectoryTransport
 
 
 class CheckpointCursors:
     """The donors' cursors in the checkpoints of one run.
 
     Args:
+        transport: the run's transport.
         run_id: checkpoints of other runs beside them are no concern.
     """
 
-    def __init__(self, run_id: str) -> None:
-        self._run_id = run_id
+    def __init__(self, transport: DirectoryTransport, run_id: str) -> None:
+        self._transport, self._run_id = transport, run_id
+        self._acknowledged: dict[str, int] = {}
         self._parents: set[Path] = set()
         self._cursors: list[dict[str, int]] = []  # of each checkpoint, by donor
         self._is_stale = False
@@ -32,6 +35,17 @@ class CheckpointCursors:
         """Note that a checkpoint is being saved in a subdirectory of ``parent``."""
         self._parents.add(parent)
         self._is_stale = True
+
+    def acknowledge(self, cursors: Mapping[str, int]) -> None:
+        """Tell the donors what they may delete, where that has changed; see :meth:`oldest_needed`.
+
+        Args:
+            cursors: the receiver's present ones, by donor.
+        """
+        for donor, needed in self.oldest_needed(cursors).items():
+            if needed > self._acknowledged.get(donor, 0):
+                self._transport.acknowledge(donor, needed)
+                self._acknowledged[donor] = needed
 
     def oldest_needed(self, cursors: Mapping[str, int]) -> dict[str, int]:
         """By donor, the number below which no payload is needed again.

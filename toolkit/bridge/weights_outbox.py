@@ -1,0 +1,61 @@
+"""The receiver's weights on their way to its donors. Lives on the main process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from toolkit.bridge.donors import Donors
+from toolkit.bridge.payload import Header
+from toolkit.bridge.publisher import Publisher
+from toolkit.bridge.replay import Replay
+
+logger = logging.getLogger(__name__)
+
+
+class WeightsOutbox:
+    """Publishes the newest weights, unless nobody is there to read them.
+
+    Args:
+        publisher: of the receiver's stream.
+        donors: who may read them; told the digest of each version.
+        publishes: whether donors ever work at these weights.
+
+    Attributes:
+        initial_digest: of the weights before the first step.
+    """
+
+    def __init__(self, publisher: Publisher, donors: Donors | Replay, *, publishes: bool) -> None:
+        self._publisher, self._donors, self._publishes = publisher, donors, publishes
+        self._header: Header | None = None  # of the newest weights taken
+        self._tensors: Mapping[str, Tensor] = {}
+        self._is_on_disk = False
+        self.initial_digest = ""
+
+    def forget(self) -> None:
+        """Free the weights, before the next ones are taken."""
+        self._tensors = {}
+
+    def take(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
+        """Take the present weights, whole and on the CPU, and publish them."""
+        if header.receiver_step == 0:
+            self.initial_digest = header.weights_digest
+        self._header, self._tensors, self._is_on_disk = header, tensors, False
+        self._donors.remember(header.receiver_step, header.weights_digest)
+        self._offer()
+
+    def look(self) -> None:
+        """Publish the weights again where a donor could not read them, or has come back."""
+        if self._publisher.last_rejection is not None:
+            logger.warning("a donor could not read the weights; publishing them again")
+            self._offer()
+        elif not self._is_on_disk:  # nobody was there when they were taken
+            self._offer()
+
+    def _offer(self) -> None:
+        if self._publishes and self._donors.want_weights():
+            assert self._header is not None
+            self._publisher.publish_weights(self._header, self._tensors)
+            self._is_on_disk = True

@@ -49,11 +49,14 @@ class Row:
         return 2 if self.shares and not self.donor_first else 1
 
 
-def _gradient(late: int) -> Row:
+def _gradient(late: int, stale: str = "") -> Row:
     title = f"gradient, {late} steps late" if late else "gradient, lockstep"
-    flags = ("--max_staleness", late)
     return Row(
-        name=f"gradient-{late}", title=title, exchange="gradient", receiver_flags=flags, late=late
+        name=f"gradient-{late}-{stale}" if stale else f"gradient-{late}",
+        title=f"{title}, {stale}" if stale else title,
+        exchange="gradient",
+        receiver_flags=("--max_staleness", late, *(("--stale", stale) if stale else ())),
+        late=late,
     )
 
 
@@ -82,6 +85,7 @@ _ROWS = (
     Row(name=SEED, title="the seed's recipe"),
     Row(name="head", title="head", exchange="head", receiver_flags=("--init_h2", "donor")),
     *map(_gradient, (0, 1, 8, 32)),
+    _gradient(32, "damp"),
     *map(_delta, (8, 32, 128)),
     *map(_distill, (25, 100)),
     Row(

@@ -1,4 +1,4 @@
-"""Give a receiver the gradients of h2 and the backbone, from this job's labels.
+"""Give a receiver the gradients of one head and the backbone, from this job's labels.
 
     accelerate launch recipes/donor.py
     accelerate launch --config_file accelerate_configs/cpu_2proc.yaml recipes/donor.py
@@ -6,6 +6,13 @@
 and, in another terminal, in either order, the same with ``recipes/receiver.py``. Both find each
 other in ``--runs_dir``; results lie in ``runs/<run>/donor``. The donor goes on until the receiver
 has ended; ``--max_train_steps`` and ``--num_train_epochs`` are upper bounds.
+
+Several donors of one run have different names, and those of one head a part of its data each:
+
+    accelerate launch recipes/donor.py --donor_name east --shard 0/2
+    accelerate launch recipes/donor.py --donor_name west --shard 1/2
+    accelerate launch recipes/donor.py --donor_name parity --head h3
+    accelerate launch recipes/receiver.py --num_donors 3 --donor_heads h2 h3
 """
 
 from __future__ import annotations
@@ -33,8 +40,8 @@ from toolkit.bridge.arguments import (
     donor_arguments,
 )
 from toolkit.configuration import check_configuration
-from toolkit.data import in_memory, to_dtype
-from toolkit.flag_types import DefaultsFormatter
+from toolkit.data import HEADS, in_memory, take_shard, to_dtype
+from toolkit.flag_types import DefaultsFormatter, shard
 from toolkit.metrics import start_tracking
 from toolkit.optimizers import build_optimizer, build_scheduler, parameter_groups
 from toolkit.silos import load_data
@@ -51,8 +58,6 @@ from toolkit.training import (
 
 logger = get_logger(__name__)
 
-HEAD = "h2"
-
 
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked; ``has_bound`` says whether it bounds the number of steps."""
@@ -60,11 +65,22 @@ def parse_arguments() -> argparse.Namespace:
         description="Give gradients to a receiver job that shares only a directory.",
         parents=[
             data_arguments(),
-            training_arguments([HEAD]),
+            training_arguments(HEADS[1:]),
             bridge_arguments(),
             donor_arguments(),
         ],
         formatter_class=DefaultsFormatter,
+    )
+    group = parser.add_argument_group("this donor's part")
+    group.add_argument(
+        "--head", choices=HEADS[1:], default="h2", help="that this job has labels for"
+    )
+    group.add_argument(
+        "--shard",
+        type=shard,
+        metavar="INDEX/COUNT",
+        help="take one part of the training data only: 0/2 and 1/2 for two donors of one head; by "
+        "default all",
     )
     args = parser.parse_args()
     args.has_bound = args.max_train_steps is not None or args.num_train_epochs is not None
@@ -94,14 +110,16 @@ def main() -> None:
 
     # -- data, model ----------------------------------------------------------------------------
     with clean_errors(ValueError, OSError), accelerator.main_process_first():
-        task = load_data(args, HEAD)
+        task = load_data(args, args.head)
     dtype = getattr(torch, args.dtype)
-    num_classes = {HEAD: task.num_classes[HEAD]}
     with clean_errors(ValueError):
-        model = task.build_model(num_classes, seed=args.seed).to(dtype)
+        model = task.build_model(task.classes_of([args.head]), seed=args.seed).to(dtype)
+        silo = task.train[args.head]
+        if args.shard is not None:
+            silo = take_shard(silo, *args.shard)
         optimizer = build_optimizer(args, parameter_groups(args, model))
     dataloader = DataLoader(
-        in_memory(task.train[HEAD], HEAD),
+        in_memory(silo, args.head),
         batch_size=args.per_device_train_batch_size,
         shuffle=True,
     )
@@ -129,10 +147,10 @@ def main() -> None:
             run=None if checkpoint else args.run,
             resume_from_checkpoint=checkpoint,
         ),
-        head=f"heads.{HEAD}",
+        head=f"heads.{args.head}",
     )
     output_dir = args.output_dir or donor.output_dir
-    start_tracking(accelerator, output_dir, vars(args), [f"accuracy/{HEAD} (%)"])
+    start_tracking(accelerator, output_dir, vars(args), [f"accuracy/{args.head} (%)"])
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         logger.info(f"resumed from {checkpoint} at window {donor.completed_windows}")
@@ -140,7 +158,7 @@ def main() -> None:
     # -- train ----------------------------------------------------------------------------------
     facts = {
         "Run": donor.run_dir,
-        "Num examples": len(task.train[HEAD]),
+        "Num examples": len(silo),
         "Per-device batch size": args.per_device_train_batch_size,
         "Num processes": accelerator.num_processes,
         "Gradient accumulation steps": args.gradient_accumulation_steps,
@@ -156,14 +174,14 @@ def main() -> None:
 
     def measure() -> dict[str, float]:
         return evaluate(
-            accelerator, model, task.evaluation, [HEAD], args.per_device_eval_batch_size
+            accelerator, model, task.evaluation, [args.head], args.per_device_eval_batch_size
         )
 
     with donor, logging_redirect_tqdm():
         for inputs, labels in donor.follow(dataloader, max_windows):
             with accelerator.accumulate(model):
                 # FSDP2 in mixed precision gives half precision.
-                logits = model(to_dtype(inputs, dtype), [HEAD])[HEAD].to(dtype)
+                logits = model(to_dtype(inputs, dtype), [args.head])[args.head].to(dtype)
                 loss = F.cross_entropy(logits, labels, reduction=args.loss_reduction)
                 donor.backward(loss, num_samples=len(labels))
                 if not donor.publish():  # no receiver: an ordinary step

@@ -7,7 +7,8 @@
 Every optimizer step takes the samples that the receiver's step and the donor's step would have
 taken, sums the losses of h1 over the first and of h2 over the second, and weighs the two sums as
 ``--rescale``, ``--donor_weight`` and ``--loss_reduction`` say. The flags for both jobs' batch
-sizes, accumulation and ranks repeat any pair of runs here, on however many ranks this job has.
+sizes, accumulation and ranks repeat any pair of runs here, on however many ranks this job has;
+``--donors`` repeats those of several donors that are alike.
 
 ``--method`` says what becomes of the tasks' gradients where they meet: ``sum`` is what a donor and
 a receiver do. ``--task pair`` is one silo whose samples have labels for five tasks.
@@ -33,7 +34,7 @@ from toolkit.bridge.config import BridgeConfig
 from toolkit.bridge.rescaling import check_rule, rescale_factors
 from toolkit.bundled import TASKS
 from toolkit.configuration import check_configuration
-from toolkit.data import to_dtype, window_indices, windows_per_epoch
+from toolkit.data import HEADS, shard_windows, to_dtype, window_indices, windows_per_epoch
 from toolkit.flag_types import DefaultsFormatter, positive_int
 from toolkit.methods import (
     check_method_arguments,
@@ -43,7 +44,7 @@ from toolkit.methods import (
     rotating_model,
 )
 from toolkit.metrics import start_tracking
-from toolkit.multitask import CLASSES, PAIR, PAIR_TASKS, digit_pair, two_heads
+from toolkit.multitask import CLASSES, PAIR, PAIR_TASKS, digit_pair, one_silo_each
 from toolkit.optimizers import build_optimizer, build_scheduler, learning_rates
 from toolkit.silos import load_data
 from toolkit.task_gradients import ByName, RuleBackward, conflict_metrics
@@ -62,10 +63,9 @@ from toolkit.training import (
 
 logger = get_logger(__name__)
 
-HEADS = ("h1", "h2")  # the receiver's own, and the donor's
 OF_TWO_JOBS = (
-    *("rescale", "donor_weight", "receiver_processes", "donor_processes"),
-    *("donor_batch_size", "donor_accumulation_steps", "lr_head1", "lr_head2"),
+    *("rescale", "donor_weight", "receiver_processes", "donor_processes", "donors"),
+    *("donor_batch_size", "donor_accumulation_steps", "lr_head1", "lr_head2", "lr_head3"),
 )
 
 
@@ -91,18 +91,29 @@ def parse_arguments() -> argparse.Namespace:
     add("--donor_processes", type=positive_int, default=1, help="the donor's ranks")
     add("--donor_batch_size", type=positive_int, default=32, help="per rank and micro-step")
     add("--donor_accumulation_steps", type=positive_int, default=1, help="the donor's micro-steps")
+    add(
+        "--donors",
+        nargs="+",
+        choices=HEADS[1:],
+        default=["h2"],
+        metavar="HEAD",
+        help="the head of each donor; those of one head have a --shard of its data each",
+    )
     add("--donor_dataset_name", help="the donor's images and labels, beside --dataset_name")
     add("--donor_dataset_config_name", help="configuration of the donor's data set")
     add("--donor_image_column", default="image", help="the donor's images")
     add("--donor_label_column", default="label", help="the donor's class numbers")
     args = parser.parse_args()
     check_arguments(parser, args)
-    check_method_arguments(parser, args, len(PAIR_TASKS if args.task == PAIR else HEADS))
+    args.heads = list(dict.fromkeys([HEADS[0], *args.donors]))
+    check_method_arguments(parser, args, len(PAIR_TASKS if args.task == PAIR else args.heads))
     for name in ("dataset_name", *OF_TWO_JOBS):
         if args.task == PAIR and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} is about two jobs' data or heads; --task {PAIR} has others")
     if (args.dataset_name is None) != (args.donor_dataset_name is None):
         parser.error("give both --dataset_name (labels for h1) and --donor_dataset_name (h2)")
+    if args.donor_dataset_name is not None and len(args.heads) > 2:
+        parser.error("--donor_dataset_name is of one head: give --donors that train the same one")
     for name in ("donor_dataset_config_name", "donor_image_column", "donor_label_column"):
         if args.donor_dataset_name is None and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} is about data of your own: give --donor_dataset_name too")
@@ -111,7 +122,7 @@ def parse_arguments() -> argparse.Namespace:
     try:
         check_rule(args.rescale, args.loss_reduction)
         weights = BridgeConfig(donor_weight=args.donor_weight)
-        args.donor_weight = weights.weight_of(f"heads.{HEADS[1]}")
+        args.donor_weight = {head: weights.weight_of(f"heads.{head}") for head in args.heads[1:]}
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -120,14 +131,14 @@ def parse_arguments() -> argparse.Namespace:
 def joint_windows(
     args: argparse.Namespace, num_samples: Sequence[int]
 ) -> tuple[Iterator[tuple[list[int], ...]], int]:
-    """For every optimizer step, the samples of each job; and the steps per epoch.
+    """For every optimizer step, the samples for each head; and the steps per epoch.
 
     Args:
         args: with both jobs' sizes.
-        num_samples: rows of the receiver's data, and of the donor's if there is a donor.
+        num_samples: rows of the receiver's data, and of those of each head that has donors.
 
     Returns:
-        Row numbers for each job, without end; and how many steps are one epoch of the receiver.
+        Row numbers for each head, without end; and how many steps are one epoch of the receiver.
     """
     receiver = (
         args.per_device_train_batch_size,
@@ -135,9 +146,10 @@ def joint_windows(
         args.receiver_processes,
     )
     donor = (args.donor_batch_size, args.donor_accumulation_steps, args.donor_processes)
-    jobs = [(rows, *job) for rows, job in zip(num_samples, (receiver, donor), strict=False)]
-    windows = [window_indices(*job, seed=args.seed) for job in jobs]
-    return zip(*windows, strict=True), windows_per_epoch(*jobs[0])
+    windows = [window_indices(num_samples[0], *receiver, seed=args.seed)]
+    for head, rows in zip(args.heads[1:], num_samples[1:], strict=False):
+        windows.append(shard_windows(args.donors.count(head), rows, *donor, seed=args.seed))
+    return zip(*windows, strict=True), windows_per_epoch(num_samples[0], *receiver)
 
 
 def loss_factors(args: argparse.Namespace, num_labels: Sequence[int]) -> Sequence[float]:
@@ -149,15 +161,15 @@ def loss_factors(args: argparse.Namespace, num_labels: Sequence[int]) -> Sequenc
     """
     if args.task == PAIR:
         return [1.0 if args.loss_reduction == "sum" else 1.0 / number for number in num_labels]
-    number, of_donor = num_labels
+    number, *of_donors = num_labels
     own, donors = rescale_factors(
         args.rescale,
         args.loss_reduction,
         number,
-        {HEADS[1]: of_donor},
-        {HEADS[1]: args.donor_weight},
+        dict(zip(args.heads[1:], of_donors, strict=True)),
+        args.donor_weight,
     )
-    return own, donors[HEADS[1]]
+    return own, *donors.values()
 
 
 def main() -> None:
@@ -181,7 +193,10 @@ def main() -> None:
 
     # -- data, model ----------------------------------------------------------------------------
     with clean_errors(ValueError, OSError), accelerator.main_process_first():
-        tasks = digit_pair(args.seed) if args.task == PAIR else two_heads(load_data(args, *HEADS))
+        if args.task == PAIR:
+            tasks = digit_pair(args.seed)
+        else:
+            tasks = one_silo_each(load_data(args, *args.heads), args.heads)
     windows, steps_per_epoch = joint_windows(args, [len(silo) for silo in tasks.silos])
     dtype = getattr(torch, args.dtype)
     with clean_errors(ValueError):
@@ -232,7 +247,9 @@ def main() -> None:
         size = args.per_device_eval_batch_size
         return evaluate(accelerator, predict, tasks.evaluation, tasks.names, size, tasks.kinds)
 
-    loss_names = tasks.names if args.task == PAIR else ("own", "donor")
+    loss_names = tasks.names
+    if args.task != PAIR:  # as a receiver has them, whose tags name its donors
+        loss_names = ("own", *(args.heads[1:] if len(args.heads) > 2 else ["donor"]))
     for window in islice(windows, completed.value, max_train_steps):
         # This rank's share of the samples of both jobs; either may be empty.
         batch = tasks.batch(window, rank, num_processes)

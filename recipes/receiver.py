@@ -1,4 +1,4 @@
-"""Train backbone and h1 on this job's labels, and h2 and the backbone on a donor's gradients.
+"""Train backbone and h1 on this job's labels, and h2 and the backbone on donors' gradients.
 
     accelerate launch recipes/receiver.py
     accelerate launch --config_file accelerate_configs/cpu_2proc.yaml recipes/receiver.py
@@ -33,7 +33,7 @@ from toolkit.bridge.arguments import (
     rescaling_arguments,
 )
 from toolkit.configuration import check_configuration
-from toolkit.data import in_memory, to_dtype
+from toolkit.data import HEADS, in_memory, to_dtype
 from toolkit.flag_types import DefaultsFormatter
 from toolkit.metrics import start_tracking
 from toolkit.models import OneHead
@@ -58,7 +58,7 @@ from toolkit.training import (
 
 logger = get_logger(__name__)
 
-OWN_HEAD, DONOR_HEAD = "h1", "h2"
+OWN_HEAD = HEADS[0]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,7 +74,16 @@ def parse_arguments() -> argparse.Namespace:
         ],
         formatter_class=DefaultsFormatter,
     )
+    parser.add_argument(
+        "--donor_heads",
+        nargs="+",
+        choices=HEADS[1:],
+        default=["h2"],
+        help="the heads that donors train",
+    )
     args = parser.parse_args()
+    if len(set(args.donor_heads)) < len(args.donor_heads):
+        parser.error(f"--donor_heads names a head twice: {' '.join(args.donor_heads)}")
     check_arguments(parser, args)
     check_bridge_arguments(parser, args)
     return args
@@ -84,6 +93,7 @@ def main() -> None:
     """Train the receiver."""
     args = parse_arguments()
     start_time = time.monotonic()
+    heads = [OWN_HEAD, *args.donor_heads]
 
     # -- accelerator ----------------------------------------------------------------------------
     accelerator = Accelerator(
@@ -104,12 +114,13 @@ def main() -> None:
         task = load_data(args, OWN_HEAD)
     dtype = getattr(torch, args.dtype)
     with clean_errors(ValueError):
-        model = task.build_model(task.num_classes, seed=args.seed).to(dtype)
-        # This job's own loss does not use the donor's head: DDP must not wait for its gradient.
+        model = task.build_model(task.classes_of(heads), seed=args.seed).to(dtype)
+        # This job's own loss does not use donors' heads: DDP must not wait for their gradients.
         # FSDP2 never does, but has to know from the first that a teacher may give it one.
         is_sharded = accelerator.distributed_type == DistributedType.FSDP
         teaches_sharded = is_sharded and args.exchange == "distill"
-        model.heads[DONOR_HEAD].requires_grad_(teaches_sharded)
+        for head in args.donor_heads:
+            model.heads[head].requires_grad_(teaches_sharded)
         optimizer = build_optimizer(args, parameter_groups(args, model))
     dataloader = DataLoader(
         in_memory(task.train[OWN_HEAD], OWN_HEAD),
@@ -132,8 +143,8 @@ def main() -> None:
     checkpoint = checkpoint_to_resume(args, "receiver")
 
     def build_teacher() -> OneHead:
-        num_classes = {DONOR_HEAD: task.num_classes[DONOR_HEAD]}
-        return OneHead(task.build_model(num_classes, seed=args.seed).to(dtype), DONOR_HEAD)
+        (head,) = args.donor_heads  # the bridge refuses one factory for several
+        return OneHead(task.build_model(task.classes_of([head]), seed=args.seed).to(dtype), head)
 
     receiver = GradientReceiver(
         accelerator,
@@ -146,11 +157,11 @@ def main() -> None:
             checkpoint_interval=checkpointing_steps,
             checkpoints_kept=args.checkpoints_total_limit,
         ),
-        head=f"heads.{DONOR_HEAD}",
+        head=[f"heads.{head}" for head in args.donor_heads],
         teacher_factory=build_teacher if teaches_sharded else None,  # FSDP2's parts have no copies
     )
     output_dir = args.output_dir or receiver.output_dir
-    start_tracking(accelerator, output_dir, vars(args), ["accuracy/h1 (%)", "accuracy/h2 (%)"])
+    start_tracking(accelerator, output_dir, vars(args), [f"accuracy/{head} (%)" for head in heads])
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         logger.info(f"resumed from {checkpoint} at receiver step {receiver.completed_steps}")
@@ -173,13 +184,7 @@ def main() -> None:
     )
 
     def measure() -> dict[str, float]:
-        return evaluate(
-            accelerator,
-            model,
-            task.evaluation,
-            [OWN_HEAD, DONOR_HEAD],
-            args.per_device_eval_batch_size,
-        )
+        return evaluate(accelerator, model, task.evaluation, heads, args.per_device_eval_batch_size)
 
     with receiver, logging_redirect_tqdm():
         while receiver.completed_steps < max_train_steps:
@@ -189,14 +194,16 @@ def main() -> None:
             batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
             for inputs, labels in batches:
                 with accelerator.accumulate(model):
-                    taught = [DONOR_HEAD] if receiver.taught_heads else []  # with a teacher
+                    taught = [name.removeprefix("heads.") for name in receiver.taught_heads]
                     inputs = to_dtype(inputs, dtype)
                     outputs = model(inputs, [OWN_HEAD, *taught])
                     # FSDP2 in mixed precision gives half precision.
                     logits = {head: output.to(dtype) for head, output in outputs.items()}
                     loss = F.cross_entropy(logits[OWN_HEAD], labels, reduction=args.loss_reduction)
-                    if taught:
-                        loss = loss + receiver.teacher_loss(logits[DONOR_HEAD], inputs)
+                    for head in taught:
+                        loss = loss + receiver.teacher_loss(
+                            logits[head], inputs, head=f"heads.{head}"
+                        )
                     receiver.backward(loss, num_samples=len(labels))
                     receiver.inject()
                     if accelerator.sync_gradients and args.max_grad_norm is not None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit.bundled import TASKS
+from toolkit.data import HEADS
 from toolkit.flag_types import (
     checkpointing_steps,
     non_negative_int,
@@ -20,7 +21,8 @@ from toolkit.optimizers import optimizer_arguments, rate_arguments
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 _TASK_HELP = {
-    "digits": "'digits': h1 tells the digit and has few labels, h2 tells a pair of digits",
+    "digits": "'digits': h1 tells the digit and has few labels, h2 a pair of digits, h3 whether "
+    "it is odd",
     "overlap": "'overlap': two overlaid digits, one for each head",
     "text": "'text': snippets of Python's sources; h1 tells the module and has few labels, h2 the "
     "chapter of the manual; needs transformers",
@@ -66,18 +68,19 @@ def data_arguments(tasks: Sequence[str] = TASKS) -> argparse.ArgumentParser:
     group.add_argument(
         "--num_classes",
         type=positive_int,
-        nargs=2,
+        nargs="+",
         metavar=("H1", "H2"),
-        help="classes of h1 and of h2 in data of your own; must be the same in both jobs",
+        help="classes of h1, h2 and, if there is one, h3 in data of your own; must be the same in "
+        "all jobs",
     )
     return parser
 
 
-def training_arguments(heads: Sequence[str] = ("h1", "h2")) -> argparse.ArgumentParser:
+def training_arguments(heads: Sequence[str] = HEADS) -> argparse.ArgumentParser:
     """How to train, what to record and where to write.
 
     Args:
-        heads: that the job trains.
+        heads: that the job can train.
     """
     parents = [step_arguments(), optimizer_arguments("AdamW", 5e-3), rate_arguments(heads)]
     parents.append(output_arguments())
@@ -240,6 +243,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """
     if args.dataset_name is not None and args.num_classes is None:
         parser.error("--dataset_name needs --num_classes H1 H2, the same in both jobs")
+    if args.num_classes is not None and not 2 <= len(args.num_classes) <= len(HEADS):
+        parser.error(f"--num_classes takes 2 to {len(HEADS)} numbers, got {len(args.num_classes)}")
     if args.dataset_name is None:
         own_data = ("dataset_config_name", "dataset_split", "eval_split", "image_column")
         for name in (*own_data, "label_column", "image_shape", "num_classes"):

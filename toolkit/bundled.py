@@ -28,7 +28,8 @@ def load_task(name: str, *, seed: int = 0) -> Task:
     """A bundled task.
 
     - ``digits``: ``h1`` tells the digit and has 80 labelled images; ``h2`` tells the pair of
-      digits (0 or 1, 2 or 3, ...) and has 1,200. The donor's coarse labels improve ``h1``.
+      digits (0 or 1, 2 or 3, ...) and has 1,200. The donor's coarse labels improve ``h1``. ``h3``
+      tells whether the digit is odd, for the same images as ``h2``.
     - ``overlap``: two digits overlaid. ``h1`` tells the upper left one, ``h2`` the lower right
       one; each silo has 2,000 images.
     - ``text``: see :func:`toolkit.text.text_task`.
@@ -54,12 +55,12 @@ def load_task(name: str, *, seed: int = 0) -> Task:
     order = rng.permutation(len(digits))
     if name == "digits":
         parts = np.split(order, [_NUM_DIGITS_H1, _NUM_DIGITS_H1 + _NUM_DIGITS_H2])
-        labels = {"h1": digits, "h2": digits // 2}
+        labels = {"h1": digits, "h2": digits // 2, "h3": digits % 2}
         samples = [
             (images[part, None], {head: column[part] for head, column in labels.items()})
             for part in parts
         ]
-        num_classes = {"h1": 10, "h2": 5}
+        num_classes = {"h1": 10, "h2": 5, "h3": 2}
     else:
         pools = np.split(order, np.cumsum(_OVERLAP_POOLS)[:-1])
         samples = [
@@ -76,8 +77,10 @@ def load_task(name: str, *, seed: int = 0) -> Task:
         build_model=partial(build_model, own_images.shape[1:]),
         num_classes=num_classes,
         train={
-            "h1": make_dataset(own_images, {"h1": own["h1"]}),
-            "h2": make_dataset(donor_images, {"h2": donor["h2"]}),
+            head: make_dataset(own_images, {head: own[head]})
+            if head == "h1"
+            else make_dataset(donor_images, {head: donor[head]})
+            for head in num_classes
         },
         evaluation=make_dataset(evaluation_images, evaluation),
     )

@@ -1,7 +1,7 @@
-"""Two silos of labelled samples, and the order in which a job reads its silo.
+"""Silos of labelled samples, and the order in which a job reads its silo.
 
-A silo holds samples and the labels of one head: the receiver's silo has labels for ``h1``, the
-donor's for ``h2``. For the bundled tasks see ``toolkit.bundled``, for data of one's own
+A silo holds samples and the labels of one head: the receiver's silo has labels for ``h1``, a
+donor's for ``h2`` or ``h3``. For the bundled tasks see ``toolkit.bundled``, for data of one's own
 ``toolkit.silos``.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol
@@ -25,6 +25,8 @@ from torch.utils.data import BatchSampler, TensorDataset
 
 from toolkit.models import MultiHeadModel
 
+# Those that data can have labels for: the receiver's own, then the donors'.
+HEADS = ("h1", "h2", "h3")
 # In an evaluation set: this sample has no label for this head.
 NO_LABEL = -1
 
@@ -59,6 +61,19 @@ class Task:
     train: dict[str, Dataset]
     evaluation: Dataset
 
+    def classes_of(self, heads: Collection[str]) -> dict[str, int]:
+        """``num_classes`` of these heads only.
+
+        Raises:
+            ValueError: for a head that the data have no labels for.
+        """
+        if absent := [head for head in heads if head not in self.num_classes]:
+            raise ValueError(
+                f"{self.name!r} has no labels for {absent[0]}, only for "
+                f"{', '.join(self.num_classes)}"
+            )
+        return {head: self.num_classes[head] for head in heads}
+
 
 def make_dataset(
     inputs: FloatArray | IntArray, labels: Mapping[str, FloatArray | IntArray]
@@ -90,6 +105,19 @@ def in_memory(dataset: Dataset, head: str) -> TensorDataset:
     """
     columns = dataset.with_format("torch", columns=["inputs", head])[:]
     return TensorDataset(columns["inputs"], columns[head])
+
+
+def take_shard(silo: Dataset, index: int, num_shards: int) -> Dataset:
+    """Every ``num_shards``-th row, from ``index`` on.
+
+    Data are often sorted by class: blocks of rows would give each donor classes of its own.
+
+    Raises:
+        ValueError: if there is no such row.
+    """
+    if index >= len(silo):
+        raise ValueError(f"shard {index}/{num_shards} is empty: there are {len(silo)} rows")
+    return silo.shard(num_shards=num_shards, index=index, contiguous=False)
 
 
 def to_dtype(inputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -174,6 +202,32 @@ def window_indices(
                 for batch in rank_batches[window]
                 for index in batch
             ]
+
+
+def shard_windows(
+    num_shards: int,
+    num_samples: int,
+    batch_size: int,
+    gradient_accumulation_steps: int,
+    num_processes: int,
+    seed: int,
+) -> Iterator[list[int]]:
+    """What :func:`window_indices` gives for as many jobs, each with its :func:`take_shard`.
+
+    Args:
+        num_shards: as many jobs there are; all are alike.
+        num_samples: rows of the whole silo; the other arguments are those of one job.
+
+    Yields:
+        Dataset indices in the whole silo, of all jobs' optimizer step.
+
+    Raises:
+        ValueError: if a shard is empty.
+    """
+    sizes = [len(range(index, num_samples, num_shards)) for index in range(num_shards)]
+    job = (batch_size, gradient_accumulation_steps, num_processes, seed)
+    for windows in zip(*(window_indices(size, *job) for size in sizes), strict=True):
+        yield [index + num_shards * row for index, window in enumerate(windows) for row in window]
 
 
 def endless_batches(

@@ -53,6 +53,17 @@ def weights(text: str) -> float | dict[str, float]:
     return {name.strip(): non_negative_float(value) for name, _, value in pairs}
 
 
+def shard(text: str) -> tuple[int, int]:
+    """One part of several: ``0/2`` is the first of two; its index and their number."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(
+            "expected INDEX/COUNT with INDEX from 0 to COUNT - 1, such as 0/2 and 1/2 for two "
+            f"parts, got {text!r}"
+        )
+    return int(index), int(count)
+
+
 def _number(
     text: str, convert: Callable[[str], float], accept: Callable[[float], bool], wanted: str
 ) -> int:

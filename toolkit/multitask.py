@@ -1,6 +1,6 @@
 """Several tasks for one backbone: what each is judged by, whose samples have which labels.
 
-- Two heads: each sample has a label for one of ``h1`` and ``h2``, as in the two jobs of a bridge.
+- Heads of a bridge: each sample has a label for one of them, as in its jobs.
 - ``pair``: two of scikit-learn's digits side by side; every sample has labels for five tasks, of
   which some are classes and some are numbers, whose losses differ in size and disagree.
 """
@@ -171,15 +171,19 @@ class Tasks:
         return {self.kinds[name].tag.format(name): value for name, value in values.items()}
 
 
-def two_heads(task: Task) -> Tasks:
-    """One silo for each head."""
-    heads = tuple(task.num_classes)
+def one_silo_each(task: Task, heads: Sequence[str]) -> Tasks:
+    """These heads, each with a silo of its own.
+
+    Raises:
+        ValueError: for a head that the data have no labels for.
+    """
+    num_classes = task.classes_of(heads)
     return Tasks(
         kinds=dict.fromkeys(heads, CLASSES),
         silos=[in_memory(task.train[head], head) for head in heads],
         silo_tasks=[(head,) for head in heads],
         evaluation=task.evaluation,
-        build_model=lambda seed: task.build_model(task.num_classes, seed=seed),
+        build_model=lambda seed: task.build_model(num_classes, seed=seed),
     )
 
 

@@ -30,7 +30,7 @@ _REFUSED = {
 # Given by flags of their own, or of use in a CUDA graph or a differentiated step only.
 _NOT_SETTINGS = {"params", "lr", "foreach", "fused", "capturable", "differentiable"}
 # The flag with a part's own learning rate.
-_RATE_FLAGS = {"backbone": "lr_backbone", "h1": "lr_head1", "h2": "lr_head2"}
+_RATE_FLAGS = {"backbone": "lr_backbone", "h1": "lr_head1", "h2": "lr_head2", "h3": "lr_head3"}
 
 
 def optimizer_arguments(
@@ -83,7 +83,7 @@ def rate_arguments(heads: Sequence[str]) -> argparse.ArgumentParser:
     """A learning rate for each part of the model: a parent for ``argparse.ArgumentParser``.
 
     Args:
-        heads: that the job trains, of ``h1`` and ``h2``.
+        heads: that the job can train, of ``h1``, ``h2`` and ``h3``.
     """
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument_group("learning rates of parts").add_argument
@@ -145,9 +145,16 @@ def parameter_groups(args: argparse.Namespace, network: MultiHeadModel) -> list[
         args: with ``learning_rate`` and, for parts that have one, the flags of
             ``rate_arguments()``.
         network: before ``prepare``.
+
+    Raises:
+        ValueError: for the learning rate of a part that the network does not have.
     """
     groups = []
-    for name, part in (("backbone", network.backbone), *network.heads.items()):
+    parts = {"backbone": network.backbone, **network.heads}
+    for name, flag in _RATE_FLAGS.items():
+        if name not in parts and getattr(args, flag, None) is not None:
+            raise ValueError(f"--{flag} is of a part that this job does not train: {name}")
+    for name, part in parts.items():
         rate = getattr(args, _RATE_FLAGS[name], None) if name in _RATE_FLAGS else None
         rate = args.learning_rate if rate is None else rate
         groups.append({"name": name, "params": list(part.parameters()), "lr": rate})

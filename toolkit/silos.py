@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from PIL import Image
 
 from toolkit.bundled import load_task
-from toolkit.data import NO_LABEL, FloatArray, Task, check_labels, make_dataset
+from toolkit.data import HEADS, NO_LABEL, FloatArray, Task, check_labels, make_dataset
 from toolkit.models import build_model
 
 # What `load_dataset` calls the format of a single file, by suffix.
@@ -58,7 +58,9 @@ def load_data(args: argparse.Namespace, *heads: str) -> Task:
     """
     if args.dataset_name is None:
         return load_task(args.task, seed=args.seed)
-    num_classes = dict(zip(("h1", "h2"), args.num_classes, strict=True))
+    num_classes = dict(zip(HEADS, args.num_classes, strict=False))
+    if absent := [head for head in heads if head not in num_classes]:
+        raise ValueError(f"--num_classes has no number for {absent[0]}: give one for each head")
     sources = {}
     for head, prefix in zip(heads, ("", "donor_"), strict=False):
         sources[head] = SiloSource(

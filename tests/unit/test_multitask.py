@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from toolkit.bundled import load_task
-from toolkit.multitask import CLASSES, NUMBER, PAIR_TASKS, YES_OR_NO, Tasks, digit_pair, two_heads
+from toolkit.multitask import (
+    CLASSES,
+    NUMBER,
+    PAIR_TASKS,
+    YES_OR_NO,
+    Tasks,
+    digit_pair,
+    one_silo_each,
+)
 from toolkit.training import evaluate
 
 
@@ -57,7 +65,7 @@ def test_seeds_give_other_pairs(pair: Tasks) -> None:
 
 @pytest.mark.parametrize("name", ["pair", "digits"])
 def test_ranks_share_a_step(pair: Tasks, name: str) -> None:
-    tasks = pair if name == "pair" else two_heads(load_task("digits", seed=3))
+    tasks = pair if name == "pair" else one_silo_each(load_task("digits", seed=3), ["h1", "h2"])
     window = [[5, 3, 8, 1, 9]] if name == "pair" else [[7], [2, 4, 6]]
     predict = tasks.build_model(3)
     whole = tasks.batch(window, 0, 1)
@@ -70,7 +78,7 @@ def test_ranks_share_a_step(pair: Tasks, name: str) -> None:
 
 
 def test_losses_are_of_the_labelled_samples() -> None:
-    tasks = two_heads(load_task("digits", seed=3))
+    tasks = one_silo_each(load_task("digits", seed=3), ["h1", "h2"])
     batch = tasks.batch([[7, 11], [2, 4, 6]], 0, 1)
     logits = tasks.build_model(3)(batch.inputs)
     (_, own), (_, donor) = tasks.silos[0][[7, 11]], tasks.silos[1][[2, 4, 6]]

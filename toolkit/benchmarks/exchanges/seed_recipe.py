@@ -98,7 +98,7 @@ def main() -> None:
     set_seed(args.seed)
     task = load_data(args, own_head)
     dtype = getattr(torch, args.dtype)
-    model: Any = task.build_model(task.num_classes, seed=args.seed).to(dtype)
+    model: Any = task.build_model(task.classes_of(["h1", "h2"]), seed=args.seed).to(dtype)
     optimizer: Any = build_optimizer(args, parameter_groups(args, model))
     dataloader: Any = DataLoader(
         in_memory(task.train[own_head], own_head),

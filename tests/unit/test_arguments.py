@@ -53,6 +53,8 @@ def test_values() -> None:
         ("--seed -1", "whole number of at least 0"),
         ("--checkpointing_steps often", "a number of steps, or 'epoch', got 'often'"),
         ("--dataset_name x", "--num_classes H1 H2"),
+        ("--dataset_name x --num_classes 2", "--num_classes takes 2 to 3 numbers, got 1"),
+        ("--dataset_name x --num_classes 2 3 4 5", "--num_classes takes 2 to 3 numbers, got 4"),
         ("--num_classes 2 3", "--num_classes is about data of your own"),
         ("--image_shape 1 8 8", "--image_shape is about data of your own"),
         ("--image_column picture", "--image_column is about data of your own"),

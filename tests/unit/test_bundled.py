@@ -23,7 +23,8 @@ def test_columns(name: str) -> None:
     task = load_task(name)
     assert task.train["h1"].column_names == ["inputs", "h1"]
     assert task.train["h2"].column_names == ["inputs", "h2"]
-    assert task.evaluation.column_names == ["inputs", "h1", "h2"]
+    heads = ["h1", "h2", "h3"] if name == "digits" else ["h1", "h2"]
+    assert task.evaluation.column_names == ["inputs", *heads]
     for images in rows(task):
         assert images.shape[1:] == ((1, 8, 8) if name == "digits" else (1, 12, 12))
         assert images.dtype == torch.float32
@@ -60,6 +61,21 @@ def test_split_follows_the_seed() -> None:
     first, same, other = (load_task("digits", seed=seed) for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(rows(first), rows(same), strict=True))
     assert not torch.equal(rows(first)[0], rows(other)[0])
+
+
+def test_h3_of_digits_tells_what_h2_does_not() -> None:
+    task = load_task("digits")
+    pairs, odd = (task.train[head][:] for head in ("h2", "h3"))
+    assert torch.equal(pairs["inputs"], odd["inputs"])
+    assert set(odd["h3"].tolist()) == {0, 1}
+    rest = task.evaluation[:]
+    assert torch.equal(2 * rest["h2"] + rest["h3"], rest["h1"])
+
+
+def test_a_head_without_labels() -> None:
+    assert load_task("digits").classes_of(["h3", "h1"]) == {"h3": 2, "h1": 10}
+    with pytest.raises(ValueError, match="'overlap' has no labels for h3, only for h1, h2"):
+        load_task("overlap").classes_of(["h1", "h3"])
 
 
 def test_unknown_task() -> None:

@@ -17,6 +17,8 @@ from toolkit.data import (
     check_labels,
     in_memory,
     make_dataset,
+    shard_windows,
+    take_shard,
     to_dtype,
     window_indices,
     windows_per_epoch,
@@ -46,6 +48,44 @@ def test_check_labels_names_row_head_and_remedy(bad: object) -> None:
     check_labels([0, np.int64(4), 2], 5, "h2")
     with pytest.raises(ValueError, match=r"in row 2 .* head 'h2'.* from 0 to 4.*--num_classes"):
         check_labels([0, np.int64(4), bad], 5, "h2")
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 4, 9])
+def test_shards_are_disjoint_and_cover_everything(num_shards: int) -> None:
+    silo = make_dataset(IMAGES, {"h2": np.arange(9)})
+    shards = [in_memory(take_shard(silo, i, num_shards), "h2")[:] for i in range(num_shards)]
+    labels = [label for _, part in shards for label in part.tolist()]
+    assert sorted(labels) == list(range(9))
+    for images, part in shards:
+        assert torch.equal(images, torch.from_numpy(IMAGES[part]))
+        assert len(part) - 9 // num_shards in (0, 1)
+
+
+def test_shards_of_sorted_labels_have_all_classes() -> None:
+    silo = make_dataset(IMAGES, {"h2": np.repeat(np.arange(3), 3)})
+    for index in range(2):
+        assert set(in_memory(take_shard(silo, index, 2), "h2")[:][1].tolist()) == {0, 1, 2}
+
+
+def test_an_empty_shard_is_refused() -> None:
+    silo = make_dataset(IMAGES, {"h2": np.arange(9)})
+    with pytest.raises(ValueError, match="shard 9/10 is empty: there are 9 rows"):
+        take_shard(silo, 9, 10)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_windows_of_shards(num_shards: int) -> None:
+    silo = make_dataset(np.zeros((83, 1, 1, 1), dtype=np.float32), {"h2": np.arange(83)})
+    shards = [
+        in_memory(take_shard(silo, index, num_shards), "h2")[:][1] for index in range(num_shards)
+    ]
+    jobs = [window_indices(len(shard), 4, 2, 2, 11) for shard in shards]
+    for window in islice(shard_windows(num_shards, 83, 4, 2, 2, 11), 20):
+        assert window == [
+            row
+            for shard, job in zip(shards, jobs, strict=True)
+            for row in shard[next(job)].tolist()
+        ]
 
 
 @pytest.fixture

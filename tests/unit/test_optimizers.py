@@ -124,6 +124,16 @@ def test_that_every_part_has_its_own_rate_and_keeps_its_ratio() -> None:
     assert len(optimizer.param_groups) == 3
 
 
+def test_that_a_rate_of_a_part_that_is_not_there_is_refused() -> None:
+    args = rate_arguments(["h2", "h3"]).parse_args(["--lr_head2", "0.1", "--lr_head3", "0.2"])
+    args.learning_rate = 1.0
+    network = build_model((1, 8, 8), {"h3": 2}, seed=0)
+    with pytest.raises(ValueError, match="--lr_head2 is of a part .* does not train: h2"):
+        parameter_groups(args, network)
+    args.lr_head2 = None
+    assert [group["lr"] for group in parameter_groups(args, network)] == [1.0, 0.2]
+
+
 def test_that_parts_without_a_flag_have_the_common_rate() -> None:
     _, rates = train_parts()
     assert rates == [{"train/learning rate": rate} for rate in (0.0, 0.25, 0.5, 0.25)]

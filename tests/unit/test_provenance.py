@@ -19,6 +19,7 @@ EVERY_KIND = [
     "--max_staleness=3", "--aggregate=pcgrad", "--keep_payloads", "--output_dir=-strange name",
     "--checkpointing_steps=epoch", "--donor_weight=1e-3", "--run=-mine", "--lr_head2=0.25",
     "--optimizer=sgd", "--optimizer_args", "momentum=0.9", "nesterov=True",
+    "--donor_heads", "h3", "h2",
 ]  # fmt: skip
 OWN_DATA = [
     "--dataset_name=own.parquet", "--num_classes", "10", "5", "--image_shape", "1", "8", "9",

@@ -122,7 +122,7 @@ def parse_arguments() -> argparse.Namespace:
     try:
         check_rule(args.rescale, args.loss_reduction)
         weights = BridgeConfig(donor_weight=args.donor_weight)
-        args.donor_weight = {head: weights.weight_of(f"heads.{head}") for head in args.heads[1:]}
+        args.donor_weights = {head: weights.weight_of(f"heads.{head}") for head in args.heads[1:]}
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -167,7 +167,7 @@ def loss_factors(args: argparse.Namespace, num_labels: Sequence[int]) -> Sequenc
         args.loss_reduction,
         number,
         dict(zip(args.heads[1:], of_donors, strict=True)),
-        args.donor_weight,
+        args.donor_weights,
     )
     return own, *donors.values()
 

@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
         ],
         formatter_class=DefaultsFormatter,
     )
-    parser.add_argument(
+    parser.add_argument_group("donors").add_argument(
         "--donor_heads",
         nargs="+",
         choices=HEADS[1:],

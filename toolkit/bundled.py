@@ -72,16 +72,13 @@ def load_task(name: str, *, seed: int = 0) -> Task:
         for _, columns in samples:
             check_labels(columns[head], size, head)
     (own_images, own), (donor_images, donor), (evaluation_images, evaluation) = samples
+    train = {"h1": make_dataset(own_images, {"h1": own["h1"]})}
+    train |= {h: make_dataset(donor_images, {h: donor[h]}) for h in num_classes if h != "h1"}
     return Task(
         name=name,
         build_model=partial(build_model, own_images.shape[1:]),
         num_classes=num_classes,
-        train={
-            head: make_dataset(own_images, {head: own[head]})
-            if head == "h1"
-            else make_dataset(donor_images, {head: donor[head]})
-            for head in num_classes
-        },
+        train=train,
         evaluation=make_dataset(evaluation_images, evaluation),
     )
 

@@ -65,12 +65,12 @@ class Task:
         """``num_classes`` of these heads only.
 
         Raises:
-            ValueError: for a head that the data have no labels for.
+            ValueError: for a head that the data have no classes for.
         """
         if absent := [head for head in heads if head not in self.num_classes]:
             raise ValueError(
-                f"{self.name!r} has no labels for {absent[0]}, only for "
-                f"{', '.join(self.num_classes)}"
+                f"{self.name!r} has classes for {', '.join(self.num_classes)}, none for "
+                f"{absent[0]}: take another --task, or give --num_classes a number for each head"
             )
         return {head: self.num_classes[head] for head in heads}
 

@@ -175,7 +175,7 @@ def one_silo_each(task: Task, heads: Sequence[str]) -> Tasks:
     """These heads, each with a silo of its own.
 
     Raises:
-        ValueError: for a head that the data have no labels for.
+        ValueError: for a head that the data have no classes for.
     """
     num_classes = task.classes_of(heads)
     return Tasks(

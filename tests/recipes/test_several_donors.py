@@ -81,12 +81,7 @@ def test_shards_of_data_of_ones_own(recipes: Recipes, tmp_path: Path) -> None:
     assert "Num examples = 3\n" in job.output()
     results = recipes.results("0001", "donor")
     assert list(results["accuracies (%)"]) == ["h3"]
-    for part, phrase in (
-        (["--shard", "7/8"], "shard 7/8 is empty: there are 7 rows"),
-        (["--num_classes", 10, 5], "--num_classes has no number for h3"),
-        (["--lr_head2", 1], "--lr_head2 is of a part that this job does not train: h2"),
-    ):
-        refused = recipes(DONOR, *flags, *part)
-        assert refused.wait(TIMEOUT, check=False) != 0
-        assert f"error: {phrase}" in refused.output()
-        assert "Traceback" not in refused.output().partition("error: ")[0]
+    refused = recipes(DONOR, *flags, "--shard", "7/8")
+    assert refused.wait(TIMEOUT, check=False) != 0
+    assert "error: shard 7/8 is empty: there are 7 rows" in refused.output()
+    assert "Traceback" not in refused.output().partition("error: ")[0]

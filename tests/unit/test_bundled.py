@@ -74,7 +74,7 @@ def test_h3_of_digits_tells_what_h2_does_not() -> None:
 
 def test_a_head_without_labels() -> None:
     assert load_task("digits").classes_of(["h3", "h1"]) == {"h3": 2, "h1": 10}
-    with pytest.raises(ValueError, match="'overlap' has no labels for h3, only for h1, h2"):
+    with pytest.raises(ValueError, match="'overlap' has classes for h1, h2, none for h3: take"):
         load_task("overlap").classes_of(["h1", "h3"])
 
 

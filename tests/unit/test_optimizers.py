@@ -128,7 +128,7 @@ def test_that_a_rate_of_a_part_that_is_not_there_is_refused() -> None:
     args = rate_arguments(["h2", "h3"]).parse_args(["--lr_head2", "0.1", "--lr_head3", "0.2"])
     args.learning_rate = 1.0
     network = build_model((1, 8, 8), {"h3": 2}, seed=0)
-    with pytest.raises(ValueError, match="--lr_head2 is of a part .* does not train: h2"):
+    with pytest.raises(ValueError, match=r"--lr_head2 is of a part .* does not train: h2"):
         parameter_groups(args, network)
     args.lr_head2 = None
     assert [group["lr"] for group in parameter_groups(args, network)] == [1.0, 0.2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import datasets
@@ -12,7 +13,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from toolkit.data import NO_LABEL
-from toolkit.silos import SiloSource, load_silo, own_task, to_pixels
+from toolkit.silos import SiloSource, load_data, load_silo, own_task, to_pixels
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 LABELS = [2, 0, 1]
@@ -101,6 +102,12 @@ def test_own_task_without_evaluation(tmp_path: Path) -> None:
     assert task.train["h1"].features["inputs"].shape == (1, 6, 8)
     assert list(task.train) == ["h1", "h2"]
     assert len(task.evaluation) == 0
+
+
+def test_a_head_without_a_number_of_classes() -> None:
+    args = argparse.Namespace(dataset_name="x", num_classes=[3, 2])
+    with pytest.raises(ValueError, match="--num_classes has no number for h3"):
+        load_data(args, "h3")
 
 
 def test_missing_column(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def main() -> None:
         # This job's own loss does not use donors' heads: DDP must not wait for their gradients.
         # FSDP2 never does, but has to know from the first that a teacher may give it one.
         is_sharded = accelerator.distributed_type == DistributedType.FSDP
-        teaches_sharded = is_sharded and args.exchange == "distill"
+        teaches_sharded = is_sharded and args.exchange in ("auto", "distill")
         for head in args.donor_heads:
             model.heads[head].requires_grad_(teaches_sharded)
         optimizer = build_optimizer(args, parameter_groups(args, model))
@@ -143,7 +143,7 @@ def main() -> None:
     checkpoint = checkpoint_to_resume(args, "receiver")
 
     def build_teacher() -> OneHead:
-        (head,) = args.donor_heads  # the bridge refuses one factory for several
+        (head,) = args.donor_heads
         return OneHead(task.build_model(task.classes_of([head]), seed=args.seed).to(dtype), head)
 
     receiver = GradientReceiver(
@@ -158,7 +158,8 @@ def main() -> None:
             checkpoints_kept=args.checkpoints_total_limit,
         ),
         head=[f"heads.{head}" for head in args.donor_heads],
-        teacher_factory=build_teacher if teaches_sharded else None,  # FSDP2's parts have no copies
+        # FSDP2's parts have no copies; a factory is of one head.
+        teacher_factory=build_teacher if teaches_sharded and len(args.donor_heads) == 1 else None,
     )
     output_dir = args.output_dir or receiver.output_dir
     start_tracking(accelerator, output_dir, vars(args), [f"accuracy/{head} (%)" for head in heads])

@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     if len(set(args.donor_heads)) < len(args.donor_heads):
         parser.error(f"--donor_heads names a head twice: {' '.join(args.donor_heads)}")
     check_arguments(parser, args)
-    check_bridge_arguments(parser, args)
+    check_bridge_arguments(parser, args, [f"heads.{head}" for head in args.donor_heads])
     return args
 
 

@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import datasets
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from recipes import donor, joint, receiver
 from tests.oracle import largest_difference
 from tests.recipes.running import DONOR, JOINT, RECEIVER, TIMEOUT, Recipes
 
 STEPS = 50  # more than an epoch of a shard, whose last batch is a short one
 SHARDS = {"east": ["--shard", "0/2"], "west": ["--shard", "1/2"]}
 PARITY = {"parity": ["--head", "h3"]}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "message"),
+    [
+        (receiver, "--donor_heads h2 h2", "--donor_heads names a head twice: h2 h2"),
+        (receiver, "--donor_heads h1", "invalid choice: 'h1'"),
+        (
+            receiver,
+            "--donor_heads h2 h3 --donor_weight heads.h2=1",
+            "donor_weight has no 'heads.h3', only ['heads.h2']",
+        ),
+        (donor, "--shard 2/2", "argument --shard: expected INDEX/COUNT"),
+        (joint, "--donors h2 h3 --donor_weight heads.h2=1", "donor_weight has no 'heads.h3'"),
+        (joint, "--task pair --donors h3", "--donors is about two jobs' data"),
+        (
+            joint,
+            "--dataset_name x --donor_dataset_name y --num_classes 9 8 7 --donors h2 h3",
+            "--donor_dataset_name is of one head",
+        ),
+    ],
+)
+def test_flags_that_make_no_sense(
+    recipe: ModuleType,
+    flags: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [recipe.__name__, *flags.split()])
+    with pytest.raises(SystemExit):
+        recipe.parse_arguments()
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -25,8 +61,8 @@ def test_shards_of_one_head_and_another_head_equal_joint(recipes: Recipes) -> No
         name: recipes(DONOR, "--donor_name", name, "--per_device_train_batch_size", 22, *part)
         for name, part in donors.items()
     }
-    receiver = recipes(RECEIVER, *flags, "--num_donors", 3, "--donor_heads", "h2", "h3")
-    for job in (receiver, *jobs.values()):
+    jobs["receiver"] = recipes(RECEIVER, *flags, "--num_donors", 3, "--donor_heads", "h2", "h3")
+    for job in jobs.values():
         job.wait(TIMEOUT)
     for name, size in {"east": 600, "west": 600, "parity": 1200}.items():
         assert f"Num examples = {size}\n" in jobs[name].output()
@@ -46,8 +82,8 @@ def test_shards_of_one_head_and_another_head_equal_joint(recipes: Recipes) -> No
     wanted |= {f"train/learning rate {part}" for part in ("backbone", *accuracies)}
     assert wanted <= set(curves.Tags()["scalars"])
 
-    joint = ["--donors", "h2", "h2", "h3", "--donor_batch_size", 22]
-    recipes(JOINT, *flags, *joint, "--output_dir", recipes.path("joint")).wait(TIMEOUT)
+    flags += ["--donors", "h2", "h2", "h3", "--donor_batch_size", 22]
+    recipes(JOINT, *flags, "--output_dir", recipes.path("joint")).wait(TIMEOUT)
     weights = recipes.weights("0001", "receiver")
     assert largest_difference(weights, recipes.weights("joint")) <= 1e-12
 

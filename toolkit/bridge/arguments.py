@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -224,10 +225,21 @@ def receiver_arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def check_bridge_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with the parser's error for bridge settings that are out of range or contradict."""
+def check_bridge_arguments(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, heads: Iterable[str] = ()
+) -> None:
+    """End with the parser's error for bridge settings that are out of range or contradict.
+
+    Args:
+        parser: for the error.
+        args: what it parsed.
+        heads: of the donors, each of which needs a weight.
+    """
     try:
-        bridge_config(args, run=None)  # a checkpoint knows its run, which the recipes leave out
+        # A checkpoint knows its run, which the recipes leave out.
+        config = bridge_config(args, run=None)
+        for head in heads:
+            config.weight_of(head)
     except ValueError as error:
         parser.error(str(error))
 

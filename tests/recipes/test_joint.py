@@ -51,7 +51,7 @@ def run(launcher: Launcher, tmp_path: Path) -> Run:
 def by_hand(rule: str, reduction: str) -> dict[str, Tensor]:
     """The same training in the plainest way."""
     task = load_task("digits", seed=5)
-    model = task.build_model(task.num_classes, seed=5).double()
+    model = task.build_model(task.classes_of(["h1", "h2"]), seed=5).double()
     own_data, donor_data = (in_memory(task.train[head], head) for head in ("h1", "h2"))
     windows = zip(
         window_indices(len(own_data), 7, 2, 2, seed=5),

@@ -110,13 +110,13 @@ def test_a_donor_that_comes_when_the_receiver_is_already_alone(
         process.suspend()
     donor = recipes(DONOR, *common)
     stream = {"distill": "donor.weights", "head": "donor"}.get(exchange)
-    there = "*/heartbeat" if stream is None else f"{stream}/records/*"
+    there = "donor/heartbeat" if stream is None else f"{stream}/records/*"
     bridge = recipes.path("late", "bridge")
-    wait_until(lambda: set(bridge.glob(there)) - {bridge / "receiver" / "heartbeat"}, "the donor")
+    wait_until(lambda: list(bridge.glob(there)), "the donor")
     for process in processes:
         process.resume()
     output = end(first)
-    assert "the receiver has ended" not in end(donor) or True
+    end(donor)
     results = check_sums(recipes, "late", exchange, num_steps)
     assert output.count("TRAINING ALONE") == 1
     assert 0 < results["steps_alone"] < num_steps
@@ -161,9 +161,7 @@ def test_both_at_once(recipes: Recipes, exchange: str) -> None:
 def test_a_donor_that_is_killed_half_way(recipes: Recipes, exchange: str) -> None:
     num_steps = 1200
     donor = recipes(DONOR, *flags(exchange))
-    receiver = recipes(
-        RECEIVER, *flags(exchange), "--peer_wait", 3, "--max_train_steps", num_steps
-    )
+    receiver = recipes(RECEIVER, *flags(exchange), "--peer_wait", 3, "--max_train_steps", num_steps)
     ledger = recipes.path("0001", "bridge", "receiver", "ledger-0001.jsonl")
     half_way: dict[str, Callable[[], object]] = {
         "distill": lambda: "the donor teaches" in receiver.output()

@@ -108,7 +108,7 @@ def main() -> None:
         # This job's own loss does not use the donor's head: DDP must not wait for its gradient.
         # FSDP2 never does, but has to know from the first that a teacher may give it one.
         is_sharded = accelerator.distributed_type == DistributedType.FSDP
-        teaches_sharded = is_sharded and args.exchange == "distill"
+        teaches_sharded = is_sharded and args.exchange in ("auto", "distill")
         model.heads[DONOR_HEAD].requires_grad_(teaches_sharded)
         optimizer = build_optimizer(args, parameter_groups(args, model))
     dataloader = DataLoader(

@@ -62,6 +62,16 @@ class Jobs:
         )  # fmt: skip
         transport.publish(role, sequence, lambda path: write_record(path, header, {}))
 
+    def leave_weights(self, attachment: Attachment) -> None:
+        """As a donor does that has trained by itself."""
+        transport = DirectoryTransport(attachment.run_dir / "bridge")
+        transport.open_stream("donor.weights")
+        header = Header(
+            kind="weights", run_id=attachment.run_id, job="donor.weights", sequence=0, attempt=1,
+            receiver_step=0, weights_digest="",
+        )  # fmt: skip
+        transport.publish("donor.weights", 0, lambda path: write_record(path, header, {}))
+
     def kill_all(self) -> None:
         for heart in self.hearts:
             heart.stop()

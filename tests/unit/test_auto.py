@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tests.unit.jobs import ReceiverAlone, batches, reset
 
 HEAD = "heads.h2"
+MARK = "teacher/heads.h2 at work"
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +36,16 @@ def start(tmp_path: Path) -> Iterator[Callable[..., ReceiverAlone]]:
         job.receiver.close()
 
 
-def step(job: ReceiverAlone, donates: bool = False) -> float | None:
-    """One step, for which the donor has a gradient or not; what the teacher's loss was."""
+def step(job: ReceiverAlone, donates: bool = False, asks: bool = True) -> float | None:
+    """One step, for which the donor has a gradient or not; what the teacher's loss was.
+
+    ``asks``: whether the loop knows of teachers.
+    """
     inputs, labels = next(batches("h1", [7]))
     receiver, loss_of_teacher = job.receiver, None
     with job.accelerator.accumulate(job.model):
         loss = F.cross_entropy(job.network(inputs, "h1"), labels)
-        if HEAD in receiver.taught_heads:
+        if asks and HEAD in receiver.taught_heads:
             part = receiver.teacher_loss(job.network(inputs, "h2"), inputs)
             loss_of_teacher = float(part.detach())
             loss = loss + part
@@ -71,6 +75,7 @@ def test_that_a_teacher_stands_in_for_a_donor_that_ended_until_it_is_back(
     assert all(loss is not None and loss > 0 for loss in losses[1:]), "the backbone has moved"
     assert not torch.equal(job.network.get_parameter("heads.h2.weight"), before)
     assert job.receiver.steps_alone == 1
+    assert job.receiver.metrics[MARK] == 1.0
 
     job.receiver.transport.beat("donor", 1)  # it is back, and weights are published for it
     assert step(job) is not None
@@ -79,6 +84,7 @@ def test_that_a_teacher_stands_in_for_a_donor_that_ended_until_it_is_back(
     assert not job.receiver.taught_heads
     assert not job.network.get_parameter("heads.h2.weight").requires_grad
     assert step(job, donates=True) is None
+    assert job.receiver.metrics[MARK] == 0.0
     fates = job.receiver.fates()
     assert (fates["applied"], fates["dropped"]) == (4, 1), "an answer to weights that are past"
 
@@ -107,3 +113,69 @@ def test_that_the_teacher_is_the_receiver_as_it_was(start: Callable[..., Receive
         student = F.log_softmax(job.network(inputs, "h2"), dim=-1)
         expected = 0.7 * F.kl_div(student, memory, log_target=True, reduction="batchmean")
     assert step(job) == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_that_a_donor_that_leaves_again_leaves_a_new_memory(
+    start: Callable[..., ReceiverAlone],
+) -> None:
+    job = start()
+    for _ in range(2):
+        step(job, donates=True)
+        job.donate(None, kind="end")
+        assert step(job) is None
+        assert step(job) == pytest.approx(0.0, abs=1e-12), "the head as it is now, not as it was"
+        for _ in range(3):
+            assert step(job)
+        job.receiver.transport.beat("donor", job.receiver.completed_steps)
+        step(job)
+        job.donate(job.constant(0.1))
+        step(job)
+        assert not job.receiver.taught_heads
+
+
+def test_that_a_loop_without_teachers_trains_alone_and_says_so(
+    start: Callable[..., ReceiverAlone], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = start()
+    step(job, donates=True, asks=False)
+    job.donate(None, kind="end")
+    for _ in range(3):
+        step(job, asks=False)
+    assert (job.receiver.steps_alone, job.receiver.steps_taught) == (3, 0)
+    assert job.receiver.taught_heads == ()
+    assert not job.network.get_parameter("heads.h2.weight").requires_grad
+    assert "the training loop does not add receiver.teacher_loss()" in caplog.text
+
+
+def test_that_a_model_without_copies_goes_on_alone(
+    start: Callable[..., ReceiverAlone], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = start()
+    step(job, donates=True)
+    hidden = next(job.network.backbone.parameters()) * 1.0  # no leaf, and no copy of it
+    job.network.backbone.register_buffer("hidden", hidden, persistent=False)
+    job.donate(None, kind="end")
+    for _ in range(3):
+        assert step(job) is None
+    assert job.receiver.steps_alone == 3
+    assert "cannot be copied for a teacher" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings", [{"keep_payloads": True}, {"scope": "head"}, {"aggregate": "pcgrad"}], ids=str
+)
+def test_where_no_teacher_can_stand_in(
+    start: Callable[..., ReceiverAlone],
+    settings: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    job = start(**settings)
+    assert "no teacher will stand in for a donor that goes away" in caplog.text
+    step(job, donates=True)
+    job.donate(None, kind="end")
+    assert step(job) is None
+    assert step(job) is None
+    assert job.receiver.taught_heads == ()
+    assert job.receiver.steps_alone == 2
+    assert job.receiver.fates()["applied"] == 1

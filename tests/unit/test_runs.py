@@ -14,7 +14,7 @@ import pytest
 
 from tests.unit.starts import PEER, SCHEMAS, Jobs
 from toolkit.bridge import liveness, runs
-from toolkit.bridge.config import Role
+from toolkit.bridge.config import Exchange, Role
 from toolkit.bridge.runs import Attachment, has_ended
 from toolkit.bridge.transport import DirectoryTransport
 
@@ -70,6 +70,20 @@ def test_that_nobody_joins_a_job_that_has_ended(jobs: Jobs, role: Role) -> None:
     assert not has_ended(first.run_dir, PEER[role])
 
     assert jobs.start(PEER[role]).run_dir.name == "0002"
+
+
+@pytest.mark.parametrize(
+    ("exchange", "joined"), [("auto", True), ("distill", True), ("head", True), ("delta", False)]
+)
+def test_that_a_receiver_joins_a_donor_that_has_left_its_weights(
+    jobs: Jobs, exchange: Exchange, joined: bool
+) -> None:
+    terms = {"exchange": exchange}
+    donor = jobs.start("donor", terms, beats=False, exchange=exchange)
+    jobs.leave_weights(donor)
+    jobs.publish(donor, "donor")
+    receiver = jobs.start("receiver", terms, exchange=exchange)
+    assert (receiver.run_dir == donor.run_dir) is joined
 
 
 def test_that_only_the_newest_record_can_be_an_end(jobs: Jobs) -> None:

@@ -347,7 +347,7 @@ def test_that_a_copied_teacher_is_in_eval_mode_and_leaves_the_student_alone() ->
     shared = shared_parameters(model, "backbone", ["heads.h1", HEAD])
     teacher = copy_teacher(Accelerator(cpu=True), model, shared, "backbone", HEAD)
     of_donor = shared_parameters(trained, "backbone", [HEAD]).weights
-    assert set(teacher._tensors) == set(of_donor)
+    assert set(teacher.tensors) == set(of_donor)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     teacher.copy_(of_donor)
     inputs = torch.randn(7, 4)

@@ -38,7 +38,7 @@ class BridgeConfig:
     resume_from_checkpoint: str | Path | None = None  # reattach to the run of this checkpoint
     # What crosses. At the receiver's weights: gradients, or the difference that local steps make
     # (delta). At the donor's own: its weights (distill), or gradients of its head (head).
-    exchange: Exchange = "gradient"
+    exchange: Exchange = "auto"
     scope: Scope = "all"  # what of it: backbone and head, or the head's only
     max_staleness: int = 0  # receiver steps that a payload may come late; 0: lockstep
     stale: StaleRule = "apply"  # receiver: what becomes of one that comes late (staleness.py)

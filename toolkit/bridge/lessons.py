@@ -14,12 +14,13 @@ import logging
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from toolkit.bridge.accumulation import Window
 from toolkit.bridge.config import BridgeConfig
 from toolkit.bridge.errors import SchemaMismatchError
 from toolkit.bridge.liveness import Wait
+from toolkit.bridge.teacher import TeacherFactory
 from toolkit.bridge.teachers import Offer, Teachers
 from toolkit.distillation import kl_loss, mse_loss
 from toolkit.parameters import SharedParameters
@@ -46,6 +47,7 @@ class Lessons:
 
     Attributes:
         taught_heads: the heads that have a teacher in the present window, alike on all ranks.
+        were_asked: whether any rank asked for a loss in the newest closed window.
 
     Raises:
         ValueError: if ``config.donor_weight`` names heads, and not all of them.
@@ -69,6 +71,8 @@ class Lessons:
         self.taught_heads: tuple[str, ...] = ()
         self._fresh: dict[str, Tensor] = {}  # of the micro-batch that backward() has not seen yet
         self._sums: dict[str, Tensor] = {}
+        self._num_losses = 0  # asked for in this window on this rank
+        self.were_asked = False
 
     # -- who teaches --------------------------------------------------------------------------
 
@@ -119,6 +123,9 @@ class Lessons:
             alone: these heads, the same on all ranks.
             trained: those that some donor has trained in this run.
             step: the receiver's completed steps.
+
+        Raises:
+            BridgeError: on all ranks, if a teacher cannot be made.
         """
         for head in self._shared.heads:
             was_alone = head in self.teachers.at_work
@@ -139,6 +146,12 @@ class Lessons:
         if not was_skipped:
             self.teachers.count_step()
         self.teachers.refresh()
+        self._change()
+
+    def end(self) -> None:
+        """No teacher any more: take all heads out of the graph."""
+        self.teachers.close()
+        self.teachers.at_work = frozenset()
         self._change()
 
     def _change(self) -> None:
@@ -169,6 +182,7 @@ class Lessons:
             )
         teachers = self.teachers.of(head)
         losses = {donor: self._loss_fn(logits, t(*inputs)) for donor, t in teachers.items()}
+        self._num_losses += 1
         self._fresh |= {donor: loss.detach().double() for donor, loss in losses.items()}
         return sum(losses.values(), logits.new_zeros(())) * (self._weights[head] / len(losses))
 
@@ -180,9 +194,12 @@ class Lessons:
         self._fresh = {}
 
     def sums(self) -> list[float]:
-        """The window's losses on this rank, summed over samples, one for each teacher; once."""
+        """What a window is closed with, once: how often a loss was asked for on this rank, and the
+        losses, summed over samples, one for each teacher.
+        """
         sums, self._sums = self._sums, {}
-        return [float(sums.get(donor, 0.0)) for donor in self.teachers.working]
+        count, self._num_losses = self._num_losses, 0
+        return [count, *(float(sums.get(donor, 0.0)) for donor in self.teachers.working)]
 
     def metrics(self, window: Window) -> dict[str, float]:
         """Plain floats by tag, ``loss/own`` among them: the loss without the teachers' part.
@@ -191,9 +208,11 @@ class Lessons:
             window: closed with :meth:`sums`.
         """
         metrics, own = {}, window.loss
-        for (donor, working), total in zip(
-            self.teachers.working.items(), window.extra_sums, strict=True
-        ):
+        count, *totals = window.extra_sums
+        self.were_asked = count > 0
+        for head in self._shared.heads:
+            metrics[f"teacher/{head} at work"] = float(head in self.taught_heads)
+        for (donor, working), total in zip(self.teachers.working.items(), totals, strict=True):
             head = working.offer.head
             if head in self.taught_heads and window.count:
                 loss = total / window.count
@@ -204,21 +223,50 @@ class Lessons:
         return {"loss/own (per sample)": own, **metrics}
 
 
-def check_sharded_head(shared: SharedParameters) -> bool:
-    """Whether FSDP2 manages the heads, which then need not rest for DDP's sake.
+def obstacle_to_teachers(
+    config: BridgeConfig, shared: SharedParameters, factory: TeacherFactory | None
+) -> str | None:
+    """Exchange ``auto``: why no teacher can stand in for a donor; None if one can."""
+    if config.exchange != "auto":
+        return None
+    if config.keep_payloads or config.replay is not None:
+        return "what it teaches is in no payload, so that the run could not be replayed"
+    if config.scope == "head":
+        return "its loss would move the backbone too, and scope is 'head'"
+    if config.aggregate != "sum":
+        return (
+            f"aggregate {config.aggregate!r} needs two gradients, and it makes one of both losses"
+        )
+    if (sharded := sharded_head(shared)) is None:
+        return None
+    if not sharded.requires_grad:
+        return "FSDP2 reduces no gradient of a head that was frozen when it was sharded"
+    if factory is None:
+        return "FSDP2's modules cannot be copied: give GradientReceiver a teacher_factory"
+    return None
 
-    FSDP2 reduces what gets a gradient, whenever that is, but learns at the first forward for good
-    what may get one.
+
+def sharded_head(shared: SharedParameters) -> nn.Parameter | None:
+    """A parameter of the heads that FSDP2 manages, a frozen one if there is any; or None.
+
+    FSDP2 reduces what gets a gradient, whenever that is, so that heads need not rest for its sake,
+    but it learns at the first forward for good what may get one.
+    """
+    sharded = [parameter for parameter in shared.head.values() if is_sharded(parameter)]
+    return min(sharded, key=lambda parameter: parameter.requires_grad, default=None)
+
+
+def check_sharded_head(shared: SharedParameters) -> None:
+    """Refuse a head that no teacher can ever train.
 
     Raises:
-        ValueError: if it manages a frozen one.
+        ValueError: if FSDP2 manages a frozen one.
     """
-    sharded = {name: p for name, p in shared.head.items() if is_sharded(p)}
-    frozen = [name for name, parameter in sharded.items() if not parameter.requires_grad]
-    if frozen:
+    parameter = sharded_head(shared)
+    if parameter is not None and not parameter.requires_grad:
+        name = next(name for name, other in shared.head.items() if other is parameter)
         raise ValueError(
-            f"{frozen[0]!r} is sharded by FSDP2, which would never reduce a gradient of a "
+            f"{name!r} is sharded by FSDP2, which would never reduce a gradient of a "
             "parameter that was frozen at first: leave requires_grad_(False) out in exchange "
             "'distill'; FSDP2 does not wait for a head that gets no gradient"
         )
-    return bool(sharded)

@@ -26,14 +26,20 @@ from toolkit.bridge.inbox import Verdict
 from toolkit.bridge.injection import Injector
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger, Resumption, trail_path
-from toolkit.bridge.lessons import Lessons, LossFunction, check_sharded_head
+from toolkit.bridge.lessons import (
+    Lessons,
+    LossFunction,
+    check_sharded_head,
+    obstacle_to_teachers,
+    sharded_head,
+)
 from toolkit.bridge.liveness import BEAT_SECONDS, PeerWatch, Wait
 from toolkit.bridge.outer import OuterOptimizer
 from toolkit.bridge.own_weights import newest_own_weights, stream_of
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
-from toolkit.bridge.teacher import Teacher, TeacherFactory, copy_teacher, make_teacher
+from toolkit.bridge.teacher import TeacherFactory, blueprints_of
 from toolkit.bridge.teachers import Teachers
 from toolkit.bridge.weights_outbox import WeightsOutbox
 from toolkit.configuration import check_one_scaled_optimizer
@@ -62,11 +68,11 @@ class GradientReceiver(BridgeJob):
         config: the settings; by default lockstep in ``runs``.
         backbone: name of the backbone's submodule.
         head: name of the submodule of the donors' head, or several names.
-        teacher_loss_fn: exchange ``distill``: of the student's and the teacher's logits, reduced
-            as ``config.loss_reduction``, in place of ``config.distill_loss``.
-        teacher_factory: exchange ``distill``: makes a module that maps the inputs given to
-            :meth:`teacher_loss` to logits, and whose ``state_dict`` has the donor's names, where
-            the donor's backbone is another than this one. Needed under FSDP2.
+        teacher_loss_fn: of the student's and a teacher's logits, reduced as
+            ``config.loss_reduction``, in place of ``config.distill_loss``.
+        teacher_factory: makes a teacher where this model's modules cannot be copied (FSDP2) or, in
+            exchange ``distill``, the donor's backbone is another: a module that maps the inputs
+            given to :meth:`teacher_loss` to logits, and whose ``state_dict`` has the donor's names.
 
     Attributes:
         completed_steps: optimizer steps that happened.
@@ -100,17 +106,22 @@ class GradientReceiver(BridgeJob):
     ) -> None:
         self._lessons: Lessons | None = None
         super().__init__(accelerator, model, optimizer, config, backbone=backbone, head=head)
-        if self.config.has_teachers and self._kept is None:
-            self._lessons = self._begin_lessons(backbone, teacher_loss_fn, teacher_factory)
-        elif teacher_loss_fn or teacher_factory:
+        if not self.config.has_teachers and (teacher_loss_fn or teacher_factory):
             raise ValueError(
                 f"exchange {self.config.exchange!r} has no teacher: leave teacher_loss_fn and "
-                "teacher_factory out, or use exchange 'distill'"
+                "teacher_factory out, or use exchange 'distill' or 'auto'"
             )
+        obstacle = obstacle_to_teachers(self.config, self.shared, teacher_factory)
+        if obstacle is not None:
+            logger.info("no teacher will stand in for a donor that goes away: %s", obstacle)
+        elif self.config.has_teachers:
+            self._lessons = self._begin_lessons(backbone, teacher_loss_fn, teacher_factory)
 
     def _attach(self) -> None:
-        may_train = self.config.has_teachers and check_sharded_head(self.shared)
-        check_head_rests(self.shared.head, may_train=may_train)
+        if self.config.exchange == "distill":
+            check_sharded_head(self.shared)
+        is_sharded = sharded_head(self.shared) is not None
+        check_head_rests(self.shared.head, may_train=self.config.has_teachers and is_sharded)
         check_takes_late_gradients(self.optimizer)
         check_one_scaled_optimizer(self.accelerator)
         replay = self.config.replay
@@ -190,7 +201,9 @@ class GradientReceiver(BridgeJob):
         window = self.accumulator.close(self._lessons.sums() if self._lessons else ())
         self.accumulator.reduce_unmanaged_(self.parameters.items())
         takes_gradients = self._outer is None and self.config.exchange != "distill"
-        verdicts, records, wait_seconds = self._receive() if takes_gradients else ((), [], 0.0)
+        found, records, wait_seconds = (
+            self._receive() if takes_gradients else (_Findings(()), [], 0.0)
+        )
         for head, parameters in self.shared.heads.items():
             for parameter in () if head in self.taught_heads else parameters.values():
                 parameter.grad = None  # zeros would let the optimizer's moments move the head
@@ -201,7 +214,7 @@ class GradientReceiver(BridgeJob):
         }
         if self._lessons is not None:
             self.metrics |= self._lessons.metrics(window)
-        self._injected = _Injection(window.scale, verdicts)
+        self._injected = _Injection(window.scale, found)
 
     def commit(self) -> bool:
         """After ``optimizer.step()``: settle whether the step happened, publish the new weights.
@@ -225,29 +238,31 @@ class GradientReceiver(BridgeJob):
         injected, self._injected = self._injected, None
         self.completed_windows += 1
         was_skipped = self._step_was_skipped(injected.scale)
-        if self._lessons is not None and not self.config.follows:
+        lessons = self._lessons
+        is_taught = lessons is not None and bool(self.taught_heads) and lessons.were_asked
+        if lessons is not None and not self.config.follows:
             self.completed_steps += not was_skipped
-            self.steps_alone += not was_skipped and not self.taught_heads
-            self.steps_taught += not was_skipped and bool(self.taught_heads)
-            self._lessons.end_window(was_skipped)
+            self.steps_alone += not was_skipped and not is_taught
+            self.steps_taught += not was_skipped and is_taught
+            lessons.end_window(was_skipped)
             return not was_skipped
         if was_skipped:
             return False
         if self._outer is None:
-            self._settle(injected.verdicts, num_steps=0 if self.taught_heads else 1)
-            self.steps_taught += bool(self.taught_heads)
+            self._settle(injected.found.verdicts, num_steps=0 if is_taught else 1)
+            self.steps_taught += is_taught
             self.completed_steps += 1
             self._publish_weights()
-            if self._lessons is not None:
-                self._change_lessons(self._lessons)
+            if lessons is not None:
+                self._change_lessons(lessons, injected.found)
             return True
         self.completed_steps += 1
         if self.completed_steps % self.config.local_steps == 0:
-            verdicts, records, wait_seconds = self._receive()
+            found, records, wait_seconds = self._receive()
             self.metrics["bridge/wait (s)"] = wait_seconds
             if records:
                 self.metrics |= self._outer.step(records)
-            self._settle(verdicts, num_steps=self.config.local_steps)
+            self._settle(found.verdicts, num_steps=self.config.local_steps)
             self._publish_weights()
         return True
 
@@ -284,18 +299,10 @@ class GradientReceiver(BridgeJob):
     def _begin_lessons(
         self, backbone: str, loss_fn: LossFunction | None, factory: TeacherFactory | None
     ) -> Lessons:
-        heads = tuple(self.shared.heads)
-        if factory is not None and len(heads) > 1:
-            raise ValueError(f"one teacher_factory cannot make teachers for {list(heads)}")
-
-        def build(head: str) -> Teacher:
-            if factory is not None:
-                return make_teacher(self.accelerator, factory)
-            return copy_teacher(self.accelerator, self.model, self.shared, backbone, head)
-
-        teachers = Teachers(
-            self.transport, self.control, run_id=self.run_id, build=build, heads=heads
+        blueprints = blueprints_of(
+            self.accelerator, self.model, self.shared, backbone=backbone, factory=factory
         )
+        teachers = Teachers(self.transport, self.control, run_id=self.run_id, blueprints=blueprints)
         lessons = Lessons(teachers, self.shared, self.config, loss_fn)
         if self.config.exchange == "auto":
             teachers.at_work = frozenset()
@@ -305,21 +312,26 @@ class GradientReceiver(BridgeJob):
         lessons.begin(self.control.decide, wait, name)
         return lessons
 
-    def _change_lessons(self, lessons: Lessons) -> None:
-        """Exchange ``auto``: teachers stand in for donors that are away. A collective."""
+    def _change_lessons(self, lessons: Lessons, found: _Findings) -> None:
+        """Exchange ``auto``: teachers stand in for donors that are away.
 
-        def heads() -> tuple[frozenset[str], frozenset[str]]:
-            donors = self._on_main
-            applied = donors.heads_applied(lambda donor: self.ledger.counts(donor)["applied"])
-            return donors.heads_alone(), applied
-
-        alone, trained = self.control.on_main(heads)
-        lessons.stand_in(alone, trained, self.completed_steps)
-        lessons.end_window(was_skipped=False)
+        A collective where some are.
+        """
+        try:
+            if self.taught_heads and not lessons.were_asked:
+                raise BridgeError("the training loop does not add receiver.teacher_loss()")
+            lessons.stand_in(found.heads_alone, found.heads_applied, self.completed_steps)
+            lessons.end_window(was_skipped=False)
+        except BridgeError as error:
+            logger.warning("no teacher stands in for donors that are away: %s", error)
+            lessons.end()
+            self._lessons = None
 
     def _open_donor_wait(self, peer: PeerWatch, what: str) -> Wait:
         patience = None
-        if self.config.exchange == "auto" and peer.seen:  # teachers can stand in: do not stall
+        if (
+            self.config.exchange == "auto" and self._lessons is not None and peer.seen
+        ):  # teachers can stand in: do not stall
             patience = min(self.config.peer_wait, SILENT_BEATS * BEAT_SECONDS)
         return self._open_wait(peer, what, patience)
 
@@ -391,16 +403,16 @@ class GradientReceiver(BridgeJob):
             return self._kept.read(job, sequence)
         return super()._read(job, sequence)
 
-    def _receive(self) -> tuple[tuple[Verdict, ...], list[Record], float]:
+    def _receive(self) -> tuple[_Findings, list[Record], float]:
         """The donors' parts of this step, the same on every rank."""
         waited = 0.0
         if self._donors is not None:
             self._donors.begin()
         while True:
-            verdicts, seconds = self.control.decide(self._poll)
+            found, seconds = self.control.decide(self._poll)
             waited += seconds
             records = []
-            for verdict in verdicts:
+            for verdict in found.verdicts:
                 if verdict.digest is None:
                     continue
                 mine = self._donors.fetched(verdict) if self._donors is not None else None
@@ -415,16 +427,22 @@ class GradientReceiver(BridgeJob):
                     self._donors.reject(verdict, PayloadError("unreadable", detail))
                 break
             else:
-                return verdicts, records, waited
+                return found, records, waited
 
-    def _poll(self) -> tuple[Verdict, ...] | None:
+    def _poll(self) -> _Findings | None:
         """On the main process: one look at the donors' streams."""
         assert self._outbox is not None
         self._outbox.look()
-        verdicts = self._on_main.look(self.completed_steps, self.taught_heads)
+        donors = self._on_main
+        verdicts = donors.look(self.completed_steps, self.taught_heads)
         if self.config.require_peer:
-            self._on_main.require_peers()
-        return verdicts
+            donors.require_peers()
+        if verdicts is None:
+            return None
+        if self._lessons is None:
+            return _Findings(verdicts)
+        applied = donors.heads_applied(lambda donor: self.ledger.counts(donor)["applied"])
+        return _Findings(verdicts, donors.heads_alone(), applied)
 
     def _step_was_skipped(self, scale_before: float) -> bool:
         """Whether the loss scaler skipped the step; a fused optimizer's own flag is unreliable."""
@@ -571,8 +589,23 @@ class GradientReceiver(BridgeJob):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class _Findings:
+    """What the main process found in the donors' streams at a step, for all ranks.
+
+    Attributes:
+        verdicts: one for each donor.
+        heads_alone: exchange ``auto``: the heads whose donors are all away.
+        heads_applied: exchange ``auto``: those that some donor has trained in this run.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    heads_alone: frozenset[str] = frozenset()
+    heads_applied: frozenset[str] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Injection:
     """An injected step that is not committed yet."""
 
     scale: float
-    verdicts: tuple[Verdict, ...]
+    found: _Findings

@@ -33,6 +33,7 @@ from toolkit.bridge.agreement import (
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.liveness import BEAT_SECONDS, PeerWatch
+from toolkit.bridge.own_weights import stream_of
 from toolkit.bridge.payload import read_header
 from toolkit.bridge.transport import DirectoryTransport
 
@@ -169,7 +170,9 @@ def _refuse_over(run_dir: Path, role: Role, config: BridgeConfig) -> None:
     )
     if has_ended(run_dir, "receiver"):
         raise BridgeError(f"run {name!r} is over: its receiver has ended; {ways_out}")
-    donors = donors_of(run_dir) if role == "receiver" and not config.has_own_weights else []
+    donors = donors_of(run_dir) if role == "receiver" else []
+    if _have_left_weights(run_dir, donors, config):
+        return
     if donors and all(has_ended(run_dir, donor) for donor in donors):
         who = "its donor has" if len(donors) == 1 else "all its donors have"
         raise BridgeError(f"run {name!r} is over: {who} ended; {ways_out}")
@@ -214,8 +217,8 @@ def _waits_for(run_dir: Path, role: Role, config: BridgeConfig) -> bool:
         return False
     donors = donors_of(run_dir)
     peers = ["receiver"] if role == "donor" and attempts_of(run_dir, "receiver") else donors
-    if role == "receiver" and config.has_own_weights and donors:
-        return True  # the weights of a donor that has ended, or died, are of use
+    if role == "receiver" and _have_left_weights(run_dir, donors, config):
+        return True
     open_peers = [peer for peer in peers if not has_ended(run_dir, peer)]
     if peers and not any(_lives(run_dir, peer) for peer in open_peers):
         if open_peers:
@@ -223,6 +226,12 @@ def _waits_for(run_dir: Path, role: Role, config: BridgeConfig) -> bool:
             logger.info("run %s: %s does not live; not joining it", run_dir.name, who)
         return False
     return True
+
+
+def _have_left_weights(run_dir: Path, donors: list[str], config: BridgeConfig) -> bool:
+    """Whether a receiver can use what donors have trained by themselves, dead or alive."""
+    transport = DirectoryTransport(run_dir / "bridge")
+    return config.has_own_weights and any(transport.sequences(stream_of(d)) for d in donors)
 
 
 def _join(

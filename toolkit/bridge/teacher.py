@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.payload import Record, all_finite
 from toolkit.parameters import SharedParameters, plain_name, schema_differences, schema_of
-from toolkit.sharding import is_sharded
+from toolkit.sharding import full_tensor, is_sharded
 
 TeacherFactory = Callable[[], nn.Module]
 
@@ -30,18 +31,8 @@ class Teacher:
     def __init__(
         self, accelerator: Accelerator, module: nn.Module, tensors: Mapping[str, Tensor]
     ) -> None:
-        self._accelerator, self._tensors = accelerator, tensors
+        self._accelerator, self.tensors = accelerator, tensors
         self._module = module.requires_grad_(False).eval()
-
-    @property
-    def num_bytes(self) -> int:
-        """The size of all that a record fills in."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
-
-    @property
-    def num_tensors(self) -> int:
-        """How many tensors these are."""
-        return len(self._tensors)
 
     @torch.no_grad()
     def __call__(self, *inputs: object) -> Tensor:
@@ -50,6 +41,30 @@ class Teacher:
             logits: Tensor = self._module(*inputs)
         return logits
 
+    @torch.no_grad()
+    def copy_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over weights and buffers, in place, of as many tensors as it has.
+
+        A collective where these are sharded.
+        """
+        for name, tensor in self.tensors.items():
+            tensor.copy_(full_tensor(tensors[name]))
+
+
+class Blueprint:
+    """How to make teachers of one head, and which weights fit them.
+
+    Args:
+        tensors: alike in names, shapes and dtypes to those of a teacher.
+        build: makes one.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], build: Callable[[], Teacher]) -> None:
+        self.build = build
+        self._schema = schema_of(tensors)
+        self.num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self.num_tensors = len(tensors)
+
     def check(self, record: Record, donor: str) -> None:
         """Refuse weights that do not fit, or are no numbers.
 
@@ -57,18 +72,12 @@ class Teacher:
             PayloadError: naming the tensors that differ, or for a value that is not finite.
         """
         differences = schema_differences(
-            schema_of(self._tensors), schema_of(record.tensors), "this teacher", donor
+            self._schema, schema_of(record.tensors), "this teacher", donor
         )
         if differences:
             raise PayloadError("schema", "the weights do not fit:\n  " + "\n  ".join(differences))
         if not all_finite(record.tensors.values()):
             raise PayloadError("nonfinite", "a weight is not finite")
-
-    @torch.no_grad()
-    def copy_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over weights and buffers, in place, of as many tensors as it has."""
-        for name, tensor in self._tensors.items():
-            tensor.copy_(tensors[name])
 
 
 class _BackboneAndHead(nn.Module):
@@ -110,13 +119,14 @@ def copy_teacher(
             f"{backbone!r} and {head!r} cannot be copied for a teacher ({error}): give "
             "GradientReceiver a teacher_factory"
         ) from error
-    others = tuple(f"{other}." for other in shared.heads if other != head)
-    tensors: dict[str, Tensor] = {
-        name: copies[id(tensor)]
-        for name, tensor in shared.weights.items()
-        if not name.startswith(others)
-    }
+    tensors = {name: copies[id(tensor)] for name, tensor in tensors_of(shared, head).items()}
     return Teacher(accelerator, module, tensors)
+
+
+def tensors_of(shared: SharedParameters, head: str) -> dict[str, Tensor]:
+    """Weights and buffers of the backbone and one head, by name: what its donor publishes."""
+    others = tuple(f"{other}." for other in shared.heads if other != head)
+    return {name: t for name, t in shared.weights.items() if not name.startswith(others)}
 
 
 def make_teacher(accelerator: Accelerator, factory: TeacherFactory) -> Teacher:
@@ -133,3 +143,38 @@ def make_teacher(accelerator: Accelerator, factory: TeacherFactory) -> Teacher:
     for name, tensor in module.state_dict(keep_vars=True).items():
         tensors.setdefault(id(tensor), (plain_name(name), tensor))
     return Teacher(accelerator, module, dict(tensors.values()))
+
+
+def blueprints_of(
+    accelerator: Accelerator,
+    model: nn.Module,
+    shared: SharedParameters,
+    *,
+    backbone: str,
+    factory: TeacherFactory | None,
+) -> dict[str, Blueprint]:
+    """By head, how a receiver makes its teachers: copies of its modules, or as a factory does.
+
+    Args:
+        accelerator: the job's accelerator.
+        model: the receiver's, unwrapped.
+        shared: its shared tensors.
+        backbone: name of the backbone's module.
+        factory: makes the model of the only head.
+
+    Raises:
+        ValueError: for a factory where there are several heads.
+    """
+    if factory is None:
+        return {
+            head: Blueprint(
+                tensors_of(shared, head),
+                functools.partial(copy_teacher, accelerator, model, shared, backbone, head),
+            )
+            for head in shared.heads
+        }
+    if len(shared.heads) > 1:
+        raise ValueError(f"one teacher_factory cannot make teachers for {list(shared.heads)}")
+    (head,) = shared.heads
+    first = make_teacher(accelerator, factory)  # to know its shape
+    return {head: Blueprint(first.tensors, functools.partial(make_teacher, accelerator, factory))}

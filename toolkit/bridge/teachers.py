@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from toolkit.bridge.control import ControlGroup
-from toolkit.bridge.errors import PayloadError
+from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.own_weights import donors_with_weights, stream_of
 from toolkit.bridge.payload import Record, check_identity, parse_record
-from toolkit.bridge.teacher import Teacher
+from toolkit.bridge.teacher import Blueprint, Teacher
 from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
@@ -69,12 +69,10 @@ class Teachers:
         transport: the run's transport.
         control: the job's control group.
         run_id: of the run.
-        build: makes the teacher of a head.
-        heads: names of the heads that may have one.
+        blueprints: of the teachers, by head; a teacher is made when it is needed.
 
     Attributes:
-        at_work: the heads that are taught; what teachers have is kept up to date in any case. The
-            same on all ranks; a change counts from the next step on.
+        at_work: the heads that are taught, at first all. The same on all ranks.
         working: by donor, its teacher.
         misfit: main process: why the newest weights cannot be loaded, where they are of another
             model.
@@ -86,16 +84,14 @@ class Teachers:
         control: ControlGroup,
         *,
         run_id: str,
-        build: Callable[[str], Teacher],
-        heads: tuple[str, ...],
+        blueprints: Mapping[str, Blueprint],
     ) -> None:
         self._transport, self._control = transport, control
-        self._run_id, self._build, self._heads = run_id, build, heads
-        self._models = {head: build(head) for head in heads}  # by which weights are judged
+        self._run_id, self._blueprints = run_id, blueprints
         self._max_bytes = _ALLOWANCE_BYTES + max(
-            model.num_bytes + 1024 * model.num_tensors for model in self._models.values()
+            blueprint.num_bytes + 1024 * blueprint.num_tensors for blueprint in blueprints.values()
         )
-        self.at_work = frozenset(heads)
+        self.at_work = frozenset(blueprints)
         self.working: dict[str, Working] = {}
         self.misfit: str | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
@@ -112,7 +108,7 @@ class Teachers:
     def heads(self) -> tuple[str, ...]:
         """The heads that have a teacher at work, in order."""
         taught = {working.offer.head for working in self.working.values()}
-        return tuple(head for head in self._heads if head in self.at_work and head in taught)
+        return tuple(head for head in self._blueprints if head in self.at_work and head in taught)
 
     def of(self, head: str) -> dict[str, Teacher]:
         """The teachers of one head by donor."""
@@ -129,21 +125,31 @@ class Teachers:
             head: its name.
             weights: what this rank has, by name.
             receiver_step: after which it has them.
+
+        Raises:
+            BridgeError: on all ranks, if one of them cannot make a teacher.
         """
         if self.of(head):
             return
-        self._models[head].copy_(weights)
+        teacher = self._build(head)
+        teacher.copy_(weights)
         offer = Offer(MEMORY, head, -1, "", receiver_step)
-        self.working[f"{MEMORY} of {head}"] = Working(self._models[head], offer)
+        self.working[f"{MEMORY} of {head}"] = Working(teacher, offer)
 
     def forget(self, head: str) -> None:
-        """End what :meth:`remember` began."""
-        self.working.pop(f"{MEMORY} of {head}", None)
+        """Dismiss the teachers of a head: what they know will be old when one is needed again."""
+        for name in [name for name, w in self.working.items() if w.offer.head == head]:
+            del self.working[name]
 
     # -- between two steps --------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Take newer weights, if all ranks have them in memory. A collective, which never waits."""
+        """Take newer weights, if all ranks have them in memory.
+
+        A collective where some head is taught; it never waits.
+        """
+        if not self.at_work and self._offer is None:
+            return
         if self._offer is not None:
             self._finish()
         elif (offer := self._control.on_main(self.poll)) is not None:
@@ -199,16 +205,27 @@ class Teachers:
                 self._reject(offer.donor, offer.sequence, error)
             return
         assert record is not None
-        self.forget(offer.head)
+        if offer.head not in self.at_work:
+            return  # its donor is back meanwhile
+        self.working.pop(f"{MEMORY} of {offer.head}", None)
         old = self.working.pop(offer.donor, None)
-        if old is not None and old.offer.head == offer.head:
-            teacher = old.teacher
-        else:
-            is_free = self._models[offer.head] not in self.of(offer.head).values()
-            teacher = self._models[offer.head] if is_free else self._build(offer.head)
+        is_same = old is not None and old.offer.head == offer.head
+        teacher = old.teacher if old and is_same else self._build(offer.head)
         teacher.copy_(record.tensors)
         self.working[offer.donor] = Working(teacher, offer)
         logger.info("the %s teaches with its weights of step %d", offer.donor, offer.donor_step)
+
+    def _build(self, head: str) -> Teacher:
+        """A new teacher, on all ranks or on none. A collective."""
+        teacher, reason = None, "another rank could not make a teacher"
+        try:
+            teacher = self._blueprints[head].build()
+        except BridgeError as error:
+            reason = str(error)
+        if not self._control.agree(teacher is not None):
+            raise BridgeError(reason)
+        assert teacher is not None
+        return teacher
 
     # -- in the background --------------------------------------------------------------------
 
@@ -243,9 +260,9 @@ class Teachers:
         check_identity(header, run_id=self._run_id, job=stream, sequence=sequence)
         if header.kind != "weights":
             raise PayloadError("alien", f"a stream of weights has no {header.kind!r}")
-        if header.head not in self._heads:
+        if header.head not in self._blueprints:
             raise PayloadError("schema", f"a teacher for {header.head!r}, which is not shared")
-        self._models[header.head].check(record, donor)
+        self._blueprints[header.head].check(record, donor)
         return record
 
     def _read_until(self, offer: Offer) -> Record | None:

@@ -116,7 +116,7 @@ class Donors:
         """
         for name, donor in self._donors.items():
             if donor.inbox.donor_is_away:
-                raise PeerError(f"the {name} has ended, and --require_peer is set")
+                raise PeerError(f"the {name} has ended or fell silent, and --require_peer is set")
 
     # -- one step ---------------------------------------------------------------------------
 

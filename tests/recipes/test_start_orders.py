@@ -159,7 +159,7 @@ def test_both_at_once(recipes: Recipes, exchange: str) -> None:
 @pytest.mark.slow
 @every_exchange
 def test_a_donor_that_is_killed_half_way(recipes: Recipes, exchange: str) -> None:
-    num_steps = 1200
+    num_steps = 600
     donor = recipes(DONOR, *flags(exchange))
     receiver = recipes(RECEIVER, *flags(exchange), "--peer_wait", 3, "--max_train_steps", num_steps)
     ledger = recipes.path("0001", "bridge", "receiver", "ledger-0001.jsonl")

@@ -94,11 +94,6 @@ def open_run(directory: Path, output_dir: Path | None = None) -> FinishedRun:
             f"run {directory} kept no payloads, so there is nothing to replay it from: train with "
             "--keep_payloads on the receiver"
         )
-    if taught := results.get("steps_taught"):
-        raise BridgeError(
-            f"in {taught} steps of run {directory} a teacher stood in for the donor, and teachers "
-            "are not kept: only runs of gradients and differences can be replayed"
-        )
     payloads = KeptPayloads(directory)
     if payloads.run_id != provenance["run_id"]:
         raise BridgeError(

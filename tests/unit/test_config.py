@@ -67,6 +67,7 @@ def test_that_sensible_settings_are_taken(settings: dict[str, Any]) -> None:
         ({"exchange": "distill", "replay": "runs/1"}, "replay 'runs/1' has no meaning"),
         ({"exchange": "distill", "distill_loss": "ce"}, r"'ce' is unknown; .*\['kl', 'mse'\]"),
         ({"exchange": "distill", "temperature": 0.0}, "temperature must be positive.* got 0.0"),
+        ({"temperature": math.inf}, "temperature must be positive.* got inf"),
         ({"max_staleness": -1}, "max_staleness must not be negative, got -1"),
         ({"stale": "drop"}, r"stale 'drop' is unknown; choose one of \['apply', 'damp', 'comp"),
         ({"stale": "damp"}, "'damp' is about .* 1 to max_staleness .* max_staleness is 0: set it"),

@@ -44,9 +44,11 @@ def bridge_arguments() -> argparse.ArgumentParser:
         choices=EXCHANGES,
         default=_DEFAULTS.exchange,
         help="what crosses, the same on both sides. gradient: the donor's gradients at the "
-        "receiver's weights, exact. delta: what --local_steps optimizer steps of the donor from "
-        "the receiver's weights change, for slow disks. distill: the donor's own weights, a "
-        "teacher. head: gradients of the donor's own head, which leave the backbone alone",
+        "receiver's weights, exact. auto: the same, and while no donor is there a teacher for h2: "
+        "what a donor has trained by itself, or the receiver's own h2 as it was. delta: what "
+        "--local_steps optimizer steps of the donor from the receiver's weights change, for slow "
+        "disks. distill: the donor's own weights, a teacher. head: gradients of the donor's own "
+        "head, which leave the backbone alone",
     )
     group.add_argument(
         "--local_steps",
@@ -199,14 +201,15 @@ def receiver_arguments() -> argparse.ArgumentParser:
         "--distill_loss",
         choices=DISTILL_LOSSES,
         default=_DEFAULTS.distill_loss,
-        help="exchange distill: how far the receiver is from its teacher: the divergence of their "
-        "classes, or the squared difference of their outputs",
+        help="--exchange distill, auto: how far the receiver is from its teacher: the divergence "
+        "of their classes, or the squared difference of their outputs",
     )
     group.add_argument(
         "--temperature",
         type=float,
         default=_DEFAULTS.temperature,
-        help="exchange distill: that the classes of kl are softened by; 1 leaves them as they are",
+        help="--exchange distill, auto: that the classes of kl are softened by; 1 leaves them as "
+        "they are",
     )
     group.add_argument(
         "--keep_payloads",

@@ -37,7 +37,8 @@ class BridgeConfig:
     run: str | None = None  # attach to this run of it; None: the newest that waits for this job
     resume_from_checkpoint: str | Path | None = None  # reattach to the run of this checkpoint
     # What crosses. At the receiver's weights: gradients, or the difference that local steps make
-    # (delta). At the donor's own: its weights (distill), or gradients of its head (head).
+    # (delta). At the donor's own: its weights (distill), or gradients of its head (head). auto:
+    # gradients, and a teacher where no donor is there.
     exchange: Exchange = "auto"
     scope: Scope = "all"  # what of it: backbone and head, or the head's only
     max_staleness: int = 0  # receiver steps that a payload may come late; 0: lockstep
@@ -48,8 +49,8 @@ class BridgeConfig:
     local_steps: int = 32  # delta: steps of either job between two exchanges
     outer_learning_rate: float = 1.0  # delta, receiver: of the outer step
     outer_momentum: float = 0.0  # delta, receiver: Nesterov momentum of the outer step
-    distill_loss: DistillLoss = "kl"  # distill, receiver: how far it is from its teacher
-    temperature: float = 2.0  # distill, receiver: that classes are softened by in "kl"
+    distill_loss: DistillLoss = "kl"  # auto, distill, receiver: how far it is from its teacher
+    temperature: float = 2.0  # auto, distill, receiver: that classes are softened by in "kl"
     rescale: RescaleRule = "match"  # how the donor's sum meets the receiver's batch
     donor_weight: float | Mapping[str, float] = 1.0  # lambda of the donors' losses, or by head
     donor_name: str = "donor"  # donor: its name in the run; several donors have different ones
@@ -84,6 +85,8 @@ class BridgeConfig:
             self._check_delta()
         if self.exchange == "distill":
             self._check_distill()
+        if self.has_teachers:
+            self._check_teachers()
         if self.exchange == "head":
             self.scope = "head"
         self._check_own_weights()
@@ -229,6 +232,8 @@ class BridgeConfig:
                     f"{name} {value!r} has no meaning for exchange 'distill': {reason}. Leave it "
                     f"at {default!r}, or use exchange 'gradient'"
                 )
+
+    def _check_teachers(self) -> None:
         if self.distill_loss not in DISTILL_LOSSES:
             raise ValueError(
                 f"distill_loss {self.distill_loss!r} is unknown; choose one of "

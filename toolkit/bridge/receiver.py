@@ -328,10 +328,8 @@ class GradientReceiver(BridgeJob):
             self._lessons = None
 
     def _open_donor_wait(self, peer: PeerWatch, what: str) -> Wait:
-        patience = None
-        if (
-            self.config.exchange == "auto" and self._lessons is not None and peer.seen
-        ):  # teachers can stand in: do not stall
+        patience, may_teach = None, self._lessons is not None and not self.config.require_peer
+        if may_teach and peer.seen:  # a teacher takes over: do not stall
             patience = min(self.config.peer_wait, SILENT_BEATS * BEAT_SECONDS)
         return self._open_wait(peer, what, patience)
 

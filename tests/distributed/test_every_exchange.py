@@ -87,6 +87,7 @@ class Undisturbed:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """What a resumed run is compared with."""
     return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 

@@ -12,17 +12,13 @@ from tests.recipes.running import DONOR, RECEIVER, TIMEOUT, Recipes, wait_until
 from toolkit.bridge.config import EXCHANGES
 
 LOCAL_STEPS = 4
-QUIET = ["--report_to", "none"]
 every_exchange = pytest.mark.parametrize("exchange", EXCHANGES)
 
 
 def flags(exchange: str) -> list[object]:
     """What both jobs are given."""
-    return [*QUIET, "--exchange", exchange, *delta(exchange, "--local_steps", LOCAL_STEPS)]
-
-
-def delta(exchange: str, *flags: object) -> list[object]:
-    return list(flags) if exchange == "delta" else []
+    rounds = ["--local_steps", LOCAL_STEPS] if exchange == "delta" else []
+    return ["--report_to", "none", "--exchange", exchange, *rounds]
 
 
 def end(job: Job) -> str:

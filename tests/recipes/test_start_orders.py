@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -155,14 +154,18 @@ def test_both_at_once(recipes: Recipes, exchange: str) -> None:
 @pytest.mark.slow
 @every_exchange
 def test_a_donor_that_is_killed_half_way(recipes: Recipes, exchange: str) -> None:
-    num_steps = 600
+    # No step waits for a payload of a head: the receiver must train on until the silence is long.
+    num_steps = 4000 if exchange == "head" else 600
     donor = recipes(DONOR, *flags(exchange))
     receiver = recipes(RECEIVER, *flags(exchange), "--peer_wait", 3, "--max_train_steps", num_steps)
     ledger = recipes.path("0001", "bridge", "receiver", "ledger-0001.jsonl")
-    half_way: dict[str, Callable[[], object]] = {
-        "distill": lambda: "the donor teaches" in receiver.output()
-    }
-    wait_until(half_way.get(exchange, ledger.exists), "the donor is of use")
+
+    def is_half_way() -> bool:
+        if exchange == "distill":
+            return "the donor teaches" in receiver.output()
+        return ledger.exists() and ledger.read_text().count("applied") >= 10
+
+    wait_until(is_half_way, "the donor is of use")
     donor.kill()
     assert receiver.is_running(), "killed too late"
     output = end(receiver)
@@ -172,7 +175,7 @@ def test_a_donor_that_is_killed_half_way(recipes: Recipes, exchange: str) -> Non
         assert results["steps_taught"] == num_steps
         return
     assert output.count("TRAINING ALONE: the donor fell silent for 3 s") == 1
-    assert 0 < results["fates"]["applied"] < num_steps
+    assert 10 <= results["fates"]["applied"] < num_steps
     if exchange == "auto":
         assert "on heads.h2 learns from a teacher" in output
         assert results["steps_taught"] > 0

@@ -213,3 +213,44 @@ def test_that_the_receiver_is_told_what_its_weights_are_worth(
     headers = [job.payload(sequence).header for sequence in range(3)]
     assert [header.kind for header in headers] == ["gradient", "skip", "gradient"]
     assert [header.validation for header in headers] == [{}, {}, {"h2 (%)": 87.5}]
+
+
+def take_local_steps(job: DonorAlone, max_windows: int) -> list[bool]:
+    """Windows up to a bound; after each, whether the weights are as the receiver published them."""
+    seen = []
+    for inputs, labels in job.donor.follow(loader(job, 9), max_windows):
+        seen.append(job.donor.at_receiver_weights)
+        with job.accelerator.accumulate(job.model):
+            job.donor.backward(F.cross_entropy(job.model(inputs, "h2"), labels), len(labels))
+            assert not job.donor.publish()
+            job.optimizer.step()
+            job.optimizer.zero_grad()
+    return seen
+
+
+def test_that_the_last_round_before_the_bound_is_handed_over(
+    start: Callable[..., DonorAlone],
+) -> None:
+    job = start(exchange="delta", local_steps=2)
+    job.publish_weights(step=0, fill=0.1)
+    with job.donor as donor:
+        assert take_local_steps(job, max_windows=2) == [True, False]
+        assert not donor.at_receiver_weights
+        assert donor.published_windows == donor.completed_windows == 2
+    assert [job.payload(sequence).header.kind for sequence in (0, 1)] == ["delta", "end"]
+
+
+def test_that_a_resume_takes_the_steps_of_an_unfinished_round_again(
+    start: Callable[..., DonorAlone], tmp_path: Path
+) -> None:
+    job = start(exchange="delta", local_steps=2)
+    job.publish_weights(step=0, fill=0.1)
+    take_local_steps(job, max_windows=2)
+    job.publish_weights(step=2, fill=0.2)
+    take_local_steps(job, max_windows=3)
+    job.accelerator.save_state(str(tmp_path / "checkpoint"))
+    job.donor._stop(publish_end=False)  # as after an error
+    reset()
+    resumed = start(exchange="delta", local_steps=2, resume_from_checkpoint=tmp_path / "checkpoint")
+    resumed.accelerator.load_state(str(tmp_path / "checkpoint"))
+    assert resumed.donor.completed_windows == 2

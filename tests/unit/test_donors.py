@@ -23,9 +23,15 @@ PATIENCE = 0.05  # seconds
 class Run:
     """A receiver's donors, whose records this test writes."""
 
-    def __init__(self, root: Path, num_expected: int = 1, require_peer: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        num_expected: int = 1,
+        require_peer: bool = False,
+        max_staleness: int | None = 0,
+    ) -> None:
         self.transport = DirectoryTransport(root)
-        self.require_peer = require_peer
+        self.require_peer, self.max_staleness = require_peer, max_staleness
         self.donors = Donors(
             self.transport,
             open_inbox=self.open_inbox,
@@ -46,7 +52,7 @@ class Run:
         return Inbox(
             donor, transport=self.transport, read=read, expected=expected,
             kind="gradient", unit="samples",
-            max_staleness=0, digests=digests, is_new=is_new,
+            max_staleness=self.max_staleness, digests=digests, is_new=is_new,
         )  # fmt: skip
 
     def open_wait(self, peer: PeerWatch, what: str) -> Wait:
@@ -143,6 +149,42 @@ def test_that_each_silent_donor_is_given_up_for_itself(
     run.donate("b", 1, at=2)
     run.donate("a", 2, at=2)
     assert run.take() == {"a": 2, "b": 1}, "it is back"
+
+
+def test_that_a_donor_that_nobody_waits_for_is_missed_once_it_falls_silent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path, max_staleness=None)
+    run.donate("a", 0, at=0)
+    assert run.take() == {"a": 0}
+    watch, beats = PeerWatch(run.transport, "another"), 0
+    while watch.silent_seconds < 2 * PATIENCE:  # a slow one, whose heart beats
+        beats += 1
+        run.transport.beat("a", beats)
+        assert run.take() == {"a": None}
+    assert "TRAINING ALONE" not in caplog.text
+    while "TRAINING ALONE" not in caplog.text:
+        assert run.take() == {"a": None}, "no step waits"
+    assert run.take() == {"a": None}
+    assert caplog.text.count("TRAINING ALONE: the a fell silent for 0.05 s") == 1
+    with pytest.raises(PeerError):
+        run.donors.require_peers()
+    run.donate("a", 1, at=0)
+    assert run.take() == {"a": 1}
+    run.donors.require_peers()
+
+
+def test_that_the_end_of_one_that_finished_before_is_said_where_it_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    early = Run(tmp_path, max_staleness=None)
+    early.donate("a", 0, at=0)
+    early.donate("a", 1, at=0, kind="end")
+    run = Run(tmp_path, max_staleness=None)  # a receiver that starts now
+    assert run.take() == {"a": 0}
+    assert "TRAINING ALONE" not in caplog.text
+    assert run.take() == run.take() == {"a": None}
+    assert caplog.text.count("TRAINING ALONE: the a has ended. From receiver step 1 on") == 1
 
 
 def test_that_the_state_crosses_a_json_file(tmp_path: Path) -> None:

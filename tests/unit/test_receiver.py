@@ -313,3 +313,18 @@ def test_that_the_donors_validation_is_among_the_metrics(job: ReceiverAlone) -> 
         assert job.receiver.metrics["validation donor/h2 (%)"] == 87.5
         job.optimizer.step()
         job.receiver.commit()
+
+
+def test_that_steps_after_the_last_exchange_of_differences_count_as_alone(
+    start: Callable[..., ReceiverAlone], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = start(exchange="delta", local_steps=2)
+    job.step()
+    job.donate(job.constant(0.1), kind="delta")
+    for _ in range(2):
+        job.step()
+    job.receiver.close()
+    job.receiver.close()
+    assert job.receiver.fates()["applied"] == 1
+    assert (job.receiver.completed_steps, job.receiver.steps_alone) == (3, 1)
+    assert "steps taken alone, after the last exchange: 1" in caplog.text

@@ -165,6 +165,7 @@ class GradientDonor(BridgeJob):
                 self._in_window = True
                 yield batch
                 if self.completed_windows == max_windows:
+                    self._end_round()
                     return
             if self.completed_windows == before:
                 raise RuntimeError(
@@ -219,8 +220,10 @@ class GradientDonor(BridgeJob):
     @property
     def at_receiver_weights(self) -> bool:
         """Whether the model has weights as the receiver published them."""
-        is_changed = self._round is not None and self._round.num_windows > 0
-        return self.following and not is_changed
+        loaded = self._weights  # every local step since then has counted the receiver's one on
+        return (
+            self.following and loaded is not None and self.receiver_step == loaded.receiver_step + 1
+        )
 
     def report(self, validation: Mapping[str, float]) -> None:
         """Tell the receiver, with the next payload, what its weights are worth.
@@ -261,11 +264,9 @@ class GradientDonor(BridgeJob):
             )
         if not self.config.follows:
             return self._begin_own_window()
+        self._end_round()
         if self._round is not None:
-            if self._round.num_windows < self.config.local_steps:
-                return True
-            self._publish_round(self._round)
-            self._round = None
+            return True
         while True:
             self._wait = None
             decision, self._wait_seconds = self.control.decide(self._poll)
@@ -373,8 +374,12 @@ class GradientDonor(BridgeJob):
             self._round = LocalRound(self._gradient_parameters(self.head))
 
     @torch.no_grad()
-    def _publish_round(self, local: LocalRound) -> None:
-        """Hand over what the local steps since the last weights changed."""
+    def _end_round(self) -> None:
+        """Exchange ``delta``: hand over what the local steps changed, once all are taken."""
+        local = self._round
+        if local is None or local.num_windows < self.config.local_steps:
+            return
+        self._round = None
         changes = local.difference()
         finite = self.control.agree(all_finite(changes.values()) and local.count > 0)
         self._published_windows += local.num_windows
@@ -430,7 +435,9 @@ class GradientDonor(BridgeJob):
     # -- checkpoints and results --------------------------------------------------------------
 
     def _state(self) -> dict[str, Any]:
-        return {"completed_windows": self.completed_windows}
+        # Local steps that no payload holds yet will be taken again, on the same batches.
+        unpublished = self._round.num_windows if self._round is not None else 0
+        return {"completed_windows": self.completed_windows - unpublished}
 
     def _load_state(self, state: dict[str, Any]) -> None:
         # What was published after the checkpoint is published: go on after it.

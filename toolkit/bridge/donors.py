@@ -116,7 +116,7 @@ class Donors:
         """
         for name, donor in self._donors.items():
             if donor.inbox.donor_is_away:
-                raise PeerError(f"the {name} has ended, and --require_peer is set")
+                raise PeerError(f"the {name} has ended or fell silent, and --require_peer is set")
 
     # -- one step ---------------------------------------------------------------------------
 
@@ -179,7 +179,16 @@ class Donors:
                 _warn(reason, step)
         elif verdict is not None:
             donor.wait.is_over()
+            if not donor.inbox.is_waited_for and verdict.digest is None:
+                self._watch_unawaited(name, donor, step)
         return verdict
+
+    def _watch_unawaited(self, name: str, donor: _Donor, step: int) -> None:
+        """Say so, once, where a donor for which no step waits has fallen silent."""
+        donor.peer.observe()
+        if not donor.inbox.donor_is_away and donor.peer.silent_seconds >= self._peer_wait:
+            donor.inbox.donor_is_away = True
+            _warn(f"the {name} fell silent for {self._peer_wait:g} s", step)
 
     def _gives_up_finding(self, step: int) -> bool:
         """Whether donors that were never found are waited for no longer."""

@@ -92,9 +92,10 @@ class Inbox:
         self._max_staleness = max_staleness
         self._digests = digests
         self._answered = -1
-        # Numbers below it were published before this start and say nothing about the donor's life.
         known = [] if is_new else transport.sequences(donor)
-        self._first_unseen = max(known, default=-1) + 1
+        # Numbers below it were published before this start and say nothing about the donor's life.
+        # A stream that is never waited for is taken as it comes: it is over where its end is read.
+        self._first_unseen = max(known, default=-1) + 1 if self.is_waited_for else 0
         self._judged: dict[int, tuple[Outcome, str, Record | None]] = {}  # since the cursor moved
         self._missing, self._missing_looks, self._next_missing_look = -1, 0, 0.0
         # A receiver that starts without a checkpoint begins with what the donor still keeps.
@@ -104,6 +105,11 @@ class Inbox:
         self._num_ends = 0  # numbers below the cursor that are ends, and no payloads
         self.donor_is_away = False
         self.fetched: Record | None = None
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a step may wait for this donor's answer."""
+        return self._max_staleness is not None
 
     def look(self, receiver_step: int, peer: PeerWatch) -> Verdict | None:
         """Read on from the cursor, up to the first payload to apply.

@@ -471,6 +471,21 @@ class GradientReceiver(BridgeJob):
     def _end_header(self) -> Header:
         return self._header("end", "")
 
+    def close(self) -> None:
+        """Publish this job's end and leave together. A collective; safe to call twice.
+
+        In exchange ``delta`` the steps since the last exchange count as alone.
+        """
+        if not self._closed and self._outer is not None:
+            steps = self.completed_steps % self.config.local_steps
+            if steps:
+                logger.warning(
+                    "steps taken alone, after the last exchange: %d (there is one after every %d "
+                    "steps, local_steps)", steps, self.config.local_steps,
+                )  # fmt: skip
+            self.steps_alone += steps
+        super().close()
+
     def _stop(self, publish_end: bool) -> None:
         if self._lessons is not None:
             self._lessons.teachers.close()

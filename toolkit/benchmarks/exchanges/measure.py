@@ -20,7 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from toolkit.benchmarks.exchanges.plot import NEEDED, can_plot, has_picture, plot
+from toolkit.benchmarks.exchanges.plot import NEEDED, can_plot, plot
 from toolkit.benchmarks.exchanges.rows import ROWS
 from toolkit.benchmarks.exchanges.summary import as_json, notes, summarize, table
 from toolkit.benchmarks.exchanges.trials import Outcome, Trial
@@ -107,9 +107,8 @@ def measure_exchanges(args: argparse.Namespace) -> None:
         "num_cpus": os.cpu_count(),
         "torch": torch.__version__,
     }
-    if args.plot is not None and not has_picture(summaries):
-        console.print("no picture: no row has both bytes and a gain")
-    elif args.plot is not None:
-        title = f"{args.task}: {args.max_train_steps} steps, {args.num_seeds} seeds"
+    if args.plot is not None:
+        seeds = "1 seed" if args.num_seeds == 1 else f"{args.num_seeds} seeds and their mean"
+        title = f"{args.task}: {args.max_train_steps} steps, {seeds}; dashed: alone, joint"
         plot(summaries, title, args.plot)
     write_figures({**facts, "rows": as_json(summaries)}, args.output)

@@ -1,13 +1,14 @@
-"""One picture: how much of joint training's gain a way to share recovers, for how many bytes."""
+"""One picture: the accuracy of every way to share, between the receiver alone and joint training."""
 
 from __future__ import annotations
 
 import importlib.util
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit.benchmarks.exchanges.rows import ROWS
+from toolkit.benchmarks.exchanges.rows import ALONE, JOINT, ROWS
 from toolkit.benchmarks.exchanges.summary import HEADS, Summary
 
 NEEDED = "--plot needs matplotlib: pip install 'gradient-bridge[plot]'"
@@ -19,6 +20,7 @@ _COLOURS = {
     "head": "tab:purple",
     "": "tab:gray",
 }
+_LEFT_MARGIN = 0.4  # of the range from alone to joint, shown below; what is lower gets an arrow
 
 
 def can_plot() -> bool:
@@ -26,59 +28,57 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def has_picture(summaries: Sequence[Summary]) -> bool:
-    """Whether there is anything to show."""
-    return any(s.recovery[head] is not None for s in _sent(summaries) for head in HEADS)
-
-
-def _sent(summaries: Sequence[Summary]) -> list[Summary]:
-    return [summary for summary in summaries if summary.mib and ROWS[summary.row].shares]
-
-
 def plot(summaries: Sequence[Summary], title: str, path: Path) -> None:
-    """Write a PNG with one panel for each head that joint training improves.
+    """Write a PNG with one panel for each head: a dot for each seed, a line for their mean.
 
     Args:
-        summaries: of all rows, which have a picture; those without bytes are left out.
+        summaries: of all rows.
         title: of the picture.
         path: of the file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    sent = _sent(summaries)
-    heads = [head for head in HEADS if any(s.recovery[head] is not None for s in sent)]
-    figure = Figure(figsize=(1 + 5.5 * len(heads), 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 1.6 + 0.26 * len(summaries)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    for number, head in enumerate(heads, 1):
-        axes: Any = figure.add_subplot(1, len(heads), number)
-        _draw(axes, sent, head)
-    figure.savefig(path, dpi=150)
+    all_axes: Any = figure.subplots(1, len(HEADS), sharey=True)
+    for axes, head in zip(all_axes, HEADS, strict=True):
+        _draw(axes, summaries, head)
+    all_axes[0].set_yticks(range(len(summaries)), [_label(summary) for summary in summaries])
+    all_axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
+def _label(summary: Summary) -> str:
+    crossed = f" ({summary.mib:.3g} MiB)" if summary.mib and ROWS[summary.row].shares else ""
+    return summary.row + crossed
 
 
 def _draw(axes: Any, summaries: Sequence[Summary], head: str) -> None:
-    for level, name in ((0, "receiver alone"), (100, "joint training")):
-        axes.axhline(level, color="black", linewidth=0.8, linestyle="--")
-        axes.annotate(
-            name, (0.01, level), xycoords=("axes fraction", "data"), fontsize=8, va="bottom"
-        )
-    families = dict.fromkeys(ROWS[summary.row].exchange for summary in summaries)
-    for family in families:
-        rows = [summary for summary in summaries if ROWS[summary.row].exchange == family]
-        points = [(summary.mib, summary.recovery[head]) for summary in rows]
-        colour = _COLOURS[family]
-        axes.plot(*zip(*points, strict=True), "o", color=colour)
-        for place, (summary, point) in enumerate(zip(rows, points, strict=True)):
-            # To the right and to the left by turns: ways of one exchange lie close together.
-            side, shift = ("right", -6) if place % 2 or not family else ("left", 6)
+    means = {summary.row: statistics.mean(summary.accuracies[head]) for summary in summaries}
+    references = [means[row] for row in (ALONE, JOINT) if row in means]
+    for reference in references:
+        axes.axvline(reference, color="black", linewidth=0.8, linestyle="--")
+    lowest = min([value for s in summaries for value in s.accuracies[head]])
+    if len(references) == 2:
+        of_references = [
+            v for s in summaries if s.row in (ALONE, JOINT) for v in s.accuracies[head]
+        ]
+        spread = max(of_references) - min(of_references)
+        lowest = max(lowest, min(of_references) - _LEFT_MARGIN * spread)
+    for place, summary in enumerate(summaries):
+        colour = _COLOURS[ROWS[summary.row].exchange]
+        values = summary.accuracies[head]
+        shown = [value for value in values if value >= lowest]
+        axes.plot(shown, [place] * len(shown), "o", color=colour, alpha=0.4, markersize=5)
+        mean = means[summary.row]
+        if mean >= lowest:
+            axes.plot([mean], [place], "|", color=colour, markersize=14, markeredgewidth=2.5)
+        else:
             axes.annotate(
-                summary.row, point, xytext=(shift, 4), textcoords="offset points", fontsize=8,
-                color=colour, ha=side,
+                f"◀ {mean:.0f}", (0.01, place), xycoords=("axes fraction", "data"), color=colour,
+                va="center",
             )  # fmt: skip
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.margins(x=0.25, y=0.12)
-    axes.set_xlabel("crossed in both directions (MiB)")
-    axes.set_ylabel(f"recovered of joint training's gain on {head} (%)")
+    axes.set_xlabel(f"{head}, accuracy (%)")
     axes.grid(alpha=0.3)

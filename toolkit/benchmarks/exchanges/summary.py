@@ -104,14 +104,14 @@ def table(summaries: Sequence[Summary], task: str, num_steps: int) -> Table:
     result = Table(
         title=f"{task}: {num_steps} steps, {seeds}",
         caption="gain: part of what joint training gains over the receiver alone; MiB: in both "
-        "directions; age: of payloads, in receiver steps; time: of training, over lockstep's",
+        "directions; time: of training, over lockstep's",
         box=box.HORIZONTALS,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
     result.add_column("row", no_wrap=True)
     headings = [*(f"{head}\n(%)" for head in HEADS), *(f"{head}\ngain\n(%)" for head in HEADS)]
-    for heading in [*headings, "payloads", "MiB", "age", "time"]:
+    for heading in [*headings, "payloads", "MiB", "time"]:
         result.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
         result.add_row(
@@ -120,7 +120,6 @@ def table(summaries: Sequence[Summary], task: str, num_steps: int) -> Table:
             *(_cell(summary.recovery[head], ".0f") for head in HEADS),
             f"{summary.payloads:.0f}",
             _cell(summary.mib, ".1f"),
-            _cell(summary.mean_staleness, ".1f"),
             _cell(summary.time_ratio, ".2f"),
         )
     return result

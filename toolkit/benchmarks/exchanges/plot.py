@@ -1,4 +1,4 @@
-"""One picture: the accuracy of every way to share, between the receiver alone and joint training."""
+"""One picture: the accuracies of every way to share, and of alone and joint training."""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def test_that_a_finished_donor_teaches(recipes: Recipes) -> None:
     assert set(curves.Tags()["scalars"]) == {
         "accuracy/h1 (%)", "accuracy/h2 (%)", "bridge/samples own (samples)", "bridge/wait (s)",
         "loss/own (per sample)", "loss/teacher donor (per sample)",
-        "teacher/donor age (receiver steps)", "teacher/donor donor step", "train/learning rate",
+        "teacher/donor age (receiver steps)", "teacher/donor donor step",
+        "teacher/heads.h2 at work", "train/learning rate",
     }  # fmt: skip
     losses = [event.value for event in curves.Scalars("loss/teacher donor (per sample)")]
     assert losses[-1] < losses[0]

@@ -24,6 +24,27 @@ def test_that_the_configuration_on_the_cpu_is_not_run_as_something_else(
 
 
 @pytest.mark.faults
+def test_that_a_teacher_stands_in_for_a_killed_donor(
+    recipes: Recipes, launcher: Launcher, tmp_path: Path
+) -> None:
+    donor = recipes(DONOR)
+    receiver = launcher(
+        SHARDING, ROOT / RECEIVER, "--dtype", "float64", "--report_to", "none", "--peer_wait", 3,
+        "--max_train_steps", 300, num_processes=2, cwd=tmp_path, config=CONFIG,
+    )  # fmt: skip
+    ledger = recipes.path("0001", "bridge", "receiver", "ledger-0001.jsonl")
+    wait_until(lambda: ledger.exists() and len(ledger.read_text().splitlines()) > 50, "50 payloads")
+    donor.kill()
+    receiver.wait(TIMEOUT)
+    assert "on heads.h2 learns from a teacher" in receiver.output()
+    results = recipes.results("0001", "receiver")
+    assert results["num_processes"] == 2
+    assert (results["steps_alone"], results["steps_taught"] > 0) == (1, True)
+    assert results["fates"]["applied"] + 1 + results["steps_taught"] == 300
+    assert results["accuracies (%)"]["h2"] > 80
+
+
+@pytest.mark.faults
 def test_that_a_killed_receiver_goes_on_to_the_weights_of_joint_training(
     recipes: Recipes, launcher: Launcher, tmp_path: Path
 ) -> None:

@@ -302,3 +302,18 @@ def test_that_pauses_grow_with_the_wait_within_bounds(
     assert pauses[0] == pytest.approx(0.0005)
     assert pauses[-1] == pytest.approx(0.5)
     assert all(a <= b + 1e-9 for a, b in itertools.pairwise(pauses))
+
+
+def test_that_less_patience_with_silence_is_no_less_with_a_slow_peer(
+    transport: DirectoryTransport, clock: Clock
+) -> None:
+    peer = PeerWatch(transport, "donor", clock)
+    peer.sign_of_life()
+    wait = Wait(peer, "its gradient", 10.0, False, HINT, patience=5.0)
+    for beat in range(1, 10 * STALL_FACTOR):
+        clock.sleep(1)
+        transport.beat("donor", beat)
+        assert wait.gave_up() is None, f"given up after {beat} s"
+    silent = Wait(peer, "its gradient", 10.0, False, HINT, patience=5.0)
+    clock.sleep(5)
+    assert silent.gave_up() == "the donor fell silent for 5 s"

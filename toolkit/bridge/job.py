@@ -212,8 +212,7 @@ class BridgeJob:
             hint += f" --runs_dir {config.runs_dir}"
         if config.run is not None:
             hint += f" --run {config.run}"
-        patience = config.peer_wait if patience is None else patience
-        return Wait(peer, what, patience, config.require_peer, hint)
+        return Wait(peer, what, config.peer_wait, config.require_peer, hint, patience)
 
     # -- checkpoints ------------------------------------------------------------------------
 

@@ -108,13 +108,22 @@ class Wait:
         peer_wait: seconds of silence after which the wait is given up.
         require_peer: raise instead of giving up.
         hint: how to bring the peer about, while it was never seen.
+        patience: seconds of silence, in the place of ``peer_wait``. One that lives is waited for
+            as long as without.
     """
 
     def __init__(
-        self, peer: PeerWatch, what: str, peer_wait: float, require_peer: bool, hint: str
+        self,
+        peer: PeerWatch,
+        what: str,
+        peer_wait: float,
+        require_peer: bool,
+        hint: str,
+        patience: float | None = None,
     ) -> None:
         self._peer, self._what, self._hint = peer, what, hint
         self._peer_wait, self._require_peer = peer_wait, require_peer
+        self._patience = peer_wait if patience is None else patience
         self._start = time.monotonic()
         # A peer that never showed life is most likely not started: say so soon, but give the
         # heart of one that is just here time to beat.
@@ -139,9 +148,9 @@ class Wait:
         stall_limit = STALL_FACTOR * max(self._peer_wait, self._peer.longest_round)
         silent = min(self._peer.silent_seconds, self.seconds)
         reason = None
-        if silent >= self._peer_wait:
+        if silent >= self._patience:
             state = "fell silent" if self._peer.seen else "did not come"
-            reason = f"the {self._peer.job} {state} for {self._peer_wait:g} s"
+            reason = f"the {self._peer.job} {state} for {self._patience:g} s"
         elif self.seconds >= stall_limit:
             reason = f"the {self._peer.job} lives but brought nothing for {stall_limit:.0f} s"
         if reason and self._require_peer:
@@ -153,9 +162,9 @@ class Wait:
 
     def _say_status(self, silent: float, stall_limit: float) -> None:
         if not self._peer.seen:
-            state = f"no {self._peer.job} yet, at most {self._peer_wait:g} s. {self._hint}"
+            state = f"no {self._peer.job} yet, at most {self._patience:g} s. {self._hint}"
         elif silent < STATUS_SECONDS:
             state = f"the {self._peer.job} lives, at most {stall_limit:.0f} s"
         else:
-            state = f"the {self._peer.job} is silent, for {silent:.0f} of {self._peer_wait:g} s"
+            state = f"the {self._peer.job} is silent, for {silent:.0f} of {self._patience:g} s"
         logger.info("waiting for %s since %.0f s: %s", self._what, self.seconds, state)

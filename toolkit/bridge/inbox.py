@@ -7,6 +7,7 @@ Lives on the main process. Nothing that it finds out counts until the optimizer 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.ledger import Entry, Fate
 from toolkit.bridge.liveness import PeerWatch
-from toolkit.bridge.payload import Kind, Record, check_sum
+from toolkit.bridge.payload import Kind, Record, check_sum, read_header
 from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
@@ -159,8 +160,18 @@ class Inbox:
         return self.look(receiver_step, peer)
 
     def has_news(self) -> bool:
-        """Whether the donor has published since it was last heard of, after a time away."""
-        return max(self._transport.sequences(self._donor), default=-1) >= self._first_unseen
+        """Whether the donor has published since it was last heard of, after a time away.
+
+        The end of one that is away changes nothing.
+        """
+        newest = max(self._transport.sequences(self._donor), default=-1)
+        if newest < self._first_unseen:
+            return False
+        try:
+            head = functools.partial(self._transport.read_head, self._donor, newest)
+            return read_header(head).kind != "end"
+        except (FileNotFoundError, PayloadError):
+            return True  # the next look finds out
 
     def settle(self, verdict: Verdict) -> tuple[Entry, ...]:
         """The step happened: move the cursor; the fates that are final now."""

@@ -87,12 +87,7 @@ def largest_difference(output_dir: Path, expected: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize(
     ("rule", "reduction", "num_processes"),
-    [
-        ("pool", "mean", 2),
-        pytest.param("match", "mean", 1, marks=pytest.mark.slow),
-        pytest.param("match", "mean", 2, marks=pytest.mark.slow),  # the bridge's tests run it too
-        pytest.param("append", "sum", 1, marks=pytest.mark.slow),
-    ],
+    [("match", "mean", 1), ("match", "mean", 2), ("append", "sum", 1), ("pool", "mean", 2)],
 )
 def test_equals_sums_by_hand(run: Run, rule: str, reduction: str, num_processes: int) -> None:
     flags = (f"--rescale={rule}", f"--loss_reduction={reduction}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from tests.unit.jobs import ReceiverAlone, batches, reset
+from toolkit import BridgeError
+from toolkit.bridge import liveness
+from toolkit.bridge import receiver as receiver_module
+from toolkit.bridge.liveness import STALL_FACTOR, PeerWatch
 
 HEAD = "heads.h2"
 MARK = "teacher/heads.h2 at work"
@@ -179,3 +184,48 @@ def test_where_no_teacher_can_stand_in(
     assert job.receiver.taught_heads == ()
     assert job.receiver.steps_alone == 2
     assert job.receiver.fates()["applied"] == 1
+
+
+def test_that_the_end_of_a_donor_that_is_away_changes_nothing(
+    start: Callable[..., ReceiverAlone],
+) -> None:
+    job = start()
+    step(job, donates=True)
+    step(job)  # given up
+    assert step(job) == pytest.approx(0.0, abs=1e-12)
+    job.donate(None, kind="end")
+    losses = [step(job) for _ in range(3)]
+    assert all(losses), "the same teacher, and not a new one of the head as it is now"
+    assert (job.receiver.steps_alone, job.receiver.steps_taught) == (1, 4)
+    fates = job.receiver.fates()
+    assert (fates["applied"], fates["pending"], fates["published"]) == (1, 0, 1)
+
+
+def test_that_a_slow_donor_that_lives_is_waited_for_as_without_teachers(
+    start: Callable[..., ReceiverAlone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiver_module, "SILENT_BEATS", 0.05)
+    receiver, now = start().receiver, 1000.0
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(liveness, "time", clock)
+    peer = PeerWatch(receiver.transport, "donor", clock.monotonic)
+    peer.sign_of_life()
+    wait = receiver._open_donor_wait(peer, "its gradient")
+    for beat in range(1, round(STALL_FACTOR * receiver.config.peer_wait / 0.04)):
+        now += 0.04
+        receiver.transport.beat("donor", beat)
+        assert wait.gave_up() is None, f"given up after {wait.seconds} s"
+    now += 0.051
+    assert wait.gave_up() == "the donor fell silent for 0.05 s"
+
+
+def test_that_a_model_that_is_no_head_of_a_backbone_needs_a_factory(
+    start: Callable[..., ReceiverAlone],
+) -> None:
+    job = start()
+    step(job, donates=True)
+    job.donate(None, kind="end")
+    step(job)
+    inputs, _ = next(batches("h1", [7]))
+    with pytest.raises(BridgeError, match=r"inputs given to teacher_loss\(\): .*teacher_factory"):
+        job.receiver.teacher_loss(job.network(inputs, "h2"), {"inputs": inputs})

@@ -327,6 +327,17 @@ def test_a_teacher_of_another_shape(start: Start, runs_dir: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state[0]), "the factory has moved the random state"
 
 
+def test_that_a_factory_of_no_use_is_refused_before_a_run_is_claimed(
+    start: Start, runs_dir: Path
+) -> None:
+    lines = r"backbone and heads\.h2; these differ:\n  backbone\.0\.bias: this teacher .* \(11,\)"
+    with pytest.raises(ValueError, match=lines):
+        start({"exchange": "auto"}, teacher_factory=Wide)
+    with pytest.raises(ValueError, match="exchange 'gradient' has no teacher"):
+        start({"exchange": "gradient"}, teacher_factory=Wide)
+    assert not runs_dir.exists(), "a corrected start finds its place free"
+
+
 class Tricky(nn.Module):
     """Batch normalisation, dropout, and a weight that backbone and head share with nobody else."""
 

@@ -39,7 +39,7 @@ from toolkit.bridge.own_weights import newest_own_weights, stream_of
 from toolkit.bridge.payload import Header, Record, digest_tensors
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
-from toolkit.bridge.teacher import TeacherFactory, blueprints_of
+from toolkit.bridge.teacher import Blueprint, TeacherFactory, blueprints_of, tensors_of
 from toolkit.bridge.teachers import Teachers
 from toolkit.bridge.weights_outbox import WeightsOutbox
 from toolkit.configuration import check_one_scaled_optimizer
@@ -70,8 +70,9 @@ class GradientReceiver(BridgeJob):
         head: name of the submodule of the donors' head, or several names.
         teacher_loss_fn: of the student's and a teacher's logits, reduced as
             ``config.loss_reduction``, in place of ``config.distill_loss``.
-        teacher_factory: makes a teacher where this model's modules cannot be copied (FSDP2) or, in
-            exchange ``distill``, the donor's backbone is another: a module that maps the inputs
+        teacher_factory: makes a teacher where ``head(backbone(*inputs))`` of copied modules is
+            none: the model does more than that, its modules cannot be copied (FSDP2) or, in
+            exchange ``distill``, the donor's backbone is another. A module that maps the inputs
             given to :meth:`teacher_loss` to logits, and whose ``state_dict`` has the donor's names.
 
     Attributes:
@@ -84,8 +85,8 @@ class GradientReceiver(BridgeJob):
 
     Raises:
         ValueError: for an unknown module, shared parameters that the optimizer lacks, several
-            optimizers under one loss scaler, or fused SGD with momentum, which fails in torch after
-            a step without a payload.
+            optimizers under one loss scaler, a ``teacher_factory`` that does not fit, or fused SGD
+            with momentum, which fails in torch after a step without a payload.
         BridgeError: for a run that cannot be joined, or a job that is launched in a way that is not
             supported.
     """
@@ -104,18 +105,17 @@ class GradientReceiver(BridgeJob):
         teacher_loss_fn: LossFunction | None = None,
         teacher_factory: TeacherFactory | None = None,
     ) -> None:
-        self._lessons: Lessons | None = None
-        super().__init__(accelerator, model, optimizer, config, backbone=backbone, head=head)
-        if not self.config.has_teachers and (teacher_loss_fn or teacher_factory):
+        config = config or BridgeConfig()
+        if not config.has_teachers and (teacher_loss_fn or teacher_factory):
             raise ValueError(
-                f"exchange {self.config.exchange!r} has no teacher: leave teacher_loss_fn and "
+                f"exchange {config.exchange!r} has no teacher: leave teacher_loss_fn and "
                 "teacher_factory out, or use exchange 'distill' or 'auto'"
             )
-        obstacle = obstacle_to_teachers(self.config, self.shared, teacher_factory)
-        if obstacle is not None:
-            logger.info("no teacher will stand in for a donor that goes away: %s", obstacle)
-        elif self.config.has_teachers:
-            self._lessons = self._begin_lessons(backbone, teacher_loss_fn, teacher_factory)
+        self._lessons: Lessons | None = None
+        self._backbone_name, self._teacher_factory = backbone, teacher_factory
+        super().__init__(accelerator, model, optimizer, config, backbone=backbone, head=head)
+        if self._blueprints:
+            self._lessons = self._begin_lessons(self._blueprints, teacher_loss_fn)
 
     def _attach(self) -> None:
         if self.config.exchange == "distill":
@@ -124,6 +124,7 @@ class GradientReceiver(BridgeJob):
         check_head_rests(self.shared.head, may_train=self.config.has_teachers and is_sharded)
         check_takes_late_gradients(self.optimizer)
         check_one_scaled_optimizer(self.accelerator)
+        self._blueprints = self._draw_blueprints() if self.config.has_teachers else {}
         replay = self.config.replay
         self._kept = KeptPayloads(Path(replay)) if replay is not None else None
         self._injector = Injector(
@@ -296,12 +297,27 @@ class GradientReceiver(BridgeJob):
             raise RuntimeError(f"exchange {self.config.exchange!r} has no teachers")
         return self._lessons.loss(head, logits, inputs)
 
-    def _begin_lessons(
-        self, backbone: str, loss_fn: LossFunction | None, factory: TeacherFactory | None
-    ) -> Lessons:
+    def _draw_blueprints(self) -> dict[str, Blueprint]:
+        """How teachers are made, by head; none where none can stand in for a donor."""
+        factory, shared = self._teacher_factory, self.shared
+        if (obstacle := obstacle_to_teachers(self.config, shared, factory)) is not None:
+            logger.info("no teacher will stand in for a donor that goes away: %s", obstacle)
+            return {}
         blueprints = blueprints_of(
-            self.accelerator, self.model, self.shared, backbone=backbone, factory=factory
+            self.accelerator, self.model, shared, backbone=self._backbone_name, factory=factory
         )
+        for head, blueprint in blueprints.items():
+            lines = blueprint.differences(tensors_of(shared, head), "receiver")
+            if lines and self.config.exchange == "auto":
+                raise ValueError(
+                    "in exchange 'auto' teacher_factory must make a model with the receiver's "
+                    f"backbone and {head}; these differ:\n  " + "\n  ".join(lines)
+                )
+        return blueprints
+
+    def _begin_lessons(
+        self, blueprints: Mapping[str, Blueprint], loss_fn: LossFunction | None
+    ) -> Lessons:
         teachers = Teachers(self.transport, self.control, run_id=self.run_id, blueprints=blueprints)
         lessons = Lessons(teachers, self.shared, self.config, loss_fn)
         if self.config.exchange == "auto":

@@ -36,9 +36,20 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, *inputs: object) -> Tensor:
-        """Logits (..., K) of the donor's head for the receiver's inputs."""
-        with self._accelerator.autocast():
-            logits: Tensor = self._module(*inputs)
+        """Logits (..., K) of the donor's head for the receiver's inputs.
+
+        Raises:
+            BridgeError: if the module does not take them.
+        """
+        try:
+            with self._accelerator.autocast():
+                logits: Tensor = self._module(*inputs)
+        except Exception as error:
+            raise BridgeError(
+                f"the teacher fails on the inputs given to teacher_loss(): {error}. Unless "
+                "GradientReceiver has a teacher_factory, it is head(backbone(*inputs)): give one "
+                "that makes the same of them as the model"
+            ) from error
         return logits
 
     @torch.no_grad()
@@ -65,16 +76,17 @@ class Blueprint:
         self.num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self.num_tensors = len(tensors)
 
+    def differences(self, tensors: Mapping[str, Tensor], job: str) -> list[str]:
+        """One line for each tensor of another job that does not fit; empty if all do."""
+        return schema_differences(self._schema, schema_of(tensors), "this teacher", job)
+
     def check(self, record: Record, donor: str) -> None:
         """Refuse weights that do not fit, or are no numbers.
 
         Raises:
             PayloadError: naming the tensors that differ, or for a value that is not finite.
         """
-        differences = schema_differences(
-            self._schema, schema_of(record.tensors), "this teacher", donor
-        )
-        if differences:
+        if differences := self.differences(record.tensors, donor):
             raise PayloadError("schema", "the weights do not fit:\n  " + "\n  ".join(differences))
         if not all_finite(record.tensors.values()):
             raise PayloadError("nonfinite", "a weight is not finite")

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from tests.unit.jobs import ReceiverAlone, batches, reset
 from toolkit import BridgeError
-from toolkit.bridge import liveness
+from toolkit.bridge import liveness, runs
 from toolkit.bridge import receiver as receiver_module
+from toolkit.bridge.donors import Donors
 from toolkit.bridge.liveness import STALL_FACTOR, PeerWatch
 
 HEAD = "heads.h2"
@@ -229,3 +230,29 @@ def test_that_a_model_that_is_no_head_of_a_backbone_needs_a_factory(
     inputs, _ = next(batches("h1", [7]))
     with pytest.raises(BridgeError, match=r"inputs given to teacher_loss\(\): .*teacher_factory"):
         job.receiver.teacher_loss(job.network(inputs, "h2"), {"inputs": inputs})
+
+
+@pytest.mark.parametrize("settings", [{"require_peer": True}, {"aggregate": "pcgrad"}], ids=str)
+def test_that_a_resume_waits_for_a_donor_that_ended_where_nothing_stands_in(
+    start: Callable[..., ReceiverAlone],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs, "BEAT_SECONDS", 0.1)  # who is silent for 5 of them is dead
+    job, checkpoint = start(**settings), tmp_path / "checkpoint"
+    step(job, donates=True)
+    job.accelerator.save_state(str(checkpoint))
+    job.donate(None, kind="end")  # interrupted, and resumed like the receiver
+    job.receiver._stop(publish_end=False)
+    reset()
+    again = start(**settings, resume_from_checkpoint=checkpoint)
+    again.accelerator.load_state(str(checkpoint))
+    donors = again.receiver._donors
+    assert isinstance(donors, Donors)
+    again.receiver._publish_weights()
+    donors.begin()
+    assert donors.look(1) is None, "no verdict without it"
+    again.published = job.published
+    step(again, donates=True)
+    assert (again.receiver.fates()["applied"], again.receiver.steps_alone) == (2, 0)

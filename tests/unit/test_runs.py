@@ -86,6 +86,23 @@ def test_that_a_receiver_joins_a_donor_that_has_left_its_weights(
     assert (receiver.run_dir == donor.run_dir) is joined
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"keep_payloads": True}, {"scope": "head"}, {"aggregate": "pcgrad"}, {"require_peer": True}],
+    ids=str,
+)
+def test_that_a_receiver_without_use_for_left_weights_waits_for_another_donor(
+    jobs: Jobs, settings: dict[str, Any]
+) -> None:
+    terms = {"exchange": "auto", "scope": settings.get("scope", "all")}
+    donor = jobs.start("donor", terms, beats=False)
+    jobs.leave_weights(donor)
+    jobs.publish(donor, "donor")
+    receiver = jobs.start("receiver", terms, **settings)
+    assert receiver.run_dir != donor.run_dir
+    assert jobs.start("donor", terms).run_dir == receiver.run_dir
+
+
 def test_that_only_the_newest_record_can_be_an_end(jobs: Jobs) -> None:
     run = jobs.start("receiver")
     assert not has_ended(run.run_dir, "receiver")

@@ -184,6 +184,28 @@ class BridgeConfig:
         return self.exchange in ("auto", "distill", "head")
 
     @property
+    def no_stand_in(self) -> str | None:
+        """Exchange ``auto``: why a receiver with these settings has no teachers; None if it may."""
+        if self.exchange != "auto":
+            return None
+        if self.keep_payloads or self.replay is not None:
+            return "what it teaches is in no payload, so that the run could not be replayed"
+        if self.scope == "head":
+            return "its loss would move the backbone too, and scope is 'head'"
+        if self.aggregate != "sum":
+            return (
+                f"aggregate {self.aggregate!r} needs two gradients, and it makes one of both losses"
+            )
+        return None
+
+    @property
+    def takes_left_weights(self) -> bool:
+        """Whether a receiver can use what a donor has left that is over."""
+        if self.exchange == "auto":
+            return self.no_stand_in is None and not self.require_peer
+        return self.has_own_weights
+
+    @property
     def has_stale_gradients(self) -> bool:
         """Whether gradients may come that were taken at older weights of the receiver."""
         return self.exchange in ("auto", "gradient") and self.max_staleness > 0

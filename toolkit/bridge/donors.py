@@ -282,8 +282,9 @@ def open_donors(
             digests=digests,
             is_new=is_new,
         )
-        if config.has_teachers and has_ended(run_dir, donor):
-            inbox.donor_is_away = True  # nobody resumes it: what it has left may teach
+        may_teach = config.has_teachers and config.takes_left_weights
+        if may_teach and has_ended(run_dir, donor):
+            inbox.donor_is_away = True  # not waited for: what it has left may teach
         return inbox
 
     def head_of(donor: str) -> str:

@@ -229,14 +229,8 @@ def obstacle_to_teachers(
     """Exchange ``auto``: why no teacher can stand in for a donor; None if one can."""
     if config.exchange != "auto":
         return None
-    if config.keep_payloads or config.replay is not None:
-        return "what it teaches is in no payload, so that the run could not be replayed"
-    if config.scope == "head":
-        return "its loss would move the backbone too, and scope is 'head'"
-    if config.aggregate != "sum":
-        return (
-            f"aggregate {config.aggregate!r} needs two gradients, and it makes one of both losses"
-        )
+    if config.no_stand_in is not None:
+        return config.no_stand_in
     if (sharded := sharded_head(shared)) is None:
         return None
     if not sharded.requires_grad:

@@ -229,9 +229,9 @@ def _waits_for(run_dir: Path, role: Role, config: BridgeConfig) -> bool:
 
 
 def _have_left_weights(run_dir: Path, donors: list[str], config: BridgeConfig) -> bool:
-    """Whether a receiver can use what donors have trained by themselves, dead or alive."""
+    """Whether this receiver can use what donors have trained by themselves, dead or alive."""
     transport = DirectoryTransport(run_dir / "bridge")
-    return config.has_own_weights and any(transport.sequences(stream_of(d)) for d in donors)
+    return config.takes_left_weights and any(transport.sequences(stream_of(d)) for d in donors)
 
 
 def _join(

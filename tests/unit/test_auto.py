@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +12,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.oracle import Case, build_network
 from tests.unit.jobs import ReceiverAlone, batches, reset
 from toolkit import BridgeError
 from toolkit.bridge import liveness, runs
 from toolkit.bridge import receiver as receiver_module
+from toolkit.bridge import teachers as teachers_module
 from toolkit.bridge.donors import Donors
 from toolkit.bridge.liveness import STALL_FACTOR, PeerWatch
+from toolkit.bridge.payload import digest_tensors, write_record
 
 HEAD = "heads.h2"
 MARK = "teacher/heads.h2 at work"
@@ -256,3 +260,39 @@ def test_that_a_resume_waits_for_a_donor_that_ended_where_nothing_stands_in(
     again.published = job.published
     step(again, donates=True)
     assert (again.receiver.fates()["applied"], again.receiver.steps_alone) == (2, 0)
+
+
+def test_that_what_a_donor_trained_before_is_no_teacher_after_its_gradients(
+    start: Callable[..., ReceiverAlone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers_module, "LOOK_SECONDS", 0.0)
+    job = start()
+    transport = job.receiver.transport
+    transport.open_stream("donor.weights")
+
+    def leave_weights(sequence: int, receiver_step: int) -> None:
+        weights = build_network(Case(seed=5), ("h2",)).state_dict()
+        header = dataclasses.replace(
+            job.weights_record().header, job="donor.weights", sequence=sequence, head=HEAD,
+            receiver_step=receiver_step, weights_digest=digest_tensors(weights),
+        )  # fmt: skip
+        transport.publish("donor.weights", sequence, lambda p: write_record(p, header, weights))
+
+    for _ in range(3):
+        step(job, donates=True)  # at the weights of steps 0, 1, 2
+    leave_weights(0, receiver_step=1)
+    job.donate(None, kind="end")
+    step(job)
+    assert job.receiver._lessons is not None
+    teachers = job.receiver._lessons.teachers
+    for _ in range(3000):
+        if ("donor", 0) in teachers._useless:
+            break
+        step(job)
+        assert list(teachers.working) == [f"memory of {HEAD}"]
+    leave_weights(1, receiver_step=2)  # it went on by itself from these
+    for _ in range(3000):
+        if list(teachers.working) == ["donor"]:
+            return
+        step(job)
+    raise AssertionError("they were never taken")

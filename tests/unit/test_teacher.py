@@ -212,6 +212,25 @@ def test_that_a_head_rests_again_when_its_teacher_does(start: Start, runs_dir: P
     assert not any(p.requires_grad for p in job.network.heads["h2"].parameters())
 
 
+def test_that_weights_that_come_before_they_are_needed_are_taken_later(
+    start: Start, runs_dir: Path
+) -> None:
+    donor = Donor(runs_dir)
+    donor.teach(0, weights(1))
+    job = start()
+    donor.teach(1, weights(2))
+    assert job.receiver._lessons is not None
+    found = job.receiver._lessons.teachers
+    while (offer := found.poll()) is None:
+        pass
+    found.at_work = frozenset()  # as where its donor has not ended yet
+    found.begin(offer)
+    found.take()
+    assert job.versions() == {"donor": 10}
+    found.at_work = frozenset({HEAD})
+    job.steps_until(lambda: job.versions() == {"donor": 20})
+
+
 def test_that_bad_weights_leave_the_old_teacher(start: Start, runs_dir: Path) -> None:
     donor = Donor(runs_dir)
     donor.teach(0, weights(1))

@@ -125,13 +125,17 @@ class Donors:
         for donor in self._donors.values():
             donor.wait = donor.verdict = None
 
-    def heads_applied(self, applied: Callable[[str], int]) -> frozenset[str]:
-        """The heads that some donor has trained.
+    def heads_trained(self, applied: Callable[[str], int]) -> dict[str, int]:
+        """The heads that some donor has trained, and the newest receiver step that it answered.
 
         Args:
             applied: how many payloads of a donor were applied, by its name.
         """
-        return frozenset(d.head for name, d in self._donors.items() if applied(name))
+        trained: dict[str, int] = {}
+        for name, donor in self._donors.items():
+            if applied(name):
+                trained[donor.head] = max(trained.get(donor.head, -1), donor.inbox.answered)
+        return trained
 
     def heads_alone(self) -> frozenset[str]:
         """The heads whose donors are all away: they have ended, or were given up.

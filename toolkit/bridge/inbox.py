@@ -70,6 +70,7 @@ class Inbox:
 
     Attributes:
         cursor: the number of the first payload without a fate.
+        answered: the newest receiver step that the donor has answered with a payload or a skip.
         donor_is_away: whether there is no point in waiting: the donor ended, or waiting for it was
             given up. A new payload mends it.
         fetched: the record behind the newest verdict with a digest.
@@ -92,7 +93,7 @@ class Inbox:
         self._expected, self._kind, self._unit = expected, kind, unit
         self._max_staleness = max_staleness
         self._digests = digests
-        self._answered = -1
+        self.answered = -1
         known = [] if is_new else transport.sequences(donor)
         # Numbers below it were published before this start and say nothing about the donor's life.
         # A stream that is never waited for is taken as it comes: it is over where its end is read.
@@ -122,7 +123,7 @@ class Inbox:
         Returns:
             A verdict, or None if the donor's answer must be waited for.
         """
-        verdict = Verdict(self._donor, self.cursor, self._answered, ())
+        verdict = Verdict(self._donor, self.cursor, self.answered, ())
         while (judged := self._judge(verdict.next_cursor, receiver_step)) is not None:
             outcome, reason, record = judged
             sequence, answered, entries = verdict.next_cursor, verdict.answered, verdict.entries
@@ -148,7 +149,7 @@ class Inbox:
 
     def pass_over(self) -> Verdict:
         """Leave the stream alone in this step."""
-        return Verdict(self._donor, self.cursor, self._answered, ())
+        return Verdict(self._donor, self.cursor, self.answered, ())
 
     def give_up(self, receiver_step: int, peer: PeerWatch) -> Verdict | None:
         """Wait no longer, for this step and until the donor publishes again.
@@ -176,7 +177,7 @@ class Inbox:
     def settle(self, verdict: Verdict) -> tuple[Entry, ...]:
         """The step happened: move the cursor; the fates that are final now."""
         self._num_ends += verdict.next_cursor - self.cursor - len(verdict.entries)
-        self.cursor, self._answered = verdict.next_cursor, verdict.answered
+        self.cursor, self.answered = verdict.next_cursor, verdict.answered
         self._judged.clear()
         return verdict.entries
 
@@ -207,14 +208,14 @@ class Inbox:
         """What a checkpoint must hold; fit for JSON."""
         return {
             "cursor": self.cursor,
-            "answered": self._answered,
+            "answered": self.answered,
             "start": self._start,
             "num_ends": self._num_ends,
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state`."""
-        self.cursor, self._answered = state["cursor"], state["answered"]
+        self.cursor, self.answered = state["cursor"], state["answered"]
         self._start, self._num_ends = state["start"], state["num_ends"]
         self._judged.clear()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -116,12 +116,13 @@ class Lessons:
             teachers.take()
         self._change()
 
-    def stand_in(self, alone: Collection[str], trained: Collection[str], step: int) -> None:
+    def stand_in(self, alone: Collection[str], trained: Mapping[str, int], step: int) -> None:
         """Exchange ``auto``: teach the heads whose donors are all away, and no others.
 
         Args:
             alone: these heads, the same on all ranks.
-            trained: those that some donor has trained in this run.
+            trained: those that some donor has trained in this run, and the newest receiver step
+                whose weights it did so at.
             step: the receiver's completed steps.
 
         Raises:
@@ -139,7 +140,7 @@ class Lessons:
             elif was_alone and head not in alone:
                 self.teachers.forget(head)
                 logger.info("its donor is back: %s takes gradients from step %d on", head, step)
-        self.teachers.at_work = frozenset(alone)
+        self.teachers.at_work, self.teachers.trained = frozenset(alone), trained
 
     def end_window(self, was_skipped: bool) -> None:
         """Between two windows: look for newer weights. A collective, which never waits."""

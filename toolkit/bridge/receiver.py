@@ -336,7 +336,7 @@ class GradientReceiver(BridgeJob):
         try:
             if self.taught_heads and not lessons.were_asked:
                 raise BridgeError("the training loop does not add receiver.teacher_loss()")
-            lessons.stand_in(found.heads_alone, found.heads_applied, self.completed_steps)
+            lessons.stand_in(found.heads_alone, found.heads_trained, self.completed_steps)
             lessons.end_window(was_skipped=False)
         except BridgeError as error:
             logger.warning("no teacher stands in for donors that are away: %s", error)
@@ -455,8 +455,8 @@ class GradientReceiver(BridgeJob):
             return None
         if self._lessons is None:
             return _Findings(verdicts)
-        applied = donors.heads_applied(lambda donor: self.ledger.counts(donor)["applied"])
-        return _Findings(verdicts, donors.heads_alone(), applied)
+        trained = donors.heads_trained(lambda donor: self.ledger.counts(donor)["applied"])
+        return _Findings(verdicts, donors.heads_alone(), trained)
 
     def _step_was_skipped(self, scale_before: float) -> bool:
         """Whether the loss scaler skipped the step; a fused optimizer's own flag is unreliable."""
@@ -624,12 +624,13 @@ class _Findings:
     Attributes:
         verdicts: one for each donor.
         heads_alone: exchange ``auto``: the heads whose donors are all away.
-        heads_applied: exchange ``auto``: those that some donor has trained in this run.
+        heads_trained: exchange ``auto``: those that some donor has trained in this run, and the
+            newest receiver step that it answered.
     """
 
     verdicts: tuple[Verdict, ...]
     heads_alone: frozenset[str] = frozenset()
-    heads_applied: frozenset[str] = frozenset()
+    heads_trained: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

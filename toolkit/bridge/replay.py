@@ -124,9 +124,9 @@ class Replay:
         """A replay has no teachers."""
         return frozenset()
 
-    def heads_applied(self, applied: Callable[[str], int]) -> frozenset[str]:
+    def heads_trained(self, applied: Callable[[str], int]) -> dict[str, int]:
         """A replay has no teachers."""
-        return frozenset()
+        return {}
 
     def look(self, receiver_step: int, without: Collection[str] = ()) -> tuple[Verdict, ...]:
         """What the run did at this step; the same again if a loss scaler skips the step."""

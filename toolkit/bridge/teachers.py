@@ -73,6 +73,8 @@ class Teachers:
 
     Attributes:
         at_work: the heads that are taught, at first all. The same on all ranks.
+        trained: by head, the newest receiver step that its donors' gradients are of. What a donor
+            has trained by itself from older weights is of no use: the receiver's own head is newer.
         working: by donor, its teacher.
         misfit: main process: why the newest weights cannot be loaded, where they are of another
             model.
@@ -92,6 +94,7 @@ class Teachers:
             blueprint.num_bytes + 1024 * blueprint.num_tensors for blueprint in blueprints.values()
         )
         self.at_work = frozenset(blueprints)
+        self.trained: Mapping[str, int] = {}
         self.working: dict[str, Working] = {}
         self.misfit: str | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
@@ -206,7 +209,8 @@ class Teachers:
             return
         assert record is not None
         if offer.head not in self.at_work:
-            return  # its donor is back meanwhile
+            self._offered[offer.donor] = offer.sequence - 1  # its donor has not ended, or is back
+            return
         self.working.pop(f"{MEMORY} of {offer.head}", None)
         old = self.working.pop(offer.donor, None)
         is_same = old is not None and old.offer.head == offer.head
@@ -248,6 +252,9 @@ class Teachers:
                     self._reject(donor, sequence, error)
                     continue
                 header = record.header
+                if header.receiver_step < self.trained.get(header.head, 0):
+                    self._useless.add((donor, sequence))
+                    break
                 digest = header.tensors_digest
                 return Offer(donor, header.head, sequence, digest, header.donor_step), record
         return None

@@ -236,8 +236,8 @@ def test_that_a_model_that_is_no_head_of_a_backbone_needs_a_factory(
         job.receiver.teacher_loss(job.network(inputs, "h2"), {"inputs": inputs})
 
 
-@pytest.mark.parametrize("settings", [{"require_peer": True}, {"aggregate": "pcgrad"}], ids=str)
-def test_that_a_resume_waits_for_a_donor_that_ended_where_nothing_stands_in(
+@pytest.mark.parametrize("settings", [{}, {"require_peer": True}, {"aggregate": "pcgrad"}], ids=str)
+def test_that_a_resume_waits_for_a_donor_that_ended_and_has_left_no_weights(
     start: Callable[..., ReceiverAlone],
     settings: dict[str, Any],
     tmp_path: Path,

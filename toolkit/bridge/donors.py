@@ -21,6 +21,7 @@ from toolkit.bridge.errors import PayloadError, PeerError
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.ledger import Entry
 from toolkit.bridge.liveness import PeerWatch, Wait
+from toolkit.bridge.own_weights import stream_of
 from toolkit.bridge.payload import Record
 from toolkit.bridge.runs import has_ended
 from toolkit.bridge.transport import DirectoryTransport
@@ -287,8 +288,9 @@ def open_donors(
             is_new=is_new,
         )
         may_teach = config.has_teachers and config.takes_left_weights
-        if may_teach and has_ended(run_dir, donor):
-            inbox.donor_is_away = True  # not waited for: what it has left may teach
+        has_left_weights = bool(transport.sequences(stream_of(donor)))
+        if may_teach and has_left_weights and has_ended(run_dir, donor):
+            inbox.donor_is_away = True  # not waited for: these may teach
         return inbox
 
     def head_of(donor: str) -> str:

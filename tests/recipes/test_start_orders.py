@@ -89,6 +89,24 @@ def test_a_donor_that_came_first_and_has_finished(recipes: Recipes, exchange: st
 
 
 @pytest.mark.slow
+def test_a_donor_that_starts_again_beside_a_receiver_that_learns_from_what_it_left(
+    recipes: Recipes,
+) -> None:
+    end(recipes(DONOR, *flags("auto"), "--peer_wait", 2, "--max_train_steps", 12))
+    receiver = recipes(RECEIVER, *flags("auto"), "--max_train_steps", 3000)
+    wait_until(lambda: "the donor teaches" in receiver.output(), "a teacher")
+    claims = recipes.path("0001", "bridge", "donor", "attempts")
+    donor = recipes(DONOR, *flags("auto"))
+    wait_until(lambda: len(list(claims.iterdir())) == 2, "its second start")
+    output = end(receiver)
+    assert end(donor).count("TRAINING ALONE") == 0
+    assert "its donor is back: heads.h2 takes gradients" in output
+    assert [path.name for path in recipes.path().iterdir()] == ["0001"]
+    results = check_sums(recipes, "0001", "auto", 3000)
+    assert min(results["fates"]["applied"], results["steps_taught"]) > 0
+
+
+@pytest.mark.slow
 @every_exchange
 def test_a_donor_that_comes_when_the_receiver_is_already_alone(
     recipes: Recipes, exchange: str

@@ -103,6 +103,20 @@ def test_that_a_receiver_without_use_for_left_weights_waits_for_another_donor(
     assert jobs.start("donor", terms).run_dir == receiver.run_dir
 
 
+def test_that_a_donor_joins_a_receiver_that_lives_on_what_an_earlier_one_has_left(
+    jobs: Jobs,
+) -> None:
+    terms = {"exchange": "auto"}
+    yesterday = jobs.start("donor", terms, beats=False)
+    jobs.leave_weights(yesterday)
+    jobs.publish(yesterday, "donor")
+    receiver = jobs.start("receiver", terms)
+    assert receiver.run_dir == yesterday.run_dir
+    today = jobs.start("donor", terms)
+    assert (today.run_dir, today.attempt) == (receiver.run_dir, 2)
+    assert jobs.start("donor", terms).run_dir != receiver.run_dir, "the role is taken"
+
+
 def test_that_only_the_newest_record_can_be_an_end(jobs: Jobs) -> None:
     run = jobs.start("receiver")
     assert not has_ended(run.run_dir, "receiver")

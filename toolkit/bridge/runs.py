@@ -129,7 +129,7 @@ def _choose_run(runs_dir: Path, role: Role, job: str, config: BridgeConfig) -> t
     elif config.run is not None:
         run_dir = _named_run(runs_dir, config.run)
     else:
-        return _open_or_new_run(runs_dir, role, config), 0
+        return _open_or_new_run(runs_dir, role, config)
     attempts = len(attempts_of(run_dir, job))
     if config.run is not None:
         _refuse_over(run_dir, role, config)
@@ -195,11 +195,16 @@ def newest_run(runs_dir: Path) -> str | None:
     return max((path.name for path in numbered if path.is_dir()), key=int, default=None)
 
 
-def _open_or_new_run(runs_dir: Path, role: Role, config: BridgeConfig) -> Path:
-    """The newest numbered run if it waits for this job, else a new one of the next number."""
+def _open_or_new_run(runs_dir: Path, role: Role, config: BridgeConfig) -> tuple[Path, int]:
+    """The newest numbered run if it waits for this job, else a new one of the next number.
+
+    And how many starts of this job it had before it was judged.
+    """
     newest = newest_run(runs_dir)
-    if newest is not None and _waits_for(runs_dir / newest, role, config):
-        return runs_dir / newest
+    if newest is not None:
+        attempts = len(attempts_of(runs_dir / newest, config.job_of(role)))
+        if _waits_for(runs_dir / newest, role, config):
+            return runs_dir / newest, attempts
     # The number follows from the very look that found no run to join: of two jobs that start at
     # the same moment one makes the directory, and the other looks again and joins it.
     run_dir = runs_dir / f"{int(newest or 0) + 1:04d}"
@@ -209,14 +214,19 @@ def _open_or_new_run(runs_dir: Path, role: Role, config: BridgeConfig) -> Path:
         run_dir.mkdir()
     except FileExistsError:
         raise _OvertakenError from None
-    return run_dir
+    return run_dir, 0
 
 
 def _waits_for(run_dir: Path, role: Role, config: BridgeConfig) -> bool:
-    if attempts_of(run_dir, config.job_of(role)) or has_ended(run_dir, "receiver"):
+    if has_ended(run_dir, "receiver"):
+        return False
+    job, has_receiver = config.job_of(role), bool(attempts_of(run_dir, "receiver"))
+    # A receiver that lives on what a donor has left takes another one of that name.
+    is_successor = role == "donor" and has_receiver and has_ended(run_dir, job)
+    if attempts_of(run_dir, job) and (not is_successor or _lives(run_dir, job)):
         return False
     donors = donors_of(run_dir)
-    peers = ["receiver"] if role == "donor" and attempts_of(run_dir, "receiver") else donors
+    peers = ["receiver"] if role == "donor" and has_receiver else donors
     if role == "receiver" and _have_left_weights(run_dir, donors, config):
         return True
     open_peers = [peer for peer in peers if not has_ended(run_dir, peer)]

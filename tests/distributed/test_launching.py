@@ -75,7 +75,14 @@ def test_that_two_jobs_of_two_ranks_run_side_by_side(launcher: Launcher, tmp_pat
         assert json.loads((directory / "1.json").read_text())["num_processes"] == 2
 
 
-@pytest.mark.parametrize("how", ["kill", "timeout", "end of the test"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "end of the test",
+        pytest.param("kill", marks=pytest.mark.slow),
+        pytest.param("timeout", marks=pytest.mark.slow),
+    ],
+)
 def test_that_a_hanging_job_is_killed_with_its_children(tmp_path: Path, how: str) -> None:
     with Launcher(tmp_path) as launcher:
         job = launcher(_script(tmp_path, HANGING), tmp_path, num_processes=2)

@@ -149,6 +149,7 @@ def test_unlike_worlds(tmp_path: Path, world: World) -> None:
         check_trained_jointly(trained, case)
 
 
+@pytest.mark.slow
 def test_a_receiver_runs_ahead_of_a_slow_donor_by_the_allowed_steps_only(tmp_path: Path) -> None:
     case = Case(max_staleness=2, donor_pause=0.1, num_steps=30)
     trained = train(tmp_path, World(2, 1), [case])

@@ -52,6 +52,7 @@ def test_resume_is_bitwise_and_nothing_leaks(
     assert {"loss/critic", "loss/generator", "recognised (%)"} <= scalars
 
 
+@pytest.mark.slow
 def test_bad_input(launcher: Launcher) -> None:
     messages = {
         "--per_device_train_batch_size=2000": "give a smaller --per_device_train_batch_size",

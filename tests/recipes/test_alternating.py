@@ -98,6 +98,7 @@ def test_two_ranks_train_as_one_of_twice_the_batch(directory: Path) -> None:
     torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resume_is_bitwise(directory: Path, launcher: Launcher, tmp_path: Path) -> None:
     jobs = []
     for name, num_processes in (("one", 1), ("two", 2)):

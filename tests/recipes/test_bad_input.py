@@ -35,6 +35,7 @@ def test_jobs_that_do_not_fit_together_and_a_role_that_is_taken(recipes: Recipes
     assert receiver.is_running(), receiver.output()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_over(recipes: Recipes) -> None:
     recipes(RECEIVER, "--run", "old", "--peer_wait", 0.2, "--max_train_steps", 2).wait(TIMEOUT)
     for recipe in (DONOR, RECEIVER):

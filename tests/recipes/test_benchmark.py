@@ -53,6 +53,7 @@ def test_isolation(tmp_path: Path) -> None:
         assert row["ratio"] == row["median_ms"] / baseline["median_ms"] > 0
 
 
+@pytest.mark.slow
 def test_rotograd(tmp_path: Path) -> None:
     sizes = ["--num_tasks", "2", "3", "--sizes", "4", "--batch_size", "6"]
     printed, figures = measure(tmp_path, "rotograd", *sizes)

@@ -87,7 +87,12 @@ def largest_difference(output_dir: Path, expected: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize(
     ("rule", "reduction", "num_processes"),
-    [("match", "mean", 1), ("match", "mean", 2), ("append", "sum", 1), ("pool", "mean", 2)],
+    [
+        ("pool", "mean", 2),
+        pytest.param("match", "mean", 1, marks=pytest.mark.slow),
+        pytest.param("match", "mean", 2, marks=pytest.mark.slow),  # the bridge's tests run it too
+        pytest.param("append", "sum", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_equals_sums_by_hand(run: Run, rule: str, reduction: str, num_processes: int) -> None:
     flags = (f"--rescale={rule}", f"--loss_reduction={reduction}")
@@ -99,6 +104,7 @@ def test_equals_sums_by_hand(run: Run, rule: str, reduction: str, num_processes:
     assert largest_difference(output_dir, by_hand(rule, reduction)) < 1e-12
 
 
+@pytest.mark.slow
 def test_resume_is_bitwise(run: Run) -> None:
     schedule = ("--lr_scheduler_type=cosine", "--num_warmup_steps=2", "--checkpointing_steps=5")
     whole = run("whole", *schedule)

@@ -106,6 +106,7 @@ def test_a_donor_that_was_stopped_for_a_while_is_followed_again(recipes: Recipes
     assert without == 1500 - results["fates"]["applied"] > results["steps_taught"] > 0
 
 
+@pytest.mark.slow
 def test_two_ranks_each_equal_joint_on_one(recipes: Recipes) -> None:
     own = ["--max_train_steps", 12, "--per_device_train_batch_size", 6]
     own += ["--lr_backbone", 2e-3, "--lr_head1", 8e-3, "--lr_head2", 2e-2]

@@ -96,6 +96,7 @@ def test_methods_on_five_tasks(runs: Runs, tmp_path: Path) -> None:
     assert common | cosines <= runs.tags("pcgrad")
 
 
+@pytest.mark.slow
 def test_a_task_that_one_rank_has_no_sample_of(runs: Runs) -> None:
     heads = ("--task=digits", "--per_device_train_batch_size=1", "--donor_batch_size=5")
     pcgrad = (*heads, "--method=pcgrad")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,18 +16,13 @@ from toolkit.bridge.accumulation import Window, WindowAccumulator, scale_grads_
 from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.rescaling import LossReduction
 
+pytestmark = pytest.mark.usefixtures("fresh_state")
+
 
 def reset() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
-    reset()
-    yield
-    reset()
 
 
 class Job:

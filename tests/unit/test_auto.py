@@ -22,15 +22,10 @@ from toolkit.bridge.donors import Donors
 from toolkit.bridge.liveness import STALL_FACTOR, PeerWatch
 from toolkit.bridge.payload import digest_tensors, write_record
 
+pytestmark = pytest.mark.usefixtures("fresh_state")
+
 HEAD = "heads.h2"
 MARK = "teacher/heads.h2 at work"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
-    reset()
-    yield
-    reset()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,16 +12,9 @@ from accelerate.utils import DistributedType, ParallelismConfig
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from tests.jobs.sharding import set_type
-from tests.unit.jobs import reset
 from toolkit.configuration import check_configuration, check_one_scaled_optimizer
 
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    """Nothing of one test's Accelerator is left for the next."""
-    reset()
-    yield
-    reset()
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,7 @@ from tests.oracle import Case, build_dataset, build_network
 from tests.unit.jobs import DonorAlone, batches, reset
 from toolkit import BridgeConfig, BridgeError, GradientDonor
 
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
-    reset()
-    yield
-    reset()
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,9 @@ from tests.frozen_cases import (
 from tests.unit.jobs import reset
 from toolkit.freezing import Freezing, freeze, frozen, has_gradients, unfreeze
 
+pytestmark = pytest.mark.usefixtures("fresh_state")
+
 RECIPE = OPTIMIZERS["adamw-loop"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
-    reset()
-    yield
-    reset()
 
 
 class Job:

@@ -16,15 +16,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.frozen_cases import REST, Net, batches, build_net, differences, squared_error
-from tests.unit.jobs import reset
 from toolkit.freezing import freeze, frozen, unfreeze
 
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
-    reset()
-    yield
-    reset()
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 
 @pytest.fixture

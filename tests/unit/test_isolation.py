@@ -15,18 +15,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from tests.unit.jobs import reset
 from toolkit.isolation import CutPoint, backward_for
+
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 Models = tuple[nn.Sequential, nn.Sequential]
 DTYPE = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
-    reset()
-    yield
-    reset()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import RMSprop
 
-from tests.unit.jobs import reset
 from toolkit.isolation import CutPoint, LeakError, backward_for, check_disjoint, no_leak
+
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 
 class Generator(nn.Module):
@@ -48,13 +49,6 @@ class Pair:
         """Of the critic, the detach forgotten."""
         loss: Tensor = self.critic(self.fake).square().mean()
         return loss
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
-    reset()
-    yield
-    reset()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,12 +12,7 @@ from tests.unit.jobs import reset
 from tests.unit.test_isolation import Models, build, data, rmsprops, same
 from toolkit.isolation import CutPoint, backward_for, one_loss_scale
 
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
-    reset()
-    yield
-    reset()
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 
 def scaled_windows(models: Models, *, hold: bool) -> None:

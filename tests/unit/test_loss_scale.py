@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.unit.jobs import reset
 from toolkit.bridge.loss_scale import FollowedLossScale
+
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 INTERVAL = 3
 OUTCOMES = [True] * 2 + [False] + [True] * 7 + [False] * 2 + [True] * 4  # whether it was finite
-
-
-@pytest.fixture(autouse=True)
-def fresh_state() -> Iterator[None]:
-    """Nothing of one test's Accelerator is left for the next."""
-    reset()
-    yield
-    reset()
 
 
 def scaler() -> torch.amp.GradScaler:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,7 @@ from tests.unit.rotograd_oracle import build, data, losses_of
 from toolkit.rotograd import RotateOnly, RotoGrad, RotoGradNorm, total
 from toolkit.rotograd.rotations import pack, unpack
 
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
-    reset()
-    yield
-    reset()
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 
 def state(model: Any) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from toolkit.bridge.payload import (
 )
 from toolkit.bridge.publisher import Publisher
 from toolkit.bridge.runs import CHECKPOINT_FILE, attach, read_checkpoint
-from toolkit.bridge.transport import DirectoryTransport
+from toolkit.bridge.transport import READ_SECONDS, DirectoryTransport
 from toolkit.configuration import check_configuration
 from toolkit.parameters import check_in_optimizer, check_optimizer_within, shared_parameters
 from toolkit.sharding import check_sharding, full_tensor, is_sharded, reshard
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-READ_SECONDS = 5.0  # a network file system may show a new file to one host before another
 _HEADER_ALLOWANCE_BYTES = 2**20
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,7 +29,6 @@ from toolkit.sharding import is_sharded
 logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-T = TypeVar("T")
 
 
 class Lessons:
@@ -76,13 +75,10 @@ class Lessons:
 
     # -- who teaches --------------------------------------------------------------------------
 
-    def begin(
-        self, decide: Callable[[Callable[[], T | None]], tuple[T, float]], wait: Wait, name: str
-    ) -> None:
+    def begin(self, wait: Wait, name: str) -> None:
         """Before the first step, and never again: give donors ``peer_wait`` to teach. A collective.
 
         Args:
-            decide: polls on the main process until there is a decision.
             wait: for a donor, on the main process.
             name: of that donor.
 
@@ -92,7 +88,7 @@ class Lessons:
         """
         teachers, config = self.teachers, self._config
 
-        def poll() -> Any:
+        def poll() -> tuple[Offer | None] | None:
             if (offer := teachers.poll()) is not None:
                 return (offer,)
             if teachers.misfit is not None:
@@ -108,8 +104,7 @@ class Lessons:
             return (None,) if reason is not None else None
 
         while len(teachers.working) < config.num_donors:
-            decision: Any = decide(poll)
-            offer: Offer | None = decision[0][0]
+            (offer,), _ = teachers.control.decide(poll)
             if offer is None:
                 break
             teachers.begin(offer)
@@ -128,15 +123,18 @@ class Lessons:
         Raises:
             BridgeError: on all ranks, if a teacher cannot be made.
         """
+        is_main = self.teachers.control.is_main_process
         for head in self._shared.heads:
             was_alone = head in self.teachers.at_work
             if head in alone and not was_alone:
                 if head in trained:
                     self.teachers.remember(head, self._shared.weights, step)
-                logger.warning(
-                    "its donor is away: from receiver step %d on %s learns from %s", step, head,
-                    "a teacher" if self.teachers.of(head) else "nothing, until a teacher comes",
-                )  # fmt: skip
+                if is_main:
+                    teacher = "a teacher" if self.teachers.of(head) else "nothing, until one comes"
+                    logger.warning(
+                        "its donor is away: from receiver step %d on %s learns from %s",
+                        step, head, teacher,
+                    )  # fmt: skip
             elif was_alone and head not in alone:
                 self.teachers.forget(head)
                 logger.info("its donor is back: %s takes gradients from step %d on", head, step)

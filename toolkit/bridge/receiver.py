@@ -294,7 +294,10 @@ class GradientReceiver(BridgeJob):
             RuntimeError: for a head without a teacher at work.
         """
         if self._lessons is None:
-            raise RuntimeError(f"exchange {self.config.exchange!r} has no teachers")
+            raise RuntimeError(
+                f"exchange {self.config.exchange!r} has no teachers here: ask for the losses of "
+                "taught_heads only"
+            )
         return self._lessons.loss(head, logits, inputs)
 
     def _draw_blueprints(self) -> dict[str, Blueprint]:
@@ -325,7 +328,7 @@ class GradientReceiver(BridgeJob):
             return lessons
         name = next(iter(self._donors.names if self._donors is not None else ()), "donor")
         wait = self._open_wait(PeerWatch(self.transport, name), "a teacher")
-        lessons.begin(self.control.decide, wait, name)
+        lessons.begin(wait, name)
         return lessons
 
     def _change_lessons(self, lessons: Lessons, found: _Findings) -> None:
@@ -339,7 +342,8 @@ class GradientReceiver(BridgeJob):
             lessons.stand_in(found.heads_alone, found.heads_trained, self.completed_steps)
             lessons.end_window(was_skipped=False)
         except BridgeError as error:
-            logger.warning("no teacher stands in for donors that are away: %s", error)
+            if self.accelerator.is_main_process:
+                logger.warning("no teacher stands in for donors that are away: %s", error)
             lessons.end()
             self._lessons = None
 
@@ -455,6 +459,7 @@ class GradientReceiver(BridgeJob):
             return None
         if self._lessons is None:
             return _Findings(verdicts)
+        assert isinstance(donors, Donors)  # a replay has no teachers
         trained = donors.heads_trained(lambda donor: self.ledger.counts(donor)["applied"])
         return _Findings(verdicts, donors.heads_alone(), trained)
 

@@ -8,7 +8,7 @@ ledger says. The run itself is only read.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +119,6 @@ class Replay:
     def remember(self, receiver_step: int, digest: str) -> None:
         """Note the digest of the weights after ``receiver_step`` steps."""
         self._digests[receiver_step] = digest
-
-    def heads_alone(self) -> frozenset[str]:
-        """A replay has no teachers."""
-        return frozenset()
-
-    def heads_trained(self, applied: Callable[[str], int]) -> dict[str, int]:
-        """A replay has no teachers."""
-        return {}
 
     def look(self, receiver_step: int, without: Collection[str] = ()) -> tuple[Verdict, ...]:
         """What the run did at this step; the same again if a loss scaler skips the step."""

@@ -25,13 +25,12 @@ from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.own_weights import donors_with_weights, stream_of
 from toolkit.bridge.payload import Record, check_identity, parse_record
 from toolkit.bridge.teacher import Blueprint, Teacher
-from toolkit.bridge.transport import DirectoryTransport
+from toolkit.bridge.transport import READ_SECONDS, DirectoryTransport
 
 logger = logging.getLogger(__name__)
 
 MEMORY = "memory"  # in the place of a donor's name
 LOOK_SECONDS = 0.5  # between two looks for newer weights, at least
-READ_SECONDS = 5.0  # a network file system may show a new file to one host before another
 _FAILED, _PENDING, _READY = 0.0, 1.0, 2.0
 _ALLOWANCE_BYTES = 2**20  # of a record, beside its tensors
 
@@ -88,7 +87,7 @@ class Teachers:
         run_id: str,
         blueprints: Mapping[str, Blueprint],
     ) -> None:
-        self._transport, self._control = transport, control
+        self._transport, self.control = transport, control
         self._run_id, self._blueprints = run_id, blueprints
         self._max_bytes = _ALLOWANCE_BYTES + max(
             blueprint.num_bytes + 1024 * blueprint.num_tensors for blueprint in blueprints.values()
@@ -155,7 +154,7 @@ class Teachers:
             return
         if self._offer is not None:
             self._finish()
-        elif (offer := self._control.on_main(self.poll)) is not None:
+        elif (offer := self.control.on_main(self.poll)) is not None:
             self.begin(offer)
 
     def count_step(self) -> None:
@@ -198,12 +197,12 @@ class Teachers:
         assert self._incoming is not None
         record = self._incoming.result() if self._incoming.done() else None
         state = _READY if record is not None else _FAILED if self._incoming.done() else _PENDING
-        outcome = self._control.min(state)
+        outcome = self.control.min(state)
         if outcome == _PENDING:
             return
         offer, self._offer, self._incoming = self._offer, None, None
         if outcome == _FAILED:
-            if self._control.is_main_process:
+            if self.control.is_main_process:
                 error = PayloadError("unreadable", "not every rank could read the same bytes")
                 self._reject(offer.donor, offer.sequence, error)
             return
@@ -221,13 +220,15 @@ class Teachers:
 
     def _build(self, head: str) -> Teacher:
         """A new teacher, on all ranks or on none. A collective."""
-        teacher, reason = None, "another rank could not make a teacher"
+        teacher: Teacher | None = None
+        failure: Exception | None = None
         try:
             teacher = self._blueprints[head].build()
-        except BridgeError as error:
-            reason = str(error)
-        if not self._control.agree(teacher is not None):
-            raise BridgeError(reason)
+        except Exception as error:  # a factory is the user's: its error must not part the ranks
+            failure = error
+        if not self.control.agree(teacher is not None):
+            reason = failure or "another rank could not make a teacher"
+            raise BridgeError(str(reason)) from failure
         assert teacher is not None
         return teacher
 

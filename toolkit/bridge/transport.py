@@ -30,6 +30,7 @@ from pathlib import Path
 from toolkit.bridge import files
 from toolkit.bridge.errors import BridgeError, PayloadError
 
+READ_SECONDS = 5.0  # a network file system may show a new file to one host before another
 _RECORD_NAME = re.compile(r"([0-9]{10})\.safetensors")
 _NO_PLAIN_FILE = (
     errno.ELOOP,

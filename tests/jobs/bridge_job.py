@@ -194,6 +194,7 @@ def _bad_files(
     return _publish(self, job, sequence, write_half if (job, sequence) == ("donor", 5) else write)
 
 
+DELTA = ("local_steps", "outer_learning_rate", "outer_momentum")  # settings of this exchange only
 MUTATIONS: dict[str, tuple[Any, str, Any]] = {
     "half": (Injector, "add_", _scaled(lambda job: 0.5)),
     "times_world_size": (
@@ -238,12 +239,10 @@ def main() -> None:
             donor_weight=case.donor_weight,
             loss_reduction=case.loss_reduction,
             exchange=case.exchange,
-            local_steps=case.local_steps,
             init_h2=case.init_h2 if args.role == "receiver" else "own",
-            outer_learning_rate=case.outer_learning_rate,
-            outer_momentum=case.outer_momentum,
             require_peer=True,
             max_staleness=case.max_staleness,
+            **({name: getattr(case, name) for name in DELTA} if case.exchange == "delta" else {}),
         )
         faults = MUTATIONS | sharding.MUTATIONS
         patches = [mock.patch.object(*faults[case.mutation])] if case.mutation else []

@@ -22,6 +22,7 @@ from toolkit.bridge.payload import (
     parse_record,
     write_record,
 )
+from toolkit.bridge.teacher import TeacherFactory
 
 
 def reset() -> None:
@@ -44,6 +45,7 @@ class ReceiverAlone:
         runs_dir: of the run.
         init_scale: begin with a loss scaler of this scale; None for none.
         fused: use the fused optimizer, whose own skip flag is unreliable.
+        teacher_factory: of the receiver.
         settings: of the bridge.
     """
 
@@ -53,6 +55,7 @@ class ReceiverAlone:
         accumulation: int = 1,
         init_scale: float | None = None,
         fused: bool = False,
+        teacher_factory: TeacherFactory | None = None,
         **settings: Any,
     ) -> None:
         self.accelerator = accelerator = Accelerator(
@@ -70,7 +73,9 @@ class ReceiverAlone:
         optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, fused=fused)
         self.optimizer = accelerator.prepare(optimizer)
         config = BridgeConfig(runs_dir=runs_dir, peer_wait=0.2, **settings)
-        self.receiver = GradientReceiver(accelerator, self.model, self.optimizer, config)
+        self.receiver = GradientReceiver(
+            accelerator, self.model, self.optimizer, config, teacher_factory=teacher_factory
+        )
         self.receiver.transport.open_stream("donor")
         self.published = 0
 

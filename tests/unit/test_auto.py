@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from tests.oracle import Case, build_network
@@ -164,6 +165,31 @@ def test_that_a_model_without_copies_goes_on_alone(
         assert step(job) is None
     assert job.receiver.steps_alone == 3
     assert "cannot be copied for a teacher" in caplog.text
+
+
+class Flaky:
+    """Makes as many teachers as the start needs, and then no more."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __call__(self) -> nn.Module:
+        if not self.left:
+            raise ValueError("no memory is left")
+        self.left -= 1
+        return build_network(Case(dtype="float64"), ("h2",))
+
+
+def test_that_a_factory_that_fails_later_leaves_the_receiver_alone(
+    start: Callable[..., ReceiverAlone], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = start(teacher_factory=Flaky(1))
+    step(job, donates=True)
+    job.donate(None, kind="end")
+    assert [step(job) for _ in range(3)] == [None] * 3
+    assert (job.receiver.steps_alone, job.receiver.steps_taught) == (3, 0)
+    assert not job.network.get_parameter("heads.h2.weight").requires_grad
+    assert "stands in for donors that are away: no memory is left" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,10 @@ def test_that_sensible_settings_are_taken(settings: dict[str, Any]) -> None:
         ({"aggregate": "torchjd:NashMTL"}, "'torchjd:NashMTL' is unknown"),
         ({"aggregate": "mgda", "scope": "head"}, "'mgda' weighs two .* scope 'head'.*use scope"),
         ({"exchange": "distil"}, r"'distil' is unknown; choose one of .*'distill'"),
-        ({"exchange": "distill", "scope": "head"}, "scope 'head' .* moves the backbone.*'all'"),
+        (
+            {"exchange": "distill", "scope": "head"},
+            "scope 'head' .* at 'all': .* moves the backbone",
+        ),
         ({"exchange": "distill", "rescale": "append"}, "rescale 'append' has no meaning"),
         ({"exchange": "distill", "aggregate": "mgda"}, "aggregate 'mgda' has no meaning"),
         ({"exchange": "distill", "max_staleness": 2}, "max_staleness 2 .*no step waits"),
@@ -73,8 +76,15 @@ def test_that_sensible_settings_are_taken(settings: dict[str, Any]) -> None:
         ({"stale": "damp"}, "'damp' is about .* 1 to max_staleness .* max_staleness is 0: set it"),
         (
             {"stale": "damp", "exchange": "delta", "max_staleness": 32},
-            "'damp' is about gradients at older .* exchange 'delta' has none: use stale 'apply'",
+            "stale 'damp' has no meaning for exchange 'delta', leave it at 'apply'",
         ),
+        ({"publish_every": 2}, "publish_every 2 .* 'auto', .*: it is of exchange 'distill' and 'h"),
+        ({"init_h2": "donor", "exchange": "gradient"}, "init_h2 'donor' .*: it is of .* 'head'"),
+        ({"local_steps": 8}, "local_steps 8 has no meaning .* at 32: it is of exchange 'delta'"),
+        ({"outer_learning_rate": 0.7, "exchange": "distill"}, "outer_learning_rate 0.7 has no"),
+        ({"outer_momentum": 0.9, "exchange": "head"}, "outer_momentum 0.9 has no meaning"),
+        ({"distill_loss": "mse", "exchange": "gradient"}, "distill_loss 'mse' has no meaning"),
+        ({"temperature": 1.0, "exchange": "delta"}, "temperature 1.0 .*'auto' and 'distill'"),
         (
             {"stale": "damp", "max_staleness": 1, "compensation": 0.1},
             "compensation 0.1 is lambda of .* and stale is 'damp'",

@@ -23,6 +23,16 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 STALE_RULES: tuple[StaleRule, ...] = get_args(StaleRule)
 TAKEN_NAMES = ("receiver", "bridge", "heads")  # of other directories of a run
 JOB_NAME = re.compile(r"[A-Za-z][\w-]*")
+_ONLY_OF: Mapping[str, tuple[Exchange, ...]] = {  # settings that other exchanges do not look at
+    "stale": ("auto", "gradient"),
+    "publish_every": ("distill", "head"),
+    "init_h2": ("head",),
+    "local_steps": ("delta",),
+    "outer_learning_rate": ("delta",),
+    "outer_momentum": ("delta",),
+    "distill_loss": ("auto", "distill"),
+    "temperature": ("auto", "distill"),
+}
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -81,6 +91,9 @@ class BridgeConfig:
             raise ValueError(
                 f"exchange {self.exchange!r} is unknown; choose one of {list(EXCHANGES)}"
             )
+        for name, exchanges in _ONLY_OF.items():
+            if self.exchange not in exchanges:
+                self._check_default(name, f"it is of exchange {' and '.join(map(repr, exchanges))}")
         if self.exchange == "delta":
             self._check_delta()
         if self.exchange == "distill":
@@ -135,11 +148,6 @@ class BridgeConfig:
                 )
         if self.stale == "apply":
             return
-        if self.exchange not in ("auto", "gradient"):
-            raise ValueError(
-                f"stale {self.stale!r} is about gradients at older weights of the receiver, and "
-                f"exchange {self.exchange!r} has none: use stale 'apply', or exchange 'gradient'"
-            )
         if not self.max_staleness:
             raise ValueError(
                 f"stale {self.stale!r} is about gradients at weights that are 1 to max_staleness "
@@ -150,18 +158,8 @@ class BridgeConfig:
         every = self.publish_every
         if every != "epoch" and (isinstance(every, str) or every < 1):
             raise ValueError(f"publish_every must be a number of at least 1, or 'epoch': {every!r}")
-        if self.follows and every != 1:
-            raise ValueError(
-                f"publish_every {every!r} is about a donor that trains by itself, and in exchange "
-                f"{self.exchange!r} it follows the receiver: use exchange 'head' or 'distill'"
-            )
         if self.init_h2 not in ("own", "donor"):
             raise ValueError(f"init_h2 must be 'own' or 'donor', got {self.init_h2!r}")
-        if self.init_h2 == "donor" and self.exchange != "head":
-            raise ValueError(
-                f"init_h2 'donor' is of exchange 'head'; in exchange {self.exchange!r} the "
-                "receiver's head is trained from its own beginning"
-            )
         if self.init_h2 == "donor" and self.keep_payloads:
             raise ValueError(
                 "keep_payloads and init_h2 'donor' exclude each other: a replay has no donor to "
@@ -248,12 +246,16 @@ class BridgeConfig:
             "replay": "a teacher is replaced when it is read, and no record says when",
         }
         for name, reason in reasons.items():
-            value = getattr(self, name)
-            if value != (default := type(self).__dataclass_fields__[name].default):
-                raise ValueError(
-                    f"{name} {value!r} has no meaning for exchange 'distill': {reason}. Leave it "
-                    f"at {default!r}, or use exchange 'gradient'"
-                )
+            self._check_default(name, f"{reason}. Or use exchange 'gradient'")
+
+    def _check_default(self, name: str, reason: str) -> None:
+        """Refuse a setting that this exchange would not look at, unless nobody has set it."""
+        value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+        if value != default:
+            raise ValueError(
+                f"{name} {value!r} has no meaning for exchange {self.exchange!r}, leave it at "
+                f"{default!r}: {reason}"
+            )
 
     def _check_teachers(self) -> None:
         if self.distill_loss not in DISTILL_LOSSES:

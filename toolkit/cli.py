@@ -6,9 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import toolkit
-from toolkit.flag_types import DefaultsFormatter, positive_int
+from toolkit.flag_types import DefaultsFormatter, positive_float, positive_int
+
+Subcommands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,7 +69,42 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", action="store_true", help="print one JSON object, no table")
     verify.set_defaults(run=_verify)
+    _add_inspect(commands)
     return parser
+
+
+def _add_inspect(commands: Subcommands) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="show a run's jobs, who lives, and what became of every payload",
+        description=(
+            "Show the jobs of a run and whether they live, what lies on the disk, and the fate of "
+            "every payload. Given several runs, one line for each. Only reads, and may be used "
+            "while the jobs run. A job lives if its heartbeat counter moves while it is watched; "
+            "no clocks are compared."
+        ),
+        epilog=(
+            "Exit status: 0 if nothing is wrong, 1 if something is (files that cannot be read, "
+            "payloads without a fate, with --verify bad records), 2 if there is no run. A silent "
+            "job is not wrong. The fields of --json: toolkit/inspection_report.py."
+        ),
+        formatter_class=DefaultsFormatter,
+    )
+    inspect.add_argument(
+        "directory", metavar="DIR", nargs="?",
+        help="a runs directory, or one run: runs/0001, or 0001 in --runs_dir; all of --runs_dir "
+        "if left out",
+    )  # fmt: skip
+    inspect.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are")
+    inspect.add_argument(
+        "--verify", action="store_true", help="read every record in full and check its digests"
+    )
+    inspect.add_argument(
+        "--seconds", type=positive_float,
+        help="watch silent jobs for so long; as long as the jobs do themselves (5) if left out",
+    )  # fmt: skip
+    inspect.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    inspect.set_defaults(run=_inspect)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -79,6 +117,12 @@ def _verify(args: argparse.Namespace) -> int:
     from toolkit.verify import run_verify
 
     return run_verify(args)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from toolkit.inspection import run_inspect
+
+    return run_inspect(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

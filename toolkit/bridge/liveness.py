@@ -18,6 +18,7 @@ from toolkit.bridge.transport import DirectoryTransport
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
+SILENT_BEATS = 5  # without which a job does not live, where nothing says to wait for longer
 STATUS_SECONDS = 5.0
 # A peer whose heart beats but that brings nothing (a long evaluation, a hung rank) gets this many
 # times the wait of a silent one, or this many of the longest round seen.

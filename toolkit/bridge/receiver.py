@@ -33,7 +33,7 @@ from toolkit.bridge.lessons import (
     obstacle_to_teachers,
     sharded_head,
 )
-from toolkit.bridge.liveness import BEAT_SECONDS, PeerWatch, Wait
+from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS, PeerWatch, Wait
 from toolkit.bridge.outer import OuterOptimizer
 from toolkit.bridge.own_weights import newest_own_weights, stream_of
 from toolkit.bridge.payload import Header, Record, digest_tensors
@@ -51,8 +51,6 @@ from toolkit.parameters import (
 from toolkit.sharding import shard_like
 
 logger = logging.getLogger(__name__)
-
-SILENT_BEATS = 5  # after which a donor is away where a teacher can stand in for it
 
 
 class GradientReceiver(BridgeJob):

@@ -32,7 +32,7 @@ from toolkit.bridge.agreement import (
 )
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.errors import BridgeError, PayloadError
-from toolkit.bridge.liveness import BEAT_SECONDS, PeerWatch
+from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS, PeerWatch
 from toolkit.bridge.own_weights import stream_of
 from toolkit.bridge.payload import read_header
 from toolkit.bridge.transport import DirectoryTransport
@@ -189,6 +189,12 @@ def _refuse_living(run_dir: Path, role: Role, job: str) -> None:
         )
 
 
+def runs_in(runs_dir: Path) -> list[Path]:
+    """The runs in a directory, in the order of their names; one that nobody has joined too."""
+    found = (p for p in runs_dir.iterdir() if _NUMBER.fullmatch(p.name) or (p / "bridge").is_dir())
+    return sorted(path for path in found if path.is_dir())
+
+
 def newest_run(runs_dir: Path) -> str | None:
     """The name of the numbered run with the highest number, or None."""
     numbered = (path for path in runs_dir.glob("*") if _NUMBER.fullmatch(path.name))
@@ -271,4 +277,4 @@ def _join(
 
 def _lives(run_dir: Path, job: str) -> bool:
     watch = PeerWatch(DirectoryTransport(run_dir / "bridge"), job)
-    return watch.await_life(5 * BEAT_SECONDS)
+    return watch.await_life(SILENT_BEATS * BEAT_SECONDS)

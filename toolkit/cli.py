@@ -70,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="print one JSON object, no table")
     verify.set_defaults(run=_verify)
     _add_inspect(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -107,6 +108,41 @@ def _add_inspect(commands: Subcommands) -> None:
     inspect.set_defaults(run=_inspect)
 
 
+def _add_doctor(commands: Subcommands) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="measure a file system, and say which settings fit it",
+        description=(
+            "Measure what the file system at DIR gives to two jobs that share it: whether names "
+            "are made exclusively and files replaced whole, what syncing costs, how fast large "
+            "files are written and read, and how soon another process sees a new file. Then say "
+            "which exchange fits. Everything is measured in a new directory below DIR, which is "
+            "deleted at the end."
+        ),
+        epilog=(
+            "Exit status: 0 if the bridge can be used there, 1 if not. Both processes run on this "
+            "host; a network file system may show a new file to another host later than to this "
+            "one. The fields of --json: toolkit/doctor_report.py."
+        ),
+        formatter_class=DefaultsFormatter,
+    )
+    doctor.add_argument(
+        "directory", metavar="DIR", help="the --runs_dir that both jobs are to share"
+    )
+    doctor.add_argument(
+        "--seconds", type=positive_float, default=5.0, help="measure for so long, about"
+    )
+    doctor.add_argument(
+        "--payload_mib", type=positive_float, default=64.0,
+        help="size of backbone and one head in float32, MiB",
+    )  # fmt: skip
+    doctor.add_argument(
+        "--step_seconds", type=positive_float, default=1.0, help="how long a training step takes"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    doctor.set_defaults(run=_doctor)
+
+
 def _demo(args: argparse.Namespace) -> int:
     from toolkit.demo import run_demo
 
@@ -123,6 +159,12 @@ def _inspect(args: argparse.Namespace) -> int:
     from toolkit.inspection import run_inspect
 
     return run_inspect(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from toolkit.doctor import run_doctor
+
+    return run_doctor(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, JustifyMethod
 from rich.filesize import decimal
 from rich.table import Table
@@ -32,6 +31,7 @@ def print_runs(report: Report, console: Console) -> None:
             decimal(run.num_bytes),
         )
     console.print(table)
+    console.print()
     read = [run.verified for run in report.runs if run.verified is not None]
     if read:
         num_records, num_bytes = sum(v.num_records for v in read), sum(v.num_bytes for v in read)
@@ -44,9 +44,11 @@ def print_run(report: Report, console: Console) -> None:
     (run,) = report.runs
     terms = f"exchange {run.exchange or '?'}, id {run.run_id or '?'}"
     _say(console, f"Run {run.directory}: {terms}, {decimal(run.num_bytes)} on disk")
+    console.print()
     for table in (_jobs(run.jobs), _fates(run), _streams(run)):
         if table.row_count:
             console.print(table)
+            console.print()
     if not run.jobs:
         _say(console, "nobody has joined it yet")
     for remark in _remarks(run):
@@ -76,19 +78,20 @@ def _number(value: int | None) -> str:
     return "" if value is None else str(value)
 
 
-def _sum(adds_up: bool) -> Text:
-    return Text("adds up") if adds_up else Text("DOES NOT ADD UP", style="bold red")
-
-
 def _sum_of_fates(fates: Sequence[Fates]) -> Text:
     sums = {fate: sum(getattr(books, fate) for books in fates) for fate in _FATES}
     counts = Text(", ".join(f"{count} {fate}" for fate, count in sums.items() if count))
-    return counts if all(books.adds_up for books in fates) else _sum(False) + ": " + counts
+    if all(books.adds_up for books in fates):
+        return counts
+    return Text("do not add up: ", style="bold red") + counts
 
 
 def _table(title: str, *columns: str) -> Table:
     """A table; columns of numbers have a ``#`` before their name."""
-    table = Table(title=_shown(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table = Table(
+        title=_shown(title), title_justify="left", title_style="bold", box=None,
+        header_style="underline", padding=(0, 2, 0, 0), pad_edge=False,
+    )  # fmt: skip
     for column in columns:
         is_number = column.startswith("#")
         justify: JustifyMethod = "right" if is_number else "left"
@@ -98,7 +101,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _jobs(jobs: Sequence[Job]) -> Table:
     steps = "#receiver step", "#donor step"
-    table = _table("Jobs", "job", "state", *steps, "heads", "#start", "#process", "host")
+    table = _table("Jobs", "job", "state", *steps, "heads", "#start", "#pid", "host")
     for job in jobs:
         table.add_row(
             _shown(job.name), job.state, _number(job.receiver_step), _number(job.donor_step),
@@ -109,21 +112,23 @@ def _jobs(jobs: Sequence[Job]) -> Table:
 
 def _fates(run: Run) -> Table:
     columns = [f"#{name}" for name in (*_FATES, "published")]
-    table = _table("Payloads by their fate", "donor", *columns, "")
+    table = _table("Payloads by their fate", "donor", *columns, "adds up")
     for books in run.fates:
         counts = [str(getattr(books, fate)) for fate in _FATES]
-        table.add_row(_shown(books.donor), *counts, str(books.published), _sum(books.adds_up))
+        adds_up = Text("yes") if books.adds_up else Text("NO", style="bold red")
+        table.add_row(_shown(books.donor), *counts, str(books.published), adds_up)
     return table
 
 
 def _streams(run: Run) -> Table:
-    numbers = "#published", "#present", "#kept", "#rejected", "#alien", "#read to", "#on disk"
+    numbers = "#published", "#present", "#kept", "#rejected", "#alien", "#needed from", "#on disk"
     table = _table("Records", "stream", *numbers)
     for stream in run.streams:
+        needed_from = str(stream.acknowledged) if stream.carries == "payloads" else ""
         table.add_row(
             _shown(stream.name), str(stream.published), str(stream.present),
             str(stream.kept), str(sum(stream.rejected.values())), str(len(stream.alien)),
-            str(stream.acknowledged), decimal(stream.num_bytes),
+            needed_from, decimal(stream.num_bytes),
         )  # fmt: skip
     return table
 

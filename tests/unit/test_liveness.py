@@ -11,8 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from toolkit.bridge import control, liveness
-from toolkit.bridge.control import pause
+from toolkit.bridge import liveness, polling
 from toolkit.bridge.errors import PeerError
 from toolkit.bridge.liveness import (
     BEAT_SECONDS,
@@ -22,6 +21,7 @@ from toolkit.bridge.liveness import (
     PeerWatch,
     Wait,
 )
+from toolkit.bridge.polling import pause
 from toolkit.bridge.transport import DirectoryTransport
 
 HINT = "Start it now"
@@ -43,7 +43,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (liveness, control):
+    for module in (liveness, polling):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock, sleep=clock.sleep))
     return clock
 

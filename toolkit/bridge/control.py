@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from toolkit.bridge.polling import pause
+
 T = TypeVar("T")
 
 SLICE_SECONDS = 5.0  # the other ranks stand in a broadcast at most this long at a time
@@ -100,8 +102,3 @@ class ControlGroup:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, op=operation, group=self._group)
         return tensor.tolist()
-
-
-def pause(waited_seconds: float) -> None:
-    """Sleep a little: 5 % of the time waited so far, 0.5 ms at least and 0.5 s at most."""
-    time.sleep(min(0.5, max(0.0005, 0.05 * waited_seconds)))

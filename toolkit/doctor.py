@@ -55,7 +55,7 @@ def examine(
         raise BridgeError(f"{directory} {state}: give the directory that both jobs will share")
     place = find_place(directory)
     # A file that is too large for the place would fill it.
-    written_bytes = min(payload_bytes, place.free_bytes // 4)
+    written_bytes = max(1, min(payload_bytes, place.free_bytes // 4))
     try:
         with (
             tempfile.TemporaryDirectory(prefix=".gradient-bridge-doctor-", dir=directory) as name,

@@ -1,0 +1,290 @@
+"""What ``gradient-bridge inspect`` says of a run's payloads, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.run_files import Inspect, SmallRun, Streams, flip, inspecting, num_bytes
+from toolkit import cli
+from toolkit.bridge import liveness
+from toolkit.bridge.ledger import Ledger, Resumption, trail_path
+from toolkit.inspection import find_runs, watch
+from toolkit.inspection_report import Report
+
+
+@pytest.fixture
+def inspect(capsys: pytest.CaptureFixture[str]) -> Inspect:
+    return inspecting(capsys, 0.02)
+
+
+@pytest.fixture
+def small(tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallRun]:
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.01)
+    run = SmallRun(tmp_path / "runs", keep_payloads=True)
+    yield run
+    run.receiver.close()
+
+
+def donor_of(run: dict[str, Any]) -> dict[str, Any]:
+    (fates,) = run["fates"]
+    return dict(fates)
+
+
+def stream_of(run: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(stream for stream in run["streams"] if stream["name"] == name)
+
+
+def test_that_the_books_are_the_receivers_own(small: SmallRun, inspect: Inspect) -> None:
+    status, run = inspect(small.run_dir)
+
+    expected = small.receiver.fates_by_donor()["donor"]
+    alien = expected.pop("alien")
+    assert {name: donor_of(run)[name] for name in expected} == expected
+    assert expected == {
+        "applied": 3, "dropped": 1, "rejected": 1, "skipped": 1, "pending": 1, "published": 7,
+    }  # fmt: skip
+    assert alien == 0
+    assert donor_of(run)["adds_up"] is True
+    assert donor_of(run)["reasons"] == {"dropped": {"stale": 1}, "rejected": {"nonfinite": 1}}
+    assert (status, run["problems"], run["ok"]) == (0, [], True)
+
+
+def test_that_a_stream_is_told_as_it_is(small: SmallRun, inspect: Inspect, tmp_path: Path) -> None:
+    bridge = shutil.copytree(small.run_dir, tmp_path / "copy") / "bridge"
+    records = bridge / "donor" / "records"
+    (records / "README").write_bytes(b"none")
+    (records / ".tmp-crashed").write_bytes(bytes(77))
+
+    _, run = inspect(tmp_path / "copy")
+
+    stream = stream_of(run, "donor")
+    assert stream == {
+        "name": "donor", "carries": "payloads", "published": 7, "present": 6,
+        "num_bytes": num_bytes(bridge / "donor"),
+        "acknowledged": 6, "rejected": {"nonfinite": 1}, "kept": 3, "alien": ["README"],
+    }  # fmt: skip
+    assert run["temporary_files"] == [
+        {"path": "bridge/donor/records/.tmp-crashed", "num_bytes": 77}
+    ]
+    assert stream_of(run, "receiver")["carries"] == "weights"
+    assert run["num_bytes"] == num_bytes(bridge)
+
+
+def test_that_a_file_that_is_being_written_is_none_left_behind(tmp_path: Path) -> None:
+    run_dir = Streams(tmp_path / "0001").run_dir
+    path = run_dir / "bridge" / "donor" / "records" / ".tmp-grows"
+    path.write_bytes(b"1")
+    (look,), _ = watch([run_dir], 0.01)
+    path.write_bytes(b"12")
+
+    assert look.report().temporary_files == []
+
+
+def test_that_deleted_payloads_count_by_their_numbers(tmp_path: Path) -> None:
+    streams = Streams(tmp_path / "0001")
+    streams.publish(9)
+    streams.transport.acknowledge("donor", 9)
+    streams.settle(1, *range(9))
+
+    books = streams.books()
+
+    assert (books["published"], books["applied"], books["pending"]) == (10, 9, 1)
+    assert (books["adds_up"], books["problems"]) == (True, [])
+
+
+def test_that_a_payload_without_a_fate_is_named(tmp_path: Path) -> None:
+    streams = Streams(tmp_path / "0001")
+    for sequence in (7, 8, 9):
+        streams.publish(sequence)
+    streams.transport.acknowledge("donor", 7)
+    streams.settle(1, 0, 1, 2, 4, 5, 6, 7, 9)  # 3 is gone, 8 is there
+
+    books = streams.books()
+
+    assert (books["published"], books["applied"], books["pending"]) == (10, 8, 0)
+    assert books["adds_up"] is False
+    assert books["unaccounted"] == [3, 8]
+    assert "have no fate, though passed over: 3, 8" in books["problems"][0]
+
+
+def test_that_numbers_acknowledged_without_a_fate_are_named(tmp_path: Path) -> None:
+    streams = Streams(tmp_path / "0001")
+    streams.transport.acknowledge("donor", 10**12)
+    streams.settle(1, 0, 1)
+
+    books = streams.books()
+
+    assert books["unaccounted"] == [2, 3, 4, 5, 6]
+    assert books["adds_up"] is False
+
+
+def test_that_two_fates_of_one_payload_are_named(tmp_path: Path) -> None:
+    streams = Streams(tmp_path / "0001")
+    streams.settle(1, 0, 1, 1, 2)
+
+    books = streams.books()
+
+    assert (books["published"], books["applied"], books["repeated"]) == (3, 4, [1])
+    assert books["adds_up"] is False
+    assert "have more than one fate: 1" in books["problems"][0]
+
+
+@pytest.mark.parametrize(("starts", "fits"), [(1, False), (2, True), (3, True)])
+def test_that_a_gone_number_is_an_end_only_if_a_start_came_after(
+    tmp_path: Path, starts: int, fits: bool
+) -> None:
+    streams = Streams(tmp_path / "0001", starts)
+    streams.publish(5)
+    streams.transport.acknowledge("donor", 5)
+    streams.settle(1, 0, 1, 2, 4)  # 3 was the end of the first start
+
+    books = streams.books()
+
+    assert books["adds_up"] is fits
+    assert books["published"] == (5 if fits else 6)
+
+
+def test_that_an_end_that_is_there_does_not_excuse_a_lost_payload(tmp_path: Path) -> None:
+    streams = Streams(tmp_path / "0001", starts=2)
+    streams.publish(3, "end")
+    streams.publish(5)
+    streams.settle(1, 1, 2, 4)
+    assert streams.books()["unaccounted"] == [0]
+
+    streams.publish(6, "end")  # the second start has ended too
+    books = streams.books()
+    assert books["unaccounted"] == [0]
+    assert (books["published"], books["pending"]) == (5, 1)
+
+
+def test_that_a_resume_counts_only_what_led_to_its_weights(tmp_path: Path) -> None:
+    streams = Streams(tmp_path / "0001")
+    for sequence in range(7):
+        streams.publish(sequence)
+    streams.settle(1, 0, 1, 2, 3, 4)
+    streams.start("receiver", 2)
+    Ledger(trail_path(streams.run_dir, 2)).resume(Resumption(1, 3), {})
+    streams.settle(2, 3)
+
+    books = streams.books()
+
+    assert (books["published"], books["applied"], books["pending"]) == (7, 4, 3)
+    assert (books["adds_up"], books["settled_before"]) == (True, 0)
+
+
+def test_that_a_start_from_nothing_is_not_charged_with_what_came_before(tmp_path: Path) -> None:
+    streams = Streams(tmp_path / "0001")
+    for sequence in (4, 5, 6):
+        streams.publish(sequence)
+    streams.transport.acknowledge("donor", 5)
+    streams.settle(1, *range(5))
+    streams.start("receiver", 2)
+    streams.settle(2, 4, 5)
+
+    books = streams.books()
+
+    assert (books["published"], books["applied"], books["pending"]) == (3, 2, 1)
+    assert (books["adds_up"], books["settled_before"]) == (True, 4)
+
+
+@pytest.mark.timeout(60)
+def test_that_ten_thousand_records_and_a_number_far_away_are_no_trouble(tmp_path: Path) -> None:
+    streams = Streams(tmp_path / "0001")
+    streams.publish(0)
+    first = streams.transport.path("donor", 0)
+    for sequence in range(1, 10_000):
+        os.link(first, streams.transport.path("donor", sequence))
+    streams.transport.path("donor", 9_999_999_999).write_bytes(b"none of ours")
+
+    books = streams.books()
+
+    assert (books["published"], books["pending"], books["adds_up"]) == (10_001, 10_001, True)
+
+
+# -- what is asked for, and how it is told --------------------------------------------------
+
+
+def test_that_a_run_is_found_by_its_path_its_name_or_its_directory(tmp_path: Path) -> None:
+    first, named = (Streams(tmp_path / name).run_dir for name in ("0001", "named"))
+    (tmp_path / "no-run").mkdir()
+
+    assert find_runs(None, tmp_path) == (tmp_path, [first, named])
+    assert find_runs(str(tmp_path), Path("runs")) == (tmp_path, [first, named])
+    assert find_runs("named", tmp_path) == (named, [named])
+    assert find_runs(str(first), Path("runs")) == (first, [first])
+
+
+def test_that_no_run_is_an_error_with_a_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["inspect", "0009", "--runs_dir", str(tmp_path), "--json"]) == 2
+
+    out, err = capsys.readouterr()
+    assert f"no run in 0009 or in {tmp_path}/0009. Give the --runs_dir" in err
+    assert json.loads(out)["error"] in err
+
+
+def test_that_the_shape_of_the_json_stays(small: SmallRun, inspect: Inspect) -> None:
+    _, run = inspect(small.run_dir, "--verify")
+
+    assert set(run) == {
+        "ok", "directory", "name", "run_id", "exchange", "jobs", "streams", "fates", "num_bytes",
+        "temporary_files", "verified", "problems",
+    }  # fmt: skip
+    assert set(run["jobs"][0]) == {
+        "name", "role", "heads", "start", "state", "receiver_step", "donor_step", "host", "pid",
+    }  # fmt: skip
+    assert set(donor_of(run)) == {
+        "donor", "published", "applied", "dropped", "rejected", "skipped", "pending",
+        "settled_before", "reasons", "unaccounted", "repeated", "adds_up",
+    }  # fmt: skip
+    assert set(run["verified"]) == {"num_records", "num_bytes", "bad"}
+    fields = {field.name for field in dataclasses.fields(Report)}
+    assert fields == {"format", "directory", "watched_seconds", "runs"}
+
+
+def test_that_a_run_is_told_in_tables_that_fit_a_terminal(
+    small: SmallRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    (small.bridge / "donor" / "records" / "\x1b[2Jname").write_bytes(b"")
+    flip(small.record(6))
+
+    status = cli.main(["inspect", str(small.run_dir), "--seconds", "0.3", "--verify"])
+
+    out = capsys.readouterr().out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["receiver", "alive", "4", "heads.h2", "1", str(os.getpid())] in [x[:6] for x in lines]
+    assert ["donor", "3", "1", "1", "1", "1", "7", "yes"] in lines
+    assert "payloads of donor: 1 dropped (stale), 1 rejected (nonfinite)" in out
+    assert "WRONG: bridge/donor/records/0000000006.safetensors" in out
+    assert r"\x1b[2Jname" in out
+    assert "\x1b" not in out
+    assert "nothing is wrong" not in out
+    assert status == 1
+
+
+def test_that_several_runs_are_told_in_a_line_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    good, bad = (Streams(tmp_path / name) for name in ("0001", "0002"))
+    good.settle(1, 0, 1)
+    bad.settle(1, 0, 2)
+
+    assert cli.main(["inspect", "--runs_dir", str(tmp_path), "--seconds", "0.1"]) == 1
+
+    out = capsys.readouterr().out
+    line = "gradient receiver silent, donor silent"
+    rows = [" ".join(row.split()) for row in out.splitlines()]
+    assert f"0001 {line} 2 2 applied {num_bytes(good.run_dir)} bytes" in rows
+    assert any(row.startswith(f"0002 {line} 3 do not add up: 2 applied") for row in rows)
+    assert "WRONG: run 0002: payloads of the donor have no fate, though passed over: 1" in out

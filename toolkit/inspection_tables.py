@@ -12,6 +12,7 @@ from rich.text import Text
 from toolkit.inspection_report import Fates, Job, Report, Run
 
 NAMED = 3  # of names in a sentence, so many
+LISTED = 20  # of the things that are wrong with a run, so many
 _FATES = ("applied", "dropped", "rejected", "skipped", "pending")
 
 
@@ -58,9 +59,11 @@ def print_run(report: Report, console: Console) -> None:
 
 def _print_problems(report: Report, console: Console) -> None:
     for run in report.runs:
-        for problem in run.problems:
-            place = f"run {run.name}: " if len(report.runs) > 1 else ""
+        place = f"run {run.name}: " if len(report.runs) > 1 else ""
+        for problem in run.problems[:LISTED]:
             _say(console, place + problem, "WRONG: ")
+        if (more := len(run.problems) - LISTED) > 0:
+            _say(console, f"{place}{more} more things, see --json", "WRONG: ")
     if report.ok:
         _say(console, "nothing is wrong")
 

@@ -101,6 +101,11 @@ class Donors:
         """The donors found, in the order in which they were."""
         return list(self._donors)
 
+    @property
+    def num_away(self) -> int:
+        """How many of them have ended or were given up."""
+        return sum(donor.inbox.donor_is_away for donor in self._donors.values())
+
     def want_weights(self) -> bool:
         """Whether somebody may read the next weights."""
         for donor in self._donors.values():

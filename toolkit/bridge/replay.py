@@ -103,6 +103,11 @@ class Replay:
         """The donors of the run."""
         return list(self._num_settled)
 
+    @property
+    def num_away(self) -> int:
+        """None of them goes away."""
+        return 0
+
     def want_weights(self) -> bool:
         """Weights are published for nobody."""
         return False

@@ -61,8 +61,9 @@ def test_both_jobs_end_and_go_on_as_if_nothing_had_been(
         job.wait(TIMEOUT)
     fates = recipes.results("0001", "receiver")["fates"]
     assert fates["applied"] == 400
-    flags = ["--receiver_processes", num_processes] if num_processes > 1 else []
-    recipes(JOINT, *STEPS, *flags, "--output_dir", recipes.path("joint")).wait(TIMEOUT)
+    of_both = ["--receiver_processes", num_processes, "--donor_processes", num_processes]
+    joint = recipes(JOINT, *STEPS, *of_both, "--output_dir", recipes.path("joint"))
+    joint.wait(TIMEOUT)
     difference = largest_difference(recipes.weights("0001", "receiver"), recipes.weights("joint"))
     assert difference <= 1e-11
 

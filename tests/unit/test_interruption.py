@@ -40,15 +40,17 @@ def get(number: int) -> None:
 def test_that_the_first_signal_is_a_wish_and_a_later_one_ends(
     number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Interruption() as interruption:
-        assert (interruption.signal, interruption.seconds) == (0, 0.0)
-        get(number)
-        get(signal.SIGTERM)  # a launcher that passes it on
-        assert interruption.signal == number
-        assert caplog.text.count("ending after this step") == 1
-        monkeypatch.setattr(interruption_module, "SAME_WISH_SECONDS", 0.0)
-        with pytest.raises(KeyboardInterrupt):
-            get(signal.SIGINT)
+    interruption = Interruption()
+    interruption.catch()
+    assert (interruption.signal, interruption.seconds) == (0, 0.0)
+    get(number)
+    get(signal.SIGTERM)  # a launcher that passes it on
+    assert interruption.signal == number
+    assert caplog.text.count("ending after this step") == 1
+    monkeypatch.setattr(interruption_module, "SAME_WISH_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        get(signal.SIGINT)
+    interruption.release()
 
 
 def receiver_alone(tmp_path: Path) -> ReceiverAlone:
@@ -68,7 +70,29 @@ def test_that_a_receiver_finishes_its_step(tmp_path: Path) -> None:
         job.optimizer.step()
         assert job.receiver.commit()
         assert job.receiver.stop_signal == signal.SIGTERM
-    assert job.receiver.fates()["applied"] == 1
+        assert job.receiver.fates()["applied"] == 1
+        interruption = job.receiver._interruption
+    assert signal.getsignal(signal.SIGTERM) != interruption._handle
+
+
+def test_that_a_rank_that_knows_of_a_signal_before_it_comes_saves_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = receiver_alone(tmp_path)
+
+    def vote() -> None:
+        job.receiver.stop_signal = signal.SIGTERM
+
+    monkeypatch.setattr(job.receiver, "_vote_to_stop", vote)
+    with job.receiver:
+        with job.receiver.interruptible():
+            job.backward()
+            job.donate(job.constant(0.1))
+            job.receiver.inject()
+            job.optimizer.step()
+            job.receiver.commit()
+        get(signal.SIGTERM)
+    assert job.receiver._interruption.signal == signal.SIGTERM
 
 
 def test_that_a_wait_for_a_donor_is_broken_off_and_the_step_has_not_happened(

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, TypeVar
 
 from toolkit.bridge.errors import Interrupted
@@ -27,10 +27,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Catches SIGINT and SIGTERM while it is entered; a second one, later, ends at once.
+    """Catches SIGINT and SIGTERM, a wish; a second one, later, ends at once.
 
-    Where it is entered in a thread other than the main one, which no signal reaches, it catches
-    none.
+    It can catch none in a thread other than the main one, which no signal reaches.
 
     Attributes:
         signal: the first that this process got, as a number; 0 before.
@@ -65,17 +64,13 @@ class Interruption:
 
         return bounded
 
-    def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
+    def catch(self) -> None:
+        """Begin to catch them."""
+        if threading.current_thread() is threading.main_thread() and not self._before:
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def release(self) -> None:
+        """Catch them no longer; safe to call twice."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

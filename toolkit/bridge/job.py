@@ -212,11 +212,16 @@ class BridgeJob:
 
         It goes inside of ``with receiver:``; a checkpoint can be saved between the two ends.
         """
-        with self._interruption:
-            try:
-                yield
-            except Interrupted as interrupted:  # on all ranks
-                self.stop_signal = interrupted.signal
+        self._interruption.catch()
+        try:
+            yield
+        except Interrupted as interrupted:  # on all ranks
+            self.stop_signal = interrupted.signal
+        finally:
+            # This rank may know of a signal that is still on its way to it: not to end its
+            # checkpoint.
+            if not self.stop_signal:
+                self._interruption.release()
 
     def _vote_to_stop(self) -> None:
         """Whether some rank has got a signal, on all ranks. A collective."""
@@ -312,6 +317,7 @@ class BridgeJob:
 
     def _stop(self, publish_end: bool) -> None:
         self._closed = True
+        self._interruption.release()
         if self._heartbeat is not None:
             try:
                 if publish_end:

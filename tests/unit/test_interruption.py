@@ -65,11 +65,11 @@ def test_that_a_receiver_finishes_its_step(tmp_path: Path) -> None:
         job.backward()
         job.donate(job.constant(0.1))
         get(signal.SIGTERM)
-        assert not job.receiver.stop_signal, "it changes between two steps only"
+        wishes = [job.receiver.stop_signal]  # which changes between two steps only
         job.receiver.inject()
         job.optimizer.step()
         assert job.receiver.commit()
-        assert job.receiver.stop_signal == signal.SIGTERM
+        assert [*wishes, job.receiver.stop_signal] == [0, signal.SIGTERM]
         assert job.receiver.fates()["applied"] == 1
         interruption = job.receiver._interruption
     assert signal.getsignal(signal.SIGTERM) != interruption._handle
@@ -115,7 +115,6 @@ def test_that_a_wait_for_a_donor_is_broken_off_and_the_step_has_not_happened(
 def test_that_a_donor_that_ends_by_the_same_signal_costs_no_step_alone(tmp_path: Path) -> None:
     job = receiver_alone(tmp_path)
     with job.receiver, job.receiver.interruptible():
-        assert job.receiver.stop_signal == 0
         job.backward()
         job.donate(None, kind="end")
         get(signal.SIGTERM)

@@ -256,6 +256,7 @@ def main() -> None:
         "mean_staleness (receiver steps)": receiver.mean_staleness,
         "fates": receiver.fates(),
         "fates_by_donor": receiver.fates_by_donor(),
+        "alarms": receiver.alarms(),
         "provenance": {**provenance(accelerator, args), **receiver.evidence(state)},
     }
     write_results(output_dir, results, state)

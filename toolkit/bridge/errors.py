@@ -36,7 +36,7 @@ class PayloadError(Exception):
     Args:
         reason: a short code, one of ``truncated``, ``malformed``, ``digest``, ``alien``,
             ``schema``, ``nonfinite``, ``count``, ``unit``, ``too_large``, ``not_a_file``,
-            ``missing``, ``unreadable``.
+            ``missing``, ``unreadable``, ``alarm``.
         detail: a sentence with the offending value.
     """
 

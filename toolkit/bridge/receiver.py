@@ -399,6 +399,7 @@ class GradientReceiver(BridgeJob):
                 for verdict in applied:
                     self.transport.keep(verdict.donor, verdict.sequence)
             self.ledger.record(self._donors.settle(verdicts))
+            self.metrics |= self._donors.alarm_metrics()
         self.steps_alone += 0 if applied else num_steps
         self._ages[0] += sum(verdict.staleness for verdict in applied)
         self._ages[1] += len(applied)
@@ -410,6 +411,7 @@ class GradientReceiver(BridgeJob):
             self.transport,
             self.run_dir,
             self.config,
+            backbone=self.shared.backbone,
             expected={head: self._gradient_parameters(head) for head in self.shared.heads},
             read=self._read,
             open_wait=self._open_donor_wait,
@@ -609,6 +611,14 @@ class GradientReceiver(BridgeJob):
                 "alien": len(self.transport.alien_names(donor)),
             }
         return fates
+
+    def alarms(self) -> dict[str, dict[str, int]]:
+        """By donor, how many payloads have raised which alarm, for ``results.json``.
+
+        Empty but on the main process. The alarms: ``zero``, ``idle head`` and ``idle backbone``
+        (exactly zero gradients, three in a row), ``norm`` (30 times the usual), ``flat loss``.
+        """
+        return self._donors.alarms() if self._donors is not None else {}
 
     def evidence(self, model_state: Mapping[str, Tensor]) -> dict[str, Any]:
         """What ``gradient-bridge verify`` must know beside the arguments, for ``results.json``.

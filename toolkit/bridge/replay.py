@@ -164,6 +164,14 @@ class Replay:
         """Payloads of a donor that wait for a fate, none, and those with one so far."""
         return 0, self._num_settled[name]
 
+    def alarms(self) -> dict[str, dict[str, int]]:
+        """None: the run has raised them."""
+        return {}
+
+    def alarm_metrics(self) -> dict[str, float]:
+        """None, likewise."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """Nothing: the ledger says all."""
         return {"digests": {}, "donors": {}}

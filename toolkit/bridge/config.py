@@ -64,7 +64,7 @@ class BridgeConfig:
     outer_learning_rate: float = 1.0  # delta, receiver: of the outer step
     outer_momentum: float = 0.0  # delta, receiver: Nesterov momentum of the outer step
     distill_loss: DistillLoss = "kl"  # auto, distill, receiver: how far it is from its teacher
-    temperature: float = 2.0  # auto, distill, receiver: that classes are softened by in "kl"
+    temperature: float = 4.0  # auto, distill, receiver: that classes are softened by in "kl"
     rescale: RescaleRule = "match"  # how the donor's sum meets the receiver's batch
     donor_weight: float | Mapping[str, float] = 1.0  # lambda of the donors' losses, or by head
     donor_name: str = "donor"  # donor: its name in the run; several donors have different ones

@@ -90,3 +90,18 @@ def test_ctrl_c_while_waiting_ends_soon_with_the_conventional_status(
         job.wait()
     assert "Traceback" not in log.read_text()
     assert "TRAINING ALONE" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_that_the_demo_leaves_no_job_behind_when_it_is_terminated(tmp_path: Path) -> None:
+    demo = subprocess.Popen([sys.executable, "-m", "toolkit.cli", "demo"], cwd=tmp_path)
+    process = psutil.Process(demo.pid)
+    try:
+        wait_until(lambda: len(process.children(recursive=True)) == 4, "two launched jobs")
+        jobs = process.children(recursive=True)
+        demo.send_signal(signal.SIGTERM)
+        assert demo.wait(TIMEOUT) == 143
+    finally:
+        demo.kill()
+        demo.wait()
+    assert not any(job.is_running() for job in jobs)

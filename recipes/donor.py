@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 
 import torch
@@ -52,6 +53,7 @@ from toolkit.training import (
     describe_accuracies,
     evaluate,
     final_weights,
+    leave_checkpoint,
     save_checkpoint,
     write_results,
 )
@@ -178,37 +180,47 @@ def main() -> None:
         )
 
     with donor, logging_redirect_tqdm():
-        for inputs, labels in donor.follow(dataloader, max_windows):
-            with accelerator.accumulate(model):
-                # FSDP2 in mixed precision gives half precision.
-                logits = model(to_dtype(inputs, dtype), [args.head])[args.head].to(dtype)
-                loss = F.cross_entropy(logits, labels, reduction=args.loss_reduction)
-                donor.backward(loss, num_samples=len(labels))
-                if not donor.publish():  # no receiver: an ordinary step
-                    if accelerator.sync_gradients and args.max_grad_norm is not None:
-                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
-                        scheduler.step()
-                optimizer.zero_grad()
-            if not accelerator.sync_gradients:
-                continue
-            step = donor.completed_windows
-            metrics = dict(donor.metrics)
-            if step % args.eval_steps == 0:
-                accuracies = measure()
-                metrics |= {f"accuracy/{head} (%)": a for head, a in accuracies.items()}
-                if donor.at_receiver_weights:
-                    donor.report({f"{head} (%)": a for head, a in accuracies.items()})
-            accelerator.log(metrics, step=donor.receiver_step)
-            progress.update()
-            if checkpointing_steps and step % checkpointing_steps == 0:
-                save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
-            if donor.windows_alone == max_train_steps:
-                break
+        with donor.interruptible():
+            for inputs, labels in donor.follow(dataloader, max_windows):
+                with accelerator.accumulate(model):
+                    # FSDP2 in mixed precision gives half precision.
+                    logits = model(to_dtype(inputs, dtype), [args.head])[args.head].to(dtype)
+                    loss = F.cross_entropy(logits, labels, reduction=args.loss_reduction)
+                    donor.backward(loss, num_samples=len(labels))
+                    if not donor.publish():  # no receiver: an ordinary step
+                        if accelerator.sync_gradients and args.max_grad_norm is not None:
+                            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                        optimizer.step()
+                        if (
+                            accelerator.sync_gradients
+                            and not accelerator.optimizer_step_was_skipped
+                        ):
+                            scheduler.step()
+                    optimizer.zero_grad()
+                if not accelerator.sync_gradients:
+                    continue
+                step = donor.completed_windows
+                metrics = dict(donor.metrics)
+                if step % args.eval_steps == 0:
+                    accuracies = measure()
+                    metrics |= {f"accuracy/{head} (%)": a for head, a in accuracies.items()}
+                    if donor.at_receiver_weights:
+                        donor.report({f"{head} (%)": a for head, a in accuracies.items()})
+                accelerator.log(metrics, step=donor.receiver_step)
+                progress.update()
+                if checkpointing_steps and step % checkpointing_steps == 0:
+                    save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
+                if donor.windows_alone == max_train_steps:
+                    break
+        if donor.stop_signal:
+            limit = args.checkpoints_total_limit
+            leave_checkpoint(accelerator, donor, output_dir, donor.completed_windows, limit)
 
     # -- results --------------------------------------------------------------------------------
     progress.close()
+    if donor.stop_signal:
+        accelerator.end_training()
+        sys.exit(128 + donor.stop_signal)
     accuracies = measure()
     accelerator.log(
         {f"accuracy/{head} (%)": a for head, a in accuracies.items()}, step=donor.receiver_step

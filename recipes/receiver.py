@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 
 import torch
@@ -52,6 +53,7 @@ from toolkit.training import (
     describe_accuracies,
     evaluate,
     final_weights,
+    leave_checkpoint,
     save_checkpoint,
     write_results,
 )
@@ -188,47 +190,58 @@ def main() -> None:
         return evaluate(accelerator, model, task.evaluation, heads, args.per_device_eval_batch_size)
 
     with receiver, logging_redirect_tqdm():
-        while receiver.completed_steps < max_train_steps:
-            epoch, window = divmod(receiver.completed_windows, steps_per_epoch)
-            dataloader.set_epoch(epoch)
-            skipped = window * args.gradient_accumulation_steps
-            batches = accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
-            for inputs, labels in batches:
-                with accelerator.accumulate(model):
-                    taught = [name.removeprefix("heads.") for name in receiver.taught_heads]
-                    inputs = to_dtype(inputs, dtype)
-                    outputs = model(inputs, [OWN_HEAD, *taught])
-                    # FSDP2 in mixed precision gives half precision.
-                    logits = {head: output.to(dtype) for head, output in outputs.items()}
-                    loss = F.cross_entropy(logits[OWN_HEAD], labels, reduction=args.loss_reduction)
-                    for head in taught:
-                        loss = loss + receiver.teacher_loss(
-                            logits[head], inputs, head=f"heads.{head}"
+        with receiver.interruptible():
+            while receiver.completed_steps < max_train_steps and not receiver.stop_signal:
+                epoch, window = divmod(receiver.completed_windows, steps_per_epoch)
+                dataloader.set_epoch(epoch)
+                skipped = window * args.gradient_accumulation_steps
+                batches = (
+                    accelerator.skip_first_batches(dataloader, skipped) if skipped else dataloader
+                )
+                for inputs, labels in batches:
+                    with accelerator.accumulate(model):
+                        taught = [name.removeprefix("heads.") for name in receiver.taught_heads]
+                        inputs = to_dtype(inputs, dtype)
+                        outputs = model(inputs, [OWN_HEAD, *taught])
+                        # FSDP2 in mixed precision gives half precision.
+                        logits = {head: output.to(dtype) for head, output in outputs.items()}
+                        loss = F.cross_entropy(
+                            logits[OWN_HEAD], labels, reduction=args.loss_reduction
                         )
-                    receiver.backward(loss, num_samples=len(labels))
-                    receiver.inject()
-                    if accelerator.sync_gradients and args.max_grad_norm is not None:
-                        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    stepped = receiver.commit()
-                if not stepped:
-                    continue
-                step = receiver.completed_steps
-                metrics = receiver.metrics | learning_rates(scheduler)
-                scheduler.step()
-                if step % args.eval_steps == 0 or step == max_train_steps:
-                    accuracies = measure()
-                    metrics |= {f"accuracy/{head} (%)": a for head, a in accuracies.items()}
-                accelerator.log(metrics, step=step)
-                progress.update()
-                if checkpointing_steps and step % checkpointing_steps == 0:
-                    save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
-                if step == max_train_steps:
-                    break
+                        for head in taught:
+                            loss = loss + receiver.teacher_loss(
+                                logits[head], inputs, head=f"heads.{head}"
+                            )
+                        receiver.backward(loss, num_samples=len(labels))
+                        receiver.inject()
+                        if accelerator.sync_gradients and args.max_grad_norm is not None:
+                            accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        stepped = receiver.commit()
+                    if not stepped:
+                        continue
+                    step = receiver.completed_steps
+                    metrics = receiver.metrics | learning_rates(scheduler)
+                    scheduler.step()
+                    if step % args.eval_steps == 0 or step == max_train_steps:
+                        accuracies = measure()
+                        metrics |= {f"accuracy/{head} (%)": a for head, a in accuracies.items()}
+                    accelerator.log(metrics, step=step)
+                    progress.update()
+                    if checkpointing_steps and step % checkpointing_steps == 0:
+                        save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
+                    if step == max_train_steps or receiver.stop_signal:
+                        break
+        if receiver.stop_signal:
+            limit = args.checkpoints_total_limit
+            leave_checkpoint(accelerator, receiver, output_dir, receiver.completed_steps, limit)
 
     # -- results --------------------------------------------------------------------------------
     progress.close()
+    if receiver.stop_signal:
+        accelerator.end_training()
+        sys.exit(128 + receiver.stop_signal)
     accuracies = measure()
     state = final_weights(accelerator, model)
     results = {
@@ -243,6 +256,7 @@ def main() -> None:
         "mean_staleness (receiver steps)": receiver.mean_staleness,
         "fates": receiver.fates(),
         "fates_by_donor": receiver.fates_by_donor(),
+        "alarms": receiver.alarms(),
         "provenance": {**provenance(accelerator, args), **receiver.evidence(state)},
     }
     write_results(output_dir, results, state)

@@ -170,8 +170,12 @@ def _doctor(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console command; the exit status."""
     args = build_parser().parse_args(argv)
+
+    from toolkit.launching import terminable
+
     try:
-        return int(args.run(args))
+        with terminable():
+            return int(args.run(args))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

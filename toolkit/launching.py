@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,13 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from rich.progress import Progress
 
 _TQDM = re.compile(r"(\d+)(?:/(\d+)|it) \[")
 _LOG_TAIL_LINES = 40
+_STOP_SECONDS = 10.0
 
 
 class JobFailedError(RuntimeError):
@@ -52,14 +56,18 @@ class LaunchedJob:
         return content
 
     def stop(self) -> None:
-        """Ask the job to end if it still runs, and see that it does."""
-        if self.process.poll() is None:
+        """Ask the job to end if it still runs, and see that it does, within 10 s."""
+        if self.process.poll() is not None:
+            return
+        deadline = time.monotonic() + _STOP_SECONDS
+        with contextlib.suppress(ProcessLookupError):  # nobody of its group is left
             os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+            while time.monotonic() < deadline:
+                self.process.poll()  # the launcher may end before what it has launched
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.02)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 def new_directory(runs_dir: Path, name: str) -> Path:
@@ -137,6 +145,20 @@ def launch(
             env=environment,
         )
     return LaunchedJob(name, process, log, output_dir)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """End in an orderly way by SIGTERM too: whoever has launched jobs then ends them."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def follow(jobs: Sequence[LaunchedJob], progress: Progress) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from toolkit.bridge.errors import BridgeError
+from toolkit.bridge.job import BridgeJob
 from toolkit.data import NO_LABEL, to_dtype
 from toolkit.multitask import CLASSES, Kind
 from toolkit.parameters import plain_name
+
+logger = logging.getLogger(__name__)
 
 _SAVING = ".saving-"  # prefix of a checkpoint that is not complete yet
 
@@ -204,6 +208,36 @@ def save_checkpoint(
             for old in _checkpoints(output_dir)[:-total_limit]:
                 shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def leave_checkpoint(
+    accelerator: Accelerator,
+    job: BridgeJob,
+    output_dir: Path,
+    step: int,
+    total_limit: int | None,
+) -> None:
+    """Save where a signal has stopped a job, unless at its start, and say how to go on.
+
+    A collective.
+
+    Args:
+        accelerator: saves everything prepared and registered.
+        job: that was stopped.
+        output_dir: of the job.
+        step: completed optimizer steps.
+        total_limit: checkpoints to keep, this one included; None for all.
+    """
+    name = signal.Signals(job.stop_signal).name
+    if not step:
+        return
+    if (obstacle := job.obstacle_to_saving) is not None:
+        logger.warning("%s: no checkpoint of step %d: %s", name, step, obstacle)
+        return
+    save_checkpoint(accelerator, output_dir, step, total_limit)
+    if accelerator.is_main_process:
+        path = output_dir / f"step_{step}"
+        logger.warning("%s: go on with --resume_from_checkpoint %s", name, path)
 
 
 def find_checkpoint(resume_from_checkpoint: str, output_dir: Path) -> Path:

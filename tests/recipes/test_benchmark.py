@@ -114,11 +114,16 @@ def test_a_job_that_fails_is_named_and_the_other_one_ended(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_an_interrupt_leaves_no_job_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGINT, "interrupted\n"), (signal.SIGTERM, "")], ids=str
+)
+def test_an_interrupt_leaves_no_job_behind(
+    tmp_path: Path, number: signal.Signals, words: str
+) -> None:
     benchmark = exchanges(tmp_path, "--rows", "gradient-0")
     jobs = jobs_of(benchmark)
-    benchmark.send_signal(signal.SIGINT)
+    benchmark.send_signal(number)
     _, errors = benchmark.communicate(timeout=TIMEOUT)
-    assert benchmark.returncode == 130
-    assert errors == "interrupted\n"
+    assert benchmark.returncode == 128 + number
+    assert errors == words
     assert not any(job.is_running() for job in jobs)

@@ -12,6 +12,7 @@ from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.ledger import Ledger
 from toolkit.bridge.liveness import PeerWatch
 from toolkit.bridge.payload import Header, Kind, Record, check_identity, parse_record, write_record
+from toolkit.bridge.sentinel import Sentinel
 from toolkit.bridge.transport import DirectoryTransport
 
 HEAD = "heads.h2"
@@ -31,6 +32,7 @@ class Bridge:
     published: int = 0
     step: int = 0
     max_staleness: int = 0
+    rejects_alarms: bool = False
 
     def __post_init__(self) -> None:
         self.transport.open_stream("donor")
@@ -43,7 +45,8 @@ class Bridge:
         self.digests = {self.step: digest(self.step)}
         self.inbox = Inbox(
             "donor", transport=self.transport, read=self.read, expected=SCHEMA,
-            kind="gradient", unit="samples",
+            kind="gradient", unit="samples", sentinel=Sentinel("donor", ["w"]),
+            rejects_alarms=self.rejects_alarms,
             max_staleness=self.max_staleness, digests=self.digests,
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from toolkit.bridge.errors import PeerError
 from toolkit.bridge.inbox import Inbox
 from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.payload import Header, Kind, Record, parse_record, write_record
+from toolkit.bridge.sentinel import Sentinel
 from toolkit.bridge.transport import DirectoryTransport
 
 PATIENCE = 0.05  # seconds
@@ -51,7 +52,7 @@ class Run:
         expected = {"heads.h2": {"w": torch.zeros(3)}}
         return Inbox(
             donor, transport=self.transport, read=read, expected=expected,
-            kind="gradient", unit="samples",
+            kind="gradient", unit="samples", sentinel=Sentinel(donor, []),
             max_staleness=self.max_staleness, digests=digests, is_new=is_new,
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ import pytest
 from tests.unit.run_files import Inspect, SmallRun, Streams, flip, inspecting, num_bytes
 from toolkit import cli
 from toolkit.bridge import liveness
-from toolkit.bridge.ledger import Ledger, Resumption, trail_path
+from toolkit.bridge.ledger import Entry, Ledger, Resumption, trail_path
 from toolkit.inspection import find_runs, watch
 from toolkit.inspection_report import Report
 
@@ -62,6 +62,9 @@ def test_that_a_stream_is_told_as_it_is(small: SmallRun, inspect: Inspect, tmp_p
     records = bridge / "donor" / "records"
     (records / "README").write_bytes(b"none")
     (records / ".tmp-crashed").write_bytes(bytes(77))
+    os.link(
+        records / "0000000006.safetensors", bridge / "donor" / "kept" / "0000000006.safetensors"
+    )
 
     _, run = inspect(tmp_path / "copy")
 
@@ -69,7 +72,7 @@ def test_that_a_stream_is_told_as_it_is(small: SmallRun, inspect: Inspect, tmp_p
     assert stream == {
         "name": "donor", "carries": "payloads", "published": 7, "present": 6,
         "num_bytes": num_bytes(bridge / "donor"),
-        "acknowledged": 6, "rejected": {"nonfinite": 1}, "kept": 3, "alien": ["README"],
+        "acknowledged": 6, "rejected": {"nonfinite": 1}, "kept": 4, "alien": ["README"],
     }  # fmt: skip
     assert run["temporary_files"] == [
         {"path": "bridge/donor/records/.tmp-crashed", "num_bytes": 77}
@@ -163,6 +166,33 @@ def test_that_an_end_that_is_there_does_not_excuse_a_lost_payload(tmp_path: Path
     books = streams.books()
     assert books["unaccounted"] == [0]
     assert (books["published"], books["pending"]) == (5, 1)
+
+
+def test_that_the_newest_end_does_not_hide_an_earlier_one(tmp_path: Path) -> None:
+    streams = Streams(tmp_path / "0001", starts=2)
+    streams.publish(3, "end")
+    streams.settle(1, 0, 2)  # 1 was the end of the first start
+
+    books = streams.books()
+
+    assert (books["published"], books["adds_up"]) == (2, True)
+
+
+def test_that_the_books_of_two_donors_are_kept_apart(tmp_path: Path) -> None:
+    streams = Streams(tmp_path / "0001")
+    streams.transport.open_stream("east")
+    streams.settle(1, 0, 1, 3)
+    Ledger(trail_path(streams.run_dir, 1)).record(
+        Entry("east", sequence, "dropped", 0, "stale") for sequence in (0, 1, 2)
+    )
+    streams.start("receiver", 2)
+    streams.settle(2, 3)
+    (look,), _ = watch([streams.run_dir], 0.01)
+    donor, east = look.report().fates
+
+    assert (donor.donor, donor.applied, donor.dropped, donor.published) == ("donor", 1, 0, 2)
+    assert (donor.settled_before, donor.unaccounted) == (2, [2])
+    assert (east.donor, east.published, east.settled_before) == ("east", 0, 0)
 
 
 def test_that_a_resume_counts_only_what_led_to_its_weights(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from toolkit.bridge.ledger import Ledger, trail_path
 from toolkit.bridge.payload import parse_record, write_record
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.inspection import watch
+from toolkit.inspection_files import Listing
 from toolkit.inspection_verify import Verification
 
 
@@ -232,6 +233,24 @@ def test_that_what_was_listed_may_be_gone_when_it_is_read(
     assert run.verified.bad == []
 
 
+def test_that_a_file_may_go_while_its_directory_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").write_bytes(b"")
+    (tmp_path / "stays").write_bytes(b"")
+    listed = os.scandir
+
+    @contextlib.contextmanager
+    def list_and_lose(path: Path) -> Iterator[list[os.DirEntry[str]]]:
+        with listed(path) as entries:
+            found = list(entries)
+        (tmp_path / "gone").unlink()
+        yield found
+
+    monkeypatch.setattr(os, "scandir", list_and_lose)
+    assert list(Listing(tmp_path).statuses) == [str(tmp_path / "stays")]
+
+
 # -- damage ---------------------------------------------------------------------------------------
 
 DEEP = b"[" * 100_000
@@ -321,7 +340,8 @@ def test_that_damage_is_named_and_the_rest_is_shown(
     assert [stream["carries"] for stream in run["streams"] if stream["name"] == "receiver"] == [
         "weights"
     ]
-    assert {job["name"] for job in run["jobs"]} == {"donor", "receiver"}
+    jobs = [(job["name"], job["state"]) for job in run["jobs"]]
+    assert jobs == [("receiver", "silent"), ("donor", "silent")]
 
 
 @pytest.mark.parametrize("names", [[], ["bridge"], ["bridge/donor/records"], ["bridge/donor"]])

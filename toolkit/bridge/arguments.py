@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.bridge.config import (
+    ALARM_RULES,
     DISTILL_LOSSES,
     EXCHANGES,
     SCOPES,
@@ -19,7 +20,7 @@ from toolkit.bridge.config import (
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.rescaling import RESCALE_RULES
 from toolkit.bridge.runs import newest_run
-from toolkit.flag_types import checkpointing_steps, weights
+from toolkit.flag_types import checkpointing_steps, positive_float, weights
 from toolkit.training import find_checkpoint
 
 _DEFAULTS = BridgeConfig()
@@ -189,6 +190,20 @@ def receiver_arguments() -> argparse.ArgumentParser:
         metavar="LAMBDA",
         help="of --stale compensate, by default 0.04 over the mean loss; or of "
         "compensate_adaptive, by default 2 over a weight",
+    )
+    group.add_argument(
+        "--max_donor_norm",
+        type=positive_float,
+        metavar="NORM",
+        help="shrink a donor's part of the gradient, rescaled, to this norm if it is longer; by "
+        "default it is added as it is",
+    )
+    group.add_argument(
+        "--on_alarm",
+        choices=ALARM_RULES,
+        default=_DEFAULTS.on_alarm,
+        help="what becomes of a donor's payload that is valid and strange (exactly zero, 30 times "
+        "the usual norm): a warning, or a rejection, which puts it aside",
     )
     group.add_argument(
         "--aggregate",

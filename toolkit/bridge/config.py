@@ -16,15 +16,19 @@ Exchange = Literal["auto", "gradient", "delta", "distill", "head"]
 DistillLoss = Literal["kl", "mse"]
 Scope = Literal["all", "head"]
 Role = Literal["donor", "receiver"]
+AlarmRule = Literal["warn", "reject"]
 StaleRule = Literal["apply", "damp", "compensate", "compensate_adaptive"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 DISTILL_LOSSES: tuple[DistillLoss, ...] = get_args(DistillLoss)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+ALARM_RULES: tuple[AlarmRule, ...] = get_args(AlarmRule)
 STALE_RULES: tuple[StaleRule, ...] = get_args(StaleRule)
 TAKEN_NAMES = ("receiver", "bridge", "heads")  # of other directories of a run
 JOB_NAME = re.compile(r"[A-Za-z][\w-]*")
 _ONLY_OF: Mapping[str, tuple[Exchange, ...]] = {  # settings that other exchanges do not look at
     "stale": ("auto", "gradient"),
+    "on_alarm": ("auto", "gradient", "delta", "head"),
+    "max_donor_norm": ("auto", "gradient", "head"),
     "publish_every": ("distill", "head"),
     "init_h2": ("head",),
     "local_steps": ("delta",),
@@ -60,11 +64,13 @@ class BridgeConfig:
     outer_learning_rate: float = 1.0  # delta, receiver: of the outer step
     outer_momentum: float = 0.0  # delta, receiver: Nesterov momentum of the outer step
     distill_loss: DistillLoss = "kl"  # auto, distill, receiver: how far it is from its teacher
-    temperature: float = 2.0  # auto, distill, receiver: that classes are softened by in "kl"
+    temperature: float = 4.0  # auto, distill, receiver: that classes are softened by in "kl"
     rescale: RescaleRule = "match"  # how the donor's sum meets the receiver's batch
     donor_weight: float | Mapping[str, float] = 1.0  # lambda of the donors' losses, or by head
     donor_name: str = "donor"  # donor: its name in the run; several donors have different ones
     num_donors: int = 1  # receiver: how many it waits for before its first step
+    max_donor_norm: float | None = None  # receiver: bound of each donor's part of the gradient
+    on_alarm: AlarmRule = "warn"  # receiver: what of payloads that are valid and strange (sentinel)
     aggregate: str = "sum"  # receiver: how both gradients of the backbone become one
     loss_reduction: LossReduction = "mean"  # what the loss is, and what the step uses
     unit: str = "samples"  # what num_samples counts
@@ -103,6 +109,14 @@ class BridgeConfig:
         if self.exchange == "head":
             self.scope = "head"
         self._check_own_weights()
+        if self.on_alarm not in ALARM_RULES:
+            raise ValueError(
+                f"on_alarm {self.on_alarm!r} is unknown; choose one of {list(ALARM_RULES)}"
+            )
+        if self.max_donor_norm is not None and not 0 < self.max_donor_norm < math.inf:
+            raise ValueError(
+                f"max_donor_norm must be positive and finite, or None, got {self.max_donor_norm}"
+            )
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
         self._check_stale()

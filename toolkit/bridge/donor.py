@@ -262,14 +262,19 @@ class GradientDonor(BridgeJob):
                 "new weights would not be seen inside an open autocast context: iterate over "
                 "follow() outside of it"
             )
+        if self.config.follows:
+            self._end_round()
+        self._vote_to_stop()
+        if self.stop_signal:
+            self.stop_reason = "it was interrupted"
+            return False
         if not self.config.follows:
             return self._begin_own_window()
-        self._end_round()
         if self._round is not None:
             return True
         while True:
             self._wait = None
-            decision, self._wait_seconds = self.control.decide(self._poll)
+            decision, self._wait_seconds = self._decide(self._poll, grace=0)
             if decision.action == "alone":
                 self._go_alone()
                 return True

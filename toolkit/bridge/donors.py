@@ -24,6 +24,7 @@ from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.own_weights import stream_of
 from toolkit.bridge.payload import Record
 from toolkit.bridge.runs import has_ended
+from toolkit.bridge.sentinel import Sentinel
 from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,11 @@ class Donors:
     def names(self) -> list[str]:
         """The donors found, in the order in which they were."""
         return list(self._donors)
+
+    @property
+    def num_away(self) -> int:
+        """How many of them have ended or were given up."""
+        return sum(donor.inbox.donor_is_away for donor in self._donors.values())
 
     def want_weights(self) -> bool:
         """Whether somebody may read the next weights."""
@@ -240,6 +246,15 @@ class Donors:
         pending = inbox.pending()
         return pending, inbox.num_settled() + pending
 
+    def alarms(self) -> dict[str, dict[str, int]]:
+        """By donor, how many of its payloads have raised which alarm."""
+        return {name: donor.inbox.sentinel.counts for name, donor in self._donors.items()}
+
+    def alarm_metrics(self) -> dict[str, float]:
+        """How many alarms each donor's newest payload has raised, by tag."""
+        sentinels = {name: donor.inbox.sentinel for name, donor in self._donors.items()}
+        return {f"alarm/{name} (alarms)": float(len(s.alarms)) for name, s in sentinels.items()}
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold; fit for JSON."""
         donors = {name: donor.inbox.state() for name, donor in self._donors.items()}
@@ -260,6 +275,7 @@ def open_donors(
     run_dir: Path,
     config: BridgeConfig,
     *,
+    backbone: Collection[str],
     expected: Mapping[str, Mapping[str, Tensor]],
     read: Callable[[str, int], Record],
     open_wait: Callable[[PeerWatch, str], Wait],
@@ -270,6 +286,7 @@ def open_donors(
         transport: the run's transport.
         run_dir: the run's directory.
         config: the receiver's settings.
+        backbone: names of its tensors.
         expected: by head, the parameters that a gradient must fit, by name.
         read: reads and verifies a record of a stream.
         open_wait: begins the wait for a donor, from its watch and what is waited for.
@@ -283,6 +300,8 @@ def open_donors(
             expected=expected,
             kind="delta" if config.exchange == "delta" else "gradient",
             unit=config.unit,
+            sentinel=Sentinel(donor, backbone),
+            rejects_alarms=config.on_alarm == "reject",
             max_staleness=config.payload_age if config.follows else None,
             digests=digests,
             is_new=is_new,

@@ -15,13 +15,28 @@ class PeerError(BridgeError):
     """The other job did not come, or went silent, and ``require_peer`` is set."""
 
 
+class Interrupted(BridgeError):
+    """Ctrl-C or SIGTERM came while this job waited for the other one.
+
+    Args:
+        signal: its number.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"interrupted by signal {signal} while waiting for the other job")
+        self.signal = signal
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        return type(self), (self.signal,)
+
+
 class PayloadError(Exception):
     """A file that must not reach a gradient.
 
     Args:
         reason: a short code, one of ``truncated``, ``malformed``, ``digest``, ``alien``,
             ``schema``, ``nonfinite``, ``count``, ``unit``, ``too_large``, ``not_a_file``,
-            ``missing``, ``unreadable``.
+            ``missing``, ``unreadable``, ``alarm``.
         detail: a sentence with the offending value.
     """
 

@@ -19,6 +19,7 @@ from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.ledger import Entry, Fate
 from toolkit.bridge.liveness import PeerWatch
 from toolkit.bridge.payload import Kind, Record, check_sum, read_header
+from toolkit.bridge.sentinel import OF_ONE_PAYLOAD, Sentinel
 from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class Inbox:
         expected: by head, the parameters that a gradient must fit, by name.
         kind: what the donor sends: gradients or differences.
         unit: the unit that its count must have.
+        sentinel: watches what it sends.
+        rejects_alarms: whether a payload that raises an alarm is rejected.
         max_staleness: receiver steps that its weights may be old; None for payloads that were not
             taken at the receiver's weights, which are all taken, one a step, and never waited for.
         digests: of the weights, by receiver step; the newest few, kept up to date by the owner.
@@ -85,12 +88,15 @@ class Inbox:
         expected: Mapping[str, Mapping[str, Tensor]],
         kind: Kind,
         unit: str,
+        sentinel: Sentinel,
+        rejects_alarms: bool = False,
         max_staleness: int | None,
         digests: Mapping[int, str],
         is_new: bool = False,
     ) -> None:
         self._donor, self._transport, self._read = donor, transport, read
         self._expected, self._kind, self._unit = expected, kind, unit
+        self.sentinel, self._rejects_alarms = sentinel, rejects_alarms
         self._max_staleness = max_staleness
         self._digests = digests
         self.answered = -1
@@ -178,6 +184,8 @@ class Inbox:
         """The step happened: move the cursor; the fates that are final now."""
         self._num_ends += verdict.next_cursor - self.cursor - len(verdict.entries)
         self.cursor, self.answered = verdict.next_cursor, verdict.answered
+        if verdict.digest is not None and self.fetched is not None:
+            self.sentinel.remember(self.fetched)
         self._judged.clear()
         return verdict.entries
 
@@ -211,12 +219,14 @@ class Inbox:
             "answered": self.answered,
             "start": self._start,
             "num_ends": self._num_ends,
+            "sentinel": self.sentinel.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state`."""
         self.cursor, self.answered = state["cursor"], state["answered"]
         self._start, self._num_ends = state["start"], state["num_ends"]
+        self.sentinel.load_state(state["sentinel"])
         self._judged.clear()
 
     def _judge(self, sequence: int, step: int) -> tuple[Outcome, str, Record | None] | None:
@@ -257,7 +267,12 @@ class Inbox:
             # rate of 0), and a resumed receiver may come to a step with other weights.
             if self._digests.get(header.receiver_step) != header.weights_digest:
                 return "dropped", "superseded", None
-        return ("skipped" if header.kind == "skip" else "applied"), "", record
+        if header.kind == "skip":
+            return "skipped", "", record
+        alarms = [alarm for alarm in self.sentinel.judge(record) if alarm in OF_ONE_PAYLOAD]
+        if alarms and self._rejects_alarms:
+            raise PayloadError("alarm", f"{' and '.join(alarms)}, and on_alarm is 'reject'")
+        return "applied", "", record
 
     def _note_life(self, sequence: int, outcome: Outcome, step: int, peer: PeerWatch) -> None:
         if sequence < self._first_unseen:

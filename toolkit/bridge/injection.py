@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -90,6 +91,9 @@ class Injector:
             self.parameters, self.shared.backbone, sums, self._control,
             [1 / window.scale, *factors],
         )  # fmt: skip
+        if config.max_donor_norm is not None:
+            shrinking = self._bounded(backbone, heads)
+            factors = [factor * shrink for factor, shrink in zip(factors, shrinking, strict=True)]
         metrics |= own_metrics(backbone, heads)
         for place, (record, factor) in enumerate(zip(records, factors, strict=True), 1):
             metrics |= donor_metrics(place, backbone, heads, window, record, factor)
@@ -146,6 +150,26 @@ class Injector:
             for name, parameter in self.shared.trained.items()
             if name in record.tensors
         }
+
+    def _bounded(self, backbone: Tensor, heads: list[float]) -> list[float]:
+        """Shrink the donors' parts of a step to ``config.max_donor_norm``. A collective.
+
+        Args:
+            backbone: the Gramian of all parts, the receiver's first; is changed in place.
+            heads: squared norms of their parts elsewhere; are changed in place.
+
+        Returns:
+            The factor of each donor's part, at most 1; the main process's on every rank.
+        """
+        bound = self._config.max_donor_norm
+        assert bound is not None
+        norms = (backbone.diagonal() + torch.tensor(heads, dtype=torch.float64)).sqrt()
+        shrink = self._control.on_main(lambda: (bound / norms).clamp(max=1.0).tolist())
+        shrink[0] = 1.0  # the receiver's own
+        factors = torch.tensor(shrink, dtype=torch.float64)
+        backbone.mul_(torch.outer(factors, factors))
+        heads[:] = (torch.tensor(heads, dtype=torch.float64) * factors.square()).tolist()
+        return shrink[1:]
 
     def weigh(self, backbone: Tensor) -> list[float]:
         """Weights of all parts on the backbone, from their Gramian. A collective but for sums.

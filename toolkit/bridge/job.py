@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -19,7 +20,8 @@ from toolkit.bridge import files
 from toolkit.bridge.accumulation import WindowAccumulator
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.control import ControlGroup
-from toolkit.bridge.errors import BridgeError, PayloadError
+from toolkit.bridge.errors import BridgeError, Interrupted, PayloadError
+from toolkit.bridge.interruption import Interruption
 from toolkit.bridge.liveness import Heartbeat, PeerWatch, Wait
 from toolkit.bridge.payload import (
     Header,
@@ -78,6 +80,8 @@ class BridgeJob:
             accelerator, model, self.control, config.loss_reduction
         )
         self.metrics: dict[str, float] = {}
+        self.stop_signal = 0
+        self._interruption = Interruption()
         self._attach()
         accelerator.register_save_state_pre_hook(self._on_save_state)
         accelerator.register_load_state_pre_hook(self._on_load_state)
@@ -194,7 +198,38 @@ class BridgeJob:
         ok = record is not None and record.header.tensors_digest == digest
         return record if self.control.agree(ok) else None
 
-    # -- waiting ----------------------------------------------------------------------------
+    # -- waiting, and being interrupted -------------------------------------------------------
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """While this is entered, Ctrl-C and SIGTERM are a wish to end after the present step.
+
+        ``stop_signal`` is then the signal's number, on all ranks alike from the end of the step
+        on; before, it is 0. A donor's ``follow()`` ends by itself; the loop of a receiver has to
+        leave. A wait for the other job is broken off, a receiver's after 5 s: the block ends
+        there, and the step has not happened. A second signal ends at once, by
+        ``KeyboardInterrupt``.
+
+        It goes inside of ``with receiver:``; a checkpoint can be saved between the two ends.
+        """
+        self._interruption.catch()
+        try:
+            yield
+        except Interrupted as interrupted:  # on all ranks
+            self.stop_signal = interrupted.signal
+        finally:
+            # This rank may know of a signal that is still on its way to it: not to end its
+            # checkpoint.
+            if not self.stop_signal:
+                self._interruption.release()
+
+    def _vote_to_stop(self) -> None:
+        """Whether some rank has got a signal, on all ranks. A collective."""
+        self.stop_signal = -int(self.control.min(-self._interruption.signal))
+
+    def _decide(self, poll: Callable[[], T | None], grace: float) -> tuple[T, float]:
+        """:meth:`ControlGroup.decide`, which a signal breaks off after ``grace`` seconds."""
+        return self.control.decide(self._interruption.bounding(poll, grace))
 
     def _open_wait(self, peer: PeerWatch, what: str, patience: float | None = None) -> Wait:
         """Begin a wait for something of another job (main process).
@@ -215,12 +250,15 @@ class BridgeJob:
 
     # -- checkpoints ------------------------------------------------------------------------
 
-    def _check_at_boundary(self) -> None:
+    @property
+    def obstacle_to_saving(self) -> str | None:
+        """Why ``save_state()`` is refused just now; None where it is not."""
         if self.accumulator.is_open:
-            raise RuntimeError(
+            return (
                 "save_state() in the middle of an accumulation window would lose its gradients; "
                 "save after the step"
             )
+        return None
 
     def _state(self) -> dict[str, Any]:
         raise NotImplementedError
@@ -229,7 +267,8 @@ class BridgeJob:
         raise NotImplementedError
 
     def _on_save_state(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
-        self._check_at_boundary()
+        if (obstacle := self.obstacle_to_saving) is not None:
+            raise RuntimeError(obstacle)
         sharded = any(map(is_sharded, self.parameters.values()))
         if sharded and self.accelerator.distributed_type != DistributedType.FSDP:
             raise RuntimeError(
@@ -278,6 +317,7 @@ class BridgeJob:
 
     def _stop(self, publish_end: bool) -> None:
         self._closed = True
+        self._interruption.release()
         if self._heartbeat is not None:
             try:
                 if publish_end:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.donors import Donors, open_donors
-from toolkit.bridge.errors import BridgeError, PayloadError
+from toolkit.bridge.errors import BridgeError, Interrupted, PayloadError
 from toolkit.bridge.frozen_state import FrozenOptimizerState, frozen_sharded
 from toolkit.bridge.inbox import Verdict
 from toolkit.bridge.injection import Injector
+from toolkit.bridge.interruption import GRACE_SECONDS
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger, Resumption, trail_path
 from toolkit.bridge.lessons import (
@@ -135,6 +136,7 @@ class GradientReceiver(BridgeJob):
         self.steps_taught = 0
         self._has_published = False
         self._injected: _Injection | None = None
+        self._in_exchange = False  # in "delta": the local steps are over, the outer one is not
         self.ledger = Ledger(
             trail_path(self.run_dir, self.attempt) if self.accelerator.is_main_process else None,
             durable=self.config.keep_payloads,
@@ -236,6 +238,7 @@ class GradientReceiver(BridgeJob):
             )
         injected, self._injected = self._injected, None
         self.completed_windows += 1
+        self._vote_to_stop()
         was_skipped = self._step_was_skipped(injected.scale)
         lessons = self._lessons
         is_taught = lessons is not None and bool(self.taught_heads) and lessons.were_asked
@@ -257,12 +260,14 @@ class GradientReceiver(BridgeJob):
             return True
         self.completed_steps += 1
         if self.completed_steps % self.config.local_steps == 0:
+            self._in_exchange = True
             found, records, wait_seconds = self._receive()
             self.metrics["bridge/wait (s)"] = wait_seconds
             if records:
                 self.metrics |= self._outer.step(records)
             self._settle(found.verdicts, num_steps=self.config.local_steps)
             self._publish_weights()
+            self._in_exchange = False
         return True
 
     # -- teachers -----------------------------------------------------------------------------
@@ -375,7 +380,7 @@ class GradientReceiver(BridgeJob):
             logger.warning("%s: its head begins as it is", reason)
             return found
 
-        found, _ = self.control.decide(find)
+        found, _ = self._decide(find, GRACE_SECONDS)
         for donor, (sequence, digest) in found.items():
             record = self._read_everywhere(stream_of(donor), sequence, digest, None)
             if record is None:
@@ -392,6 +397,7 @@ class GradientReceiver(BridgeJob):
                 for verdict in applied:
                     self.transport.keep(verdict.donor, verdict.sequence)
             self.ledger.record(self._donors.settle(verdicts))
+            self.metrics |= self._donors.alarm_metrics()
         self.steps_alone += 0 if applied else num_steps
         self._ages[0] += sum(verdict.staleness for verdict in applied)
         self._ages[1] += len(applied)
@@ -403,6 +409,7 @@ class GradientReceiver(BridgeJob):
             self.transport,
             self.run_dir,
             self.config,
+            backbone=self.shared.backbone,
             expected={head: self._gradient_parameters(head) for head in self.shared.heads},
             read=self._read,
             open_wait=self._open_donor_wait,
@@ -425,7 +432,7 @@ class GradientReceiver(BridgeJob):
         if self._donors is not None:
             self._donors.begin()
         while True:
-            found, seconds = self.control.decide(self._poll)
+            found, seconds = self._decide(self._poll, GRACE_SECONDS)
             waited += seconds
             records = []
             for verdict in found.verdicts:
@@ -449,8 +456,10 @@ class GradientReceiver(BridgeJob):
         """On the main process: one look at the donors' streams."""
         assert self._outbox is not None
         self._outbox.look()
-        donors = self._on_main
+        donors, num_away = self._on_main, self._on_main.num_away
         verdicts = donors.look(self.completed_steps, self.taught_heads)
+        if self._interruption.signal and donors.num_away > num_away:  # by the same signal, maybe
+            raise Interrupted(self._interruption.signal)  # sooner than a step without its part
         if self.config.require_peer:
             donors.require_peers()
         if verdicts is None:
@@ -512,15 +521,18 @@ class GradientReceiver(BridgeJob):
 
     # -- checkpoints and results --------------------------------------------------------------
 
-    def _check_at_boundary(self) -> None:
+    @property
+    def obstacle_to_saving(self) -> str | None:
+        """Why ``save_state()`` is refused just now; None where it is not."""
         if self._injected is not None:
-            raise RuntimeError("save_state() between inject() and commit(): save after commit()")
-        if self._outer is not None and self.completed_steps % self.config.local_steps:
-            raise RuntimeError(
+            return "save_state() between inject() and commit(): save after commit()"
+        between = self._in_exchange or self.completed_steps % self.config.local_steps
+        if self._outer is not None and between:
+            return (
                 f"save_state() at step {self.completed_steps} would lose the donors' local steps: "
                 f"save at multiples of local_steps ({self.config.local_steps})"
             )
-        super()._check_at_boundary()
+        return super().obstacle_to_saving
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -597,6 +609,14 @@ class GradientReceiver(BridgeJob):
                 "alien": len(self.transport.alien_names(donor)),
             }
         return fates
+
+    def alarms(self) -> dict[str, dict[str, int]]:
+        """By donor, how many payloads have raised which alarm, for ``results.json``.
+
+        Empty but on the main process. The alarms: ``zero``, ``idle head`` and ``idle backbone``
+        (exactly zero gradients, three in a row), ``norm`` (30 times the usual), ``flat loss``.
+        """
+        return self._donors.alarms() if self._donors is not None else {}
 
     def evidence(self, model_state: Mapping[str, Tensor]) -> dict[str, Any]:
         """What ``gradient-bridge verify`` must know beside the arguments, for ``results.json``.

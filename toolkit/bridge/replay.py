@@ -103,6 +103,11 @@ class Replay:
         """The donors of the run."""
         return list(self._num_settled)
 
+    @property
+    def num_away(self) -> int:
+        """None of them goes away."""
+        return 0
+
     def want_weights(self) -> bool:
         """Weights are published for nobody."""
         return False
@@ -158,6 +163,14 @@ class Replay:
     def published(self, name: str) -> tuple[int, int]:
         """Payloads of a donor that wait for a fate, none, and those with one so far."""
         return 0, self._num_settled[name]
+
+    def alarms(self) -> dict[str, dict[str, int]]:
+        """None: the run has raised them."""
+        return {}
+
+    def alarm_metrics(self) -> dict[str, float]:
+        """None, likewise."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Nothing: the ledger says all."""

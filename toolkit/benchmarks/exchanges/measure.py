@@ -25,7 +25,7 @@ from toolkit.benchmarks.exchanges.rows import ROWS
 from toolkit.benchmarks.exchanges.summary import as_json, notes, summarize, table
 from toolkit.benchmarks.exchanges.trials import Outcome, Trial
 from toolkit.benchmarks.timing import write_figures
-from toolkit.launching import JobFailedError, new_directory
+from toolkit.launching import JobFailedError, new_directory, terminable
 
 _POLL_SECONDS = 0.1
 
@@ -85,7 +85,8 @@ def measure_exchanges(args: argparse.Namespace) -> None:
     outcomes: list[Outcome] = []
     failure = ""
     try:
-        with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bars = Progress(*columns, TimeElapsedColumn(), console=console)
+        with terminable(), bars as progress:
             run_trials(trials, args.jobs, args.max_train_steps, progress, outcomes)
     except JobFailedError as error:
         failure = str(error)

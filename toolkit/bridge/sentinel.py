@@ -1,0 +1,134 @@
+"""Donors that go wrong in silence: valid payloads that teach nothing, or too much.
+
+A peer that gives zero gradients, or trains on the wrong data, raises no error: the receiver trains
+on, and its loss stays flat. Each check here names one such way.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+from toolkit.bridge.payload import Record
+from toolkit.parameters import squared_norm
+
+logger = logging.getLogger(__name__)
+
+Alarm = Literal["zero", "idle head", "idle backbone", "norm", "flat loss"]
+
+PATIENCE = 3  # payloads in a row that a part of the gradient may be exactly zero
+WARM_UP = 20  # payloads before a norm is compared with those before
+MEMORY = 64  # of which these many are kept
+NORM_FACTOR = 30.0  # times their median
+LOSS_SPAN = 100  # payloads whose mean loss is compared with that of the first so many
+# Those that say something against the payload itself.
+OF_ONE_PAYLOAD: tuple[Alarm, ...] = ("zero", "idle head", "idle backbone", "norm")
+
+_MEANING: dict[Alarm, str] = {
+    "zero": "its gradients are exactly zero: is its data empty, or its loss constant?",
+    "idle head": "its gradients for its own head are exactly zero: is the head frozen?",
+    "idle backbone": "its gradients for the backbone are exactly zero: is it frozen or detached?",
+    "norm": f"the norm of its gradient is over {NORM_FACTOR:g} times the usual",
+    "flat loss": "its loss does not fall: are these the labels, and the data, of this head?",
+}
+
+
+class Sentinel:
+    """Watches the payloads of one donor.
+
+    Args:
+        donor: its name.
+        backbone: names of the backbone's tensors.
+
+    Attributes:
+        alarms: those that the newest payload applied has raised.
+        counts: how many of those applied have raised which, since the run began.
+    """
+
+    def __init__(self, donor: str, backbone: Collection[str]) -> None:
+        self._donor, self._backbone = donor, frozenset(backbone)
+        self._norms: deque[float] = deque(maxlen=MEMORY)
+        self._idle: dict[Alarm, int] = {"zero": 0, "idle head": 0, "idle backbone": 0}
+        self._first_losses: list[float] = []
+        self._last_losses: deque[float] = deque(maxlen=LOSS_SPAN)
+        self._measured: tuple[Record, tuple[float, dict[Alarm, bool]]] | None = None
+        self.alarms: tuple[Alarm, ...] = ()
+        self.counts: dict[str, int] = {}
+
+    def judge(self, record: Record) -> tuple[Alarm, ...]:
+        """The alarms that a payload raises; ``zero`` and ``idle ...`` after some in a row only."""
+        norm, parts = self._measure(record)
+        raised: list[Alarm] = [
+            alarm
+            for alarm, is_idle in parts.items()
+            if is_idle and self._idle[alarm] + 1 >= PATIENCE
+        ]
+        usual = statistics.median(self._norms) if len(self._norms) >= WARM_UP else math.inf
+        if norm > NORM_FACTOR * usual:
+            raised.append("norm")
+        if self._is_flat(record.header.loss):
+            raised.append("flat loss")
+        return tuple(raised)
+
+    def remember(self, record: Record) -> None:
+        """A payload has been applied: log the alarms that begin with it, and remember it."""
+        alarms = self.judge(record)
+        norm, parts = self._measure(record)
+        for alarm, is_idle in parts.items():
+            self._idle[alarm] = self._idle[alarm] + 1 if is_idle else 0
+        if "norm" not in alarms:
+            self._norms.append(norm)
+        if (loss := record.header.loss) is not None:
+            is_early = len(self._first_losses) < LOSS_SPAN
+            (self._first_losses if is_early else self._last_losses).append(loss)
+        for alarm in alarms:
+            self.counts[alarm] = self.counts.get(alarm, 0) + 1
+            if alarm not in self.alarms:
+                logger.warning("ALARM: the %s: %s", self._donor, _MEANING[alarm])
+        self.alarms = alarms
+        self._measured = None  # keeps a record
+
+    def _measure(self, record: Record) -> tuple[float, dict[Alarm, bool]]:
+        """The norm of the mean over samples, and which parts of it are exactly zero."""
+        if self._measured is not None and self._measured[0] is record:  # a pass over all values
+            return self._measured[1]
+        backbone = [t for name, t in record.tensors.items() if name in self._backbone]
+        head = [t for name, t in record.tensors.items() if name not in self._backbone]
+        squares = {"backbone": squared_norm(backbone), "head": squared_norm(head)}
+        total = squares["backbone"] + squares["head"]
+        parts: dict[Alarm, bool] = {
+            "zero": total == 0,
+            "idle head": bool(head) and squares["head"] == 0 < total,
+            "idle backbone": bool(backbone) and squares["backbone"] == 0 < total,
+        }
+        measured = math.sqrt(total) / record.header.count, parts
+        self._measured = record, measured
+        return measured
+
+    def _is_flat(self, loss: float | None) -> bool:
+        """Whether the newest losses, with this one, are no lower on average than the first."""
+        newest = [*self._last_losses, *([] if loss is None else [loss])][-LOSS_SPAN:]
+        is_full = loss is not None and len(newest) == LOSS_SPAN
+        return is_full and statistics.fmean(newest) >= statistics.fmean(self._first_losses)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold; fit for JSON."""
+        return {
+            "norms": list(self._norms),
+            "idle": dict(self._idle),
+            "first_losses": list(self._first_losses),
+            "last_losses": list(self._last_losses),
+            "counts": dict(self.counts),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state`."""
+        self._norms = deque(state["norms"], maxlen=MEMORY)
+        self._idle = dict(state["idle"])
+        self._first_losses = list(state["first_losses"])
+        self._last_losses = deque(state["last_losses"], maxlen=LOSS_SPAN)
+        self.counts = dict(state["counts"])

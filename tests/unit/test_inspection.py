@@ -6,31 +6,16 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.unit.run_files import Inspect, SmallRun, Streams, flip, inspecting, num_bytes
+from tests.unit.run_files import Inspect, SmallRun, Streams, flip, num_bytes
 from toolkit import cli
-from toolkit.bridge import liveness
 from toolkit.bridge.ledger import Entry, Ledger, Resumption, trail_path
 from toolkit.inspection import find_runs, watch
 from toolkit.inspection_report import Report
-
-
-@pytest.fixture
-def inspect(capsys: pytest.CaptureFixture[str]) -> Inspect:
-    return inspecting(capsys, 0.02)
-
-
-@pytest.fixture
-def small(tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallRun]:
-    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.01)
-    run = SmallRun(tmp_path / "runs", keep_payloads=True)
-    yield run
-    run.receiver.close()
 
 
 def donor_of(run: dict[str, Any]) -> dict[str, Any]:

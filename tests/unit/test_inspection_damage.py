@@ -14,29 +14,14 @@ from typing import Any
 
 import pytest
 
-from tests.unit.run_files import Inspect, SmallRun, Streams, flip, inspecting, plain_files
+from tests.unit.run_files import Inspect, SmallRun, Streams, flip, plain_files
 from tests.unit.streams import Bridge
-from toolkit.bridge import liveness
 from toolkit.bridge.ledger import Ledger, trail_path
 from toolkit.bridge.payload import parse_record, write_record
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.inspection import watch
 from toolkit.inspection_files import Listing
 from toolkit.inspection_verify import Verification
-
-
-@pytest.fixture
-def inspect(capsys: pytest.CaptureFixture[str]) -> Inspect:
-    return inspecting(capsys, 0.02)
-
-
-@pytest.fixture
-def small(tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallRun]:
-    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.01)
-    run = SmallRun(tmp_path / "runs", keep_payloads=True)
-    yield run
-    run.receiver.close()
-
 
 # -- the bytes ------------------------------------------------------------------------------------
 

@@ -30,6 +30,11 @@ CLAIM = {
 }
 
 
+def bridge_of(attachment: Attachment) -> DirectoryTransport:
+    """The transport of a run without a key."""
+    return DirectoryTransport(attachment.run_dir / "bridge")
+
+
 class Jobs:
     """Starts jobs in one runs directory."""
 
@@ -47,14 +52,14 @@ class Jobs:
     ) -> Attachment:
         config = BridgeConfig(runs_dir=self.runs_dir, **settings)
         attachment = attach(role, config, {**TERMS, **(terms or {})}, {**CLAIM, **(claim or {})})
-        transport = DirectoryTransport(attachment.run_dir / "bridge")
+        transport = bridge_of(attachment)
         transport.open_stream(role)
         if beats:
             self.hearts.append(Heartbeat(transport, role))
         return attachment
 
     def publish(self, attachment: Attachment, role: Role, kind: Kind = "end") -> None:
-        transport = DirectoryTransport(attachment.run_dir / "bridge")
+        transport = bridge_of(attachment)
         sequence = max(transport.sequences(role), default=-1) + 1
         header = Header(
             kind=kind, run_id=attachment.run_id, job=role, sequence=sequence, attempt=1,
@@ -64,7 +69,7 @@ class Jobs:
 
     def leave_weights(self, attachment: Attachment) -> None:
         """As a donor does that has trained by itself."""
-        transport = DirectoryTransport(attachment.run_dir / "bridge")
+        transport = bridge_of(attachment)
         transport.open_stream("donor.weights")
         header = Header(
             kind="weights", run_id=attachment.run_id, job="donor.weights", sequence=0, attempt=1,

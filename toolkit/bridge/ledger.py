@@ -3,6 +3,9 @@
 The counts are part of the receiver's checkpoint. The file beside them is the trail: one JSON line
 per fate, one file per attempt of the receiver. An attempt that goes on from a checkpoint says so
 in a line of its own, so that :func:`read_path` finds the fates that led to given weights.
+
+It is not signed where the run has a key: nothing is applied on its word but in a replay, whose
+payloads are signed and whose weights are compared with the run's.
 """
 
 from __future__ import annotations
@@ -75,6 +78,8 @@ class Ledger:
         is_new = not self._path.exists()
         with self._path.open("a") as file:
             file.write(text)
+        if is_new:
+            files.restrict(self._path)
         if self._durable:
             files.fsync_path(self._path)
             if is_new:

@@ -177,9 +177,9 @@ def _read(small: SignedFiles, name: str) -> dict[str, Any] | None:
         if error.reason != "unauthenticated":
             raise BridgeError(f"{small.root / name}: {error}") from None
         raise OtherKeyError(
-            f"run {run_dir.name!r} does not have this job's key: of {name}, {error.detail}. Give "
-            f"all jobs of a run the same key ({KEY_SOURCES}), or none; or begin another run "
-            "(--run NAME, or another --runs_dir)"
+            f"run {run_dir.name!r} has another key than this job ({name}: {error.detail}). Give "
+            f"all jobs of a run the same key, by {KEY_SOURCES}, or none of them one; or begin "
+            "another run (--run NAME, or another --runs_dir)"
         ) from None
     except (ValueError, TypeError, RecursionError) as error:
         raise BridgeError(f"{run_dir} is no run of the bridge: {name}: {error}") from None

@@ -3,6 +3,8 @@
 HMAC-SHA256 (RFC 2104) over a context, the run's id and the content. The context is ``record``, or
 the name of a file below the run's bridge directory, so that the signature of one thing stands for
 no other. The key itself is kept here alone: it is in no message, file, ``repr`` or pickle.
+
+Not signed are a job's checkpoints, results and ledger, which no other job reads.
 """
 
 from __future__ import annotations
@@ -76,15 +78,18 @@ class Signer:
         Raises:
             PayloadError: if this signer does not believe it.
         """
-        if not self.has_key and signature is not None:
-            raise PayloadError("unauthenticated", "it is signed, but this job has no key")
-        if self.has_key and signature is None:
-            raise PayloadError("unauthenticated", "it is not signed, but this job has a key")
-        if self.has_key and signature is not None:
-            found = signature.encode(errors="surrogatepass")
-            if not hmac.compare_digest(self.sign(context, content).encode(), found):
-                detail = "it was signed with another key, for another place, or changed since"
-                raise PayloadError("unauthenticated", detail)
+        detail = None
+        if not self.has_key:
+            if signature is not None:
+                detail = f"it is signed, but no key is given here ({KEY_SOURCES})"
+        elif signature is None:
+            detail = "it is not signed, but a key is given here"
+        elif not hmac.compare_digest(
+            self.sign(context, content).encode(), signature.encode(errors="surrogatepass")
+        ):
+            detail = "it was signed with another key or for another place or run, or changed since"
+        if detail is not None:
+            raise PayloadError("unauthenticated", detail)
 
     def seal(self, name: str, content: bytes) -> bytes:
         """What the file ``name`` must hold to be believed; ``content`` itself without a key."""

@@ -18,7 +18,9 @@ from typing import Any, Literal, get_args
 
 from toolkit.bridge import files
 from toolkit.bridge.config import JOB_NAME
-from toolkit.bridge.errors import BridgeError
+from toolkit.bridge.errors import BridgeError, PayloadError
+
+_MAX_TRAIL_BYTES = 2**32  # a fate takes about 200
 
 Fate = Literal["applied", "dropped", "rejected", "skipped"]
 
@@ -119,10 +121,10 @@ def read_path(run_dir: Path, attempt: int) -> list[Entry]:
 
 def _read_lines(trail: Path) -> list[Entry | Resumption]:
     try:
-        text = trail.read_text(encoding="utf-8")
+        text = files.read_plain(trail, _MAX_TRAIL_BYTES).decode()
     except FileNotFoundError:  # of an attempt that settled no payload
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, PayloadError) as error:
         raise BridgeError(f"{trail} cannot be read: {error}") from None
     # A kill can cut the last line short; no checkpoint was saved after that.
     return [_parse(trail, number, line) for number, line in enumerate(text.split("\n")[:-1], 1)]

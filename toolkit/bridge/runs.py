@@ -152,7 +152,7 @@ def _run_of_checkpoint(runs_dir: Path, job: str, checkpoint: Path, signer: Signe
     content = read_checkpoint(checkpoint)
     if content["job"] != job:
         raise BridgeError(f"{checkpoint} is a checkpoint of the {content['job']}, not the {job}")
-    run_dir = _plain_name(runs_dir, content["run"])
+    run_dir = _plain_name(runs_dir, str(content["run"]))
     transport = open_bridge(run_dir, signer)
     if transport is None or transport.signer.run_id != content["run_id"]:
         raise BridgeError(
@@ -289,7 +289,8 @@ def _join(
     make_bridge_directory(bridge, signer)
     run_id = agree(bridge, job, terms, signer)
     transport = DirectoryTransport(bridge, signer.of_run(run_id))
-    files.make_directory(bridge / job / "attempts")
+    for name in (job, f"{job}/attempts"):
+        files.make_directory(bridge / name)
     heads = sorted(set(terms["schemas"]) - {"backbone"})
     content = {**claim, "heads": heads, "host": socket.gethostname(), "pid": os.getpid()}
     claimed = claim_name(job, attempt)

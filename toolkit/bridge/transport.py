@@ -60,8 +60,8 @@ class DirectoryTransport:
             BridgeError: if the directory cannot be written, or has no hard links.
         """
         try:
-            for name in ("records", "rejected"):
-                files.make_directory(self.root / job / name)
+            for name in (job, f"{job}/records", f"{job}/rejected"):
+                files.make_directory(self.root / name)
             probe = self.root / job / f"probe-{uuid.uuid4().hex}"
             files.create(probe, lambda path: path.write_bytes(b""))
             probe.unlink()
@@ -207,7 +207,7 @@ class DirectoryTransport:
         """The numbers of ``job``'s records that were refused, ascending."""
         names = self._names(job, "rejected")
         numbers = sorted(int(match[1]) for name in names if (match := _NOTE_NAME.fullmatch(name)))
-        return [n for n in numbers if not self.signer.has_key or self.rejection(job, n) is not None]
+        return [number for number in numbers if self.rejection(job, number) is not None]
 
     def _open(self, job: str, sequence: int) -> io.BufferedReader:
         path = self.path(job, sequence)

@@ -74,7 +74,7 @@ def test_that_jobs_with_unlike_keys_part_at_once(
 
 
 @pytest.fixture
-def dead(monkeypatch: pytest.MonkeyPatch) -> None:
+def dead(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody lives, so that nobody's life need be watched for long."""
     monkeypatch.setattr(runs, "BEAT_SECONDS", 0.01)
 

@@ -128,7 +128,7 @@ def test_that_a_forged_claim_stands_for_no_job_and_is_in_nobodys_way(jobs: Jobs)
     """Unsigned, of another run with the same key, and the run's own under another number."""
     other, run = jobs.start("donor", key=KEY, run="other"), jobs.start("donor", key=KEY, run="mine")
     transport, theirs = bridge_of(run, KEY), other.run_dir / "bridge" / "donor" / "attempts"
-    for job in ("receiver", "evil"):
+    for job in ("receiver", "evil", os.fsdecode(b"\xff")):
         (transport.root / job / "attempts").mkdir(parents=True)
         shutil.copy(theirs / "0001.json", transport.root / job / "attempts" / "0001.json")
         (transport.root / job / "attempts" / "0002.json").write_text('{"heads": [], "pid": 1}')

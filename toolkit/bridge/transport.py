@@ -222,7 +222,7 @@ class DirectoryTransport:
     def _is_inside(self, job: str, directory: str = "records") -> bool:
         """Whether a directory of a stream is there, and no link that leads out of the run."""
         for name in (job, f"{job}/{directory}"):
-            if (self.root / name).is_symlink():
+            if os.path.islink(os.path.join(self.root, name)):  # twice as fast as a Path's
                 self.small.ignore(name, "it is a symbolic link")
                 return False
         return True

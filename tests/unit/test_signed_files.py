@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,9 +167,13 @@ def test_that_no_small_file_is_read_beyond_its_bound(
 ) -> None:
     transport = opened(tmp_path, signer)
     with (tmp_path / "donor" / name).open("wb") as file:
-        file.truncate(10 * 2**30)  # takes no disk; 10 GiB to who reads it
-
-    assert seen(transport)[:3] == (0, "", None)
+        file.truncate(64 * 2**20)  # takes no disk, but memory of who reads it
+    tracemalloc.start()
+    try:
+        assert seen(transport)[:3] == (0, "", None)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.timeout(20)

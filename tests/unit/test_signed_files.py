@@ -18,6 +18,7 @@ from tests.unit.streams import Bridge
 from tests.unit.test_authentication import KEY, NOT_THIS_RUNS, SIGNER
 from toolkit.bridge.authentication import UNSIGNED, Signer, warn_of_others
 from toolkit.bridge.errors import BridgeError, PayloadError
+from toolkit.bridge.liveness import Heartbeat, PeerWatch
 from toolkit.bridge.transport import DirectoryTransport
 
 
@@ -145,6 +146,18 @@ def test_that_a_replayed_counter_does_not_go_back(tmp_path: Path) -> None:
 
     assert reader.heartbeat("donor") == "", "no change, and so no life"
     assert reader.acknowledged("donor") == 0, "nothing to delete"
+
+
+def test_that_a_restart_beats_on_though_its_last_beat_is_gone(tmp_path: Path) -> None:
+    transport = opened(tmp_path)
+    transport.beat("donor", 5_000_000)
+    watch = PeerWatch(opened(tmp_path), "donor")
+    (tmp_path / "donor" / "heartbeat").unlink()
+    heart = Heartbeat(transport, "donor", attempt=2)
+    try:
+        assert watch.await_life(20)
+    finally:
+        heart.stop()
 
 
 def test_that_a_forged_note_is_in_nobodys_way(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from tests.unit.jobs import DonorAlone, ReceiverAlone
 from tests.unit.starts import PEER, Jobs, bridge_of
 from tests.unit.test_authentication import KEY, OTHER_KEY, key_file
 from tests.unit.test_donors import Run
-from toolkit.bridge import liveness, runs
+from tests.unit.test_teacher import Donor, weights
+from tests.unit.test_teacher import Receiver as TaughtReceiver
+from toolkit.bridge import liveness, runs, teachers
 from toolkit.bridge.agreement import attempts_of, donors_of, has_ended, read_claim
 from toolkit.bridge.authentication import UNSIGNED, Signer
 from toolkit.bridge.config import Role
@@ -241,6 +243,23 @@ def test_a_donor_with_a_key(tmp_path: Path) -> None:
     assert transport.read_header("donor", 0).kind == "end"
     data = transport.read("donor", 0, max_bytes=10_000)
     assert parse_record(data, transport.signer).header.run_id == job.donor.run_id
+
+
+@pytest.mark.usefixtures("fresh_state")
+def test_a_teacher_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teachers, "LOOK_SECONDS", 0.0)
+    settings = {"key_file": key_file(tmp_path, KEY), "peer_wait": 0.2}
+    job = TaughtReceiver(tmp_path / "runs", settings)
+    with job.receiver:
+        donor = Donor(tmp_path / "runs", key=KEY)
+        signer = donor.transport.signer
+        donor.transport.signer = UNSIGNED
+        donor.teach(0, weights(7))
+        donor.transport.signer = signer
+        job.steps_until(lambda: donor.reason(0))
+        assert (donor.reason(0), job.versions()) == ("unauthenticated", {})
+        donor.teach(1, weights(7))
+        job.steps_until(job.versions)
 
 
 @pytest.mark.usefixtures("fresh_state")

@@ -202,6 +202,18 @@ def test_that_what_is_no_plain_file_is_not_there(
     transport.reject("donor", 9, "digest", "")  # must not fail for what is in its way
 
 
+def test_that_no_small_file_is_read_through_a_link(tmp_path: Path) -> None:
+    transport = opened(tmp_path)
+    for forge in (forge_acknowledged, forge_heartbeat, forge_note):
+        forge(transport)
+    assert seen(transport) == (9, "9", "forged", [9])
+    for name in SMALL_FILES:
+        path = tmp_path / "donor" / name
+        path.symlink_to(path.rename(path.with_name("elsewhere")))
+
+    assert seen(transport) == (0, "", None, [])
+
+
 @pytest.mark.parametrize("signer", [UNSIGNED, SIGNER], ids=["no key", "key"])
 @pytest.mark.parametrize("name", ["donor", "donor/records"])
 def test_that_no_link_leads_out_of_the_run(tmp_path: Path, name: str, signer: Signer) -> None:

@@ -146,11 +146,25 @@ def test_that_a_forged_claim_stands_for_no_job_and_is_in_nobodys_way(jobs: Jobs)
 
 
 def test_that_what_founds_a_run_must_be_signed(jobs: Jobs) -> None:
-    run = jobs.start("donor", key=KEY, beats=False)
-    (run.run_dir / "bridge" / "heads" / "heads.h2.json").write_text('{"founder": "donor"}')
-
+    started = [jobs.start("donor", key=KEY, run=name, beats=False) for name in ("a", "b")]
+    heads = [run.run_dir / "bridge" / "heads" / "heads.h2.json" for run in started]
+    shutil.copy(heads[1], heads[0])
+    with pytest.raises(OtherKeyError, match=r"heads/heads.h2.json: it was signed .* another .*run"):
+        jobs.start("receiver", key=KEY, run="a")
+    heads[1].write_text('{"founder": "donor"}')
     with pytest.raises(OtherKeyError, match=r"heads/heads.h2.json: it is not signed"):
-        jobs.start("receiver", key=KEY, run="0001")
+        jobs.start("receiver", key=KEY, run="b")
+
+
+def test_that_a_job_with_a_key_says_who_else_may_delete_runs(
+    jobs: Jobs, caplog: pytest.LogCaptureFixture
+) -> None:
+    jobs.runs_dir.mkdir()
+    jobs.runs_dir.chmod(0o777)
+    jobs.start("donor", run="open")
+    assert "may delete" not in caplog.text
+    jobs.start("donor", run="signed", key=KEY)
+    assert "others may delete or replace whole runs" in caplog.text
 
 
 def test_that_the_end_of_another_job_ends_nobody(jobs: Jobs) -> None:

@@ -19,6 +19,7 @@ from tests.unit.test_authentication import KEY, NOT_THIS_RUNS, SIGNER
 from toolkit.bridge.authentication import UNSIGNED, Signer, warn_of_others
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.liveness import Heartbeat, PeerWatch
+from toolkit.bridge.own_weights import donors_with_weights
 from toolkit.bridge.transport import DirectoryTransport
 
 
@@ -235,6 +236,14 @@ def test_that_no_link_leads_out_of_the_run(tmp_path: Path, name: str, signer: Si
     with pytest.raises(BridgeError, match="cannot publish"):
         transport.open_stream("donor")
     assert sorted((tmp_path / "elsewhere").rglob("*")) == before
+
+
+def test_that_a_name_that_no_job_can_have_is_no_donor(tmp_path: Path) -> None:
+    transport = opened(tmp_path)
+    for name in ("donor.weights", "a\nb.weights", "-.weights", ".weights"):
+        transport.open_stream(name)
+
+    assert donors_with_weights(transport) == ["donor"]
 
 
 @pytest.mark.parametrize("name", ["rejected", "kept"])

@@ -67,6 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--output_dir", type=Path, help="of the receiver, if it was given one; else RUN/receiver"
     )
+    verify.add_argument(
+        "--key_file", type=Path, help="with the run's key, if GRADIENT_BRIDGE_KEY does not hold it"
+    )
     verify.add_argument("--json", action="store_true", help="print one JSON object, no table")
     verify.set_defaults(run=_verify)
     _add_inspect(commands)
@@ -104,6 +107,9 @@ def _add_inspect(commands: Subcommands) -> None:
         "--seconds", type=positive_float,
         help="watch silent jobs for so long; as long as the jobs do themselves (5) if left out",
     )  # fmt: skip
+    inspect.add_argument(
+        "--key_file", type=Path, help="with the runs' key, if GRADIENT_BRIDGE_KEY does not hold it"
+    )
     inspect.add_argument("--json", action="store_true", help="print one JSON object, no table")
     inspect.set_defaults(run=_inspect)
 

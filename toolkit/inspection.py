@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from toolkit.bridge.authentication import UNSIGNED, Signer, load_key
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS
 from toolkit.bridge.runs import runs_in
@@ -52,18 +53,21 @@ def find_runs(name: str | None, runs_dir: Path) -> tuple[Path, list[Path]]:
     )
 
 
-def watch(runs: Sequence[Path], seconds: float) -> tuple[list[Look], float]:
+def watch(
+    runs: Sequence[Path], seconds: float, signer: Signer = UNSIGNED
+) -> tuple[list[Look], float]:
     """Begin a look at each run, and watch all their jobs at the same time.
 
     Args:
         runs: their directories.
         seconds: to watch for a sign of life, at most.
+        signer: with the runs' key, if they have one.
 
     Returns:
         The looks, and the seconds for which was watched.
     """
     start = time.monotonic()
-    looks = [Look(run) for run in runs]
+    looks = [Look(run, signer) for run in runs]
     while True:
         watched = time.monotonic() - start
         are_clear = [look.is_clear(watched) for look in looks]
@@ -85,9 +89,10 @@ def run_inspect(args: argparse.Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     seconds = args.seconds or SILENT_BEATS * BEAT_SECONDS
     try:
+        signer = Signer(load_key(args.key_file))
         directory, found = find_runs(args.directory, args.runs_dir)
         with errors.status(f"watching heartbeats, {seconds:g} s at most"):
-            looks, watched = watch(found, seconds)
+            looks, watched = watch(found, seconds, signer)
             runs = [look.report() for look in looks]
         if args.verify:
             with Progress(*columns, TimeElapsedColumn(), console=errors) as progress:

@@ -6,15 +6,12 @@ their numbers follow one another from 0, so what is missing shows as a gap.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 
-from toolkit.bridge.agreement import attempts_of, newest_attempt
+from toolkit.bridge.agreement import attempts_of
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.ledger import Entry, read_path
-from toolkit.bridge.payload import read_header
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.inspection_report import Fates
 
@@ -33,12 +30,16 @@ def numbers_present(transport: DirectoryTransport, donor: str) -> tuple[set[int]
 
 
 def settle_books(
-    run_dir: Path, donor: str, present: Collection[int], acknowledged: int, path: Sequence[Entry]
+    transport: DirectoryTransport,
+    donor: str,
+    present: Collection[int],
+    acknowledged: int,
+    path: Sequence[Entry],
 ) -> Fates:
     """Compare what a donor published with what the receiver's ledger says.
 
     Args:
-        run_dir: the run's directory.
+        transport: the run's transport.
         donor: its name.
         present: its records, see :func:`numbers_present`.
         acknowledged: the number below which its reader needs nothing.
@@ -50,7 +51,7 @@ def settle_books(
     entries = [entry for entry in path if entry.donor == donor]
     times = Counter(entry.sequence for entry in entries)
     cursor = max(times, default=-1) + 1
-    payloads = {n for n in present if n in times or not _is_end(run_dir, donor, n)}
+    payloads = {n for n in present if n in times or not _is_end(transport, donor, n)}
     ends = set(present) - payloads
     waiting = payloads - set(times)
     pending = sum(n >= cursor for n in waiting)
@@ -58,11 +59,11 @@ def settle_books(
     gaps = _gaps(payloads | ends | set(times), max(cursor, acknowledged))
     before: set[int] = set()
     if gaps:
-        before = _settled_by_earlier_starts(run_dir, donor) - set(times) - set(present)
+        before = _settled_by_earlier_starts(transport, donor) - set(times) - set(present)
         gaps = _gaps(payloads | ends | set(times) | before, max(cursor, acknowledged))
     # A donor that ended and came back has gone on after its end, which may be deleted by now. The
     # newest record is never deleted.
-    num_starts = len(attempts_of(run_dir, donor))
+    num_starts = len(attempts_of(transport, donor))
     may_have_ended = num_starts if max(present, default=-1) in ends else num_starts - 1
     num_gone = sum(end - start for start, end in gaps)
     num_ends_gone = max(0, min(num_gone, may_have_ended - len(ends)))
@@ -92,18 +93,16 @@ def _reasons(entries: Sequence[Entry]) -> dict[str, dict[str, int]]:
     return reasons
 
 
-def _is_end(run_dir: Path, donor: str, sequence: int) -> bool:
+def _is_end(transport: DirectoryTransport, donor: str, sequence: int) -> bool:
     """Whether a record says that a start of the donor is over; False if it cannot be read."""
-    transport = DirectoryTransport(run_dir / "bridge")
     try:
-        header = read_header(functools.partial(transport.read_head, donor, sequence))
+        return transport.read_header(donor, sequence).kind == "end"
     except (FileNotFoundError, PayloadError):
         return False
-    return header.kind == "end"
 
 
-def _settled_by_earlier_starts(run_dir: Path, donor: str) -> set[int]:
-    starts = range(1, newest_attempt(run_dir, "receiver"))
+def _settled_by_earlier_starts(transport: DirectoryTransport, donor: str) -> set[int]:
+    starts, run_dir = attempts_of(transport, "receiver")[:-1], transport.root.parent
     return {e.sequence for start in starts for e in read_path(run_dir, start) if e.donor == donor}
 
 

@@ -52,11 +52,6 @@ class Listing:
         """Links, pipes, sockets and devices: opening one may block, or lead elsewhere."""
         return sorted(Path(p) for p, s in self.statuses.items() if not stat.S_ISREG(s.st_mode))
 
-    def may_open(self, path: Path) -> bool:
-        """Whether it is a plain file, or was not there."""
-        status = self.statuses.get(str(path))
-        return status is None or stat.S_ISREG(status.st_mode)
-
     def below(self, directory: Path) -> list[str]:
         """The paths below a directory, in order."""
         return sorted(path for path in self.statuses if path.startswith(f"{directory}{os.sep}"))

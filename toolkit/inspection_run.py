@@ -1,7 +1,7 @@
 """One look at a run of the bridge: who is there, what lies on the disk, what became of it.
 
 It only reads. Jobs may run meanwhile, so what was listed may be gone when it is read; and a run may
-be damaged, so that nothing is opened that is no plain file.
+be damaged.
 """
 
 from __future__ import annotations
@@ -13,14 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from toolkit.bridge.agreement import attempts_of, donors_of, newest_attempt, read_claim
+from toolkit.bridge.agreement import (
+    attempts_of,
+    donors_of,
+    has_ended,
+    open_bridge,
+    read_claim,
+)
+from toolkit.bridge.authentication import UNSIGNED, Signer
 from toolkit.bridge.config import JOB_NAME
 from toolkit.bridge.errors import BridgeError, PayloadError
-from toolkit.bridge.ledger import Entry, read_path, trail_path
+from toolkit.bridge.ledger import Entry, read_path
 from toolkit.bridge.liveness import BEAT_SECONDS, PeerWatch
 from toolkit.bridge.own_weights import donors_with_weights, stream_of
-from toolkit.bridge.payload import Header, read_header
-from toolkit.bridge.runs import has_ended
+from toolkit.bridge.payload import Header
+from toolkit.bridge.signed_files import SignedFiles
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.inspection_fates import numbers_present, settle_books
 from toolkit.inspection_files import Listing
@@ -37,24 +44,23 @@ class Look:
 
     Args:
         run_dir: the run's directory.
+        signer: of this process, with the run's key if it has one.
 
     Attributes:
+        transport: the run's transport.
         path: the ledger on the way to the receiver's present weights.
         record_bytes: the size of a record, at most, as the jobs say; 0 if they do not.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.transport = DirectoryTransport(run_dir / "bridge")
+    def __init__(self, run_dir: Path, signer: Signer = UNSIGNED) -> None:
+        self.run_dir, self._signer = run_dir, signer
+        self._problems: list[str] = []
+        found = self._try(run_dir.name, lambda: open_bridge(run_dir, signer))
+        self.transport = found or DirectoryTransport(run_dir / "bridge", signer)
         self.path: list[Entry] = []
         self.record_bytes = 0
-        self._problems: list[str] = []
         self._listing = self._before = Listing(self.transport.root)
-        self._watches = {
-            job: PeerWatch(self.transport, job)
-            for job in self._jobs()
-            if self._may_open(job, "heartbeat")
-        }
+        self._watches = {job: PeerWatch(self.transport, job) for job in self._jobs()}
         self._had_ended = {job for job in self._watches if self._has_ended(job)}
 
     def is_clear(self, watched_seconds: float) -> bool:
@@ -74,7 +80,7 @@ class Look:
             self._note(f"{error.filename} cannot be listed: {error.strerror}")
         for path in listing.special():
             if path.suffix != ".safetensors":  # a reader puts aside what stands for a record
-                self._note(f"{self._name(path)} is no plain file; it was not opened")
+                self._note(f"{self._name(path)} is no plain file")
         terms = self._read_terms()
         fates = self._fates()  # streams first, then the ledger
         for books in fates:
@@ -102,14 +108,14 @@ class Look:
     def kept(self, stream: str) -> list[Path]:
         """The records of a stream that have a name which nobody deletes."""
         below = map(Path, self._listing.below(self.transport.kept_path(stream, 0).parent))
-        return [p for p in below if p.stem.isdecimal() and self._listing.may_open(p)]
+        return [path for path in below if path.stem.isdecimal()]
 
     # -- jobs -------------------------------------------------------------------------------
 
     def _jobs(self) -> list[str]:
         """All jobs that have claimed a place or opened a stream, the receiver first."""
-        donors = {*donors_of(self.run_dir), *self._donor_streams()}
-        there = "receiver" in self.transport.streams() or attempts_of(self.run_dir, "receiver")
+        donors = {*donors_of(self.transport), *self._donor_streams()}
+        there = "receiver" in self.transport.streams() or attempts_of(self.transport, "receiver")
         return [*(["receiver"] if there else []), *sorted(donors)]
 
     def _donor_streams(self) -> list[str]:
@@ -117,7 +123,7 @@ class Look:
         return [name for name in names if name != "receiver" and JOB_NAME.fullmatch(name)]
 
     def _has_ended(self, job: str) -> bool:
-        return self._try(job, lambda: has_ended(self.run_dir, job)) or False
+        return self._try(job, lambda: has_ended(self.transport, job)) or False
 
     def _job(self, job: str, is_alone: bool) -> Job:
         claim = self._claim(job)
@@ -130,7 +136,7 @@ class Look:
             name=job,
             role="donor" if is_donor else "receiver",
             heads=[str(head) for head in heads] if isinstance(heads, list) else [],
-            start=newest_attempt(self.run_dir, job),
+            start=max(attempts_of(self.transport, job), default=0),
             state=self._state(job, is_alone),
             receiver_step=newest.receiver_step if newest else None,
             donor_step=newest.donor_step if newest and is_donor else None,
@@ -141,7 +147,7 @@ class Look:
     def _state(self, job: str, is_alone: bool) -> State:
         watch = self._watches.get(job)
         # A job that has come since the watch began has shown life by that.
-        seen = watch.seen if watch is not None else self._may_open(job, "heartbeat")
+        seen = watch is None or watch.seen
         if self._has_ended(job) and not (seen and job in self._had_ended):
             return "ended"
         if not seen:
@@ -149,15 +155,12 @@ class Look:
         return "waiting" if is_alone else "alive"
 
     def _claim(self, job: str) -> dict[str, Any]:
-        if not all(map(self._listing.may_open, attempts_of(self.run_dir, job))):
-            return {}
-        name = f"the claim of the {job}"
-        return self._try(name, lambda: read_claim(self.run_dir, job)) or {}
+        return self._try(f"the claim of the {job}", lambda: read_claim(self.transport, job)) or {}
 
     def _newest_header(self, job: str) -> Header | None:
         newest = max(self._try(job, lambda: self.transport.sequences(job)) or [], default=-1)
         try:
-            return read_header(functools.partial(self.transport.read_head, job, newest))
+            return self.transport.read_header(job, newest)
         except (FileNotFoundError, PayloadError):
             return None
 
@@ -171,51 +174,39 @@ class Look:
     def _stream(self, name: str) -> Stream:
         transport, directory = self.transport, self.transport.root / name
         sequences, rejected = transport.sequences(name), transport.rejected(name)
-        reasons = Counter(self._reason(name, sequence) for sequence in rejected)
+        reasons = Counter(transport.rejection(name, number) or "unknown" for number in rejected)
         carries: Literal["payloads", "weights", "own weights"] = "payloads"
         if name == "receiver":
             carries = "weights"
         elif name in map(stream_of, donors_with_weights(transport)):
             carries = "own weights"
-        has_acknowledged = self._may_open(name, "acknowledged")
         return Stream(
             name=name,
             carries=carries,
             published=max([*sequences, *rejected], default=-1) + 1,
             present=len(sequences),
             num_bytes=self._listing.num_bytes(directory),
-            acknowledged=transport.acknowledged(name) if has_acknowledged else 0,
+            acknowledged=transport.acknowledged(name),
             rejected=dict(sorted(reasons.items())),
             kept=len(self.kept(name)),
             alien=transport.alien_names(name),
         )
 
-    def _reason(self, stream: str, sequence: int) -> str:
-        note = self.transport.root / stream / "rejected" / f"{sequence:010d}.json"
-        may_open = self._listing.may_open(note)
-        return (self.transport.rejection(stream, sequence) if may_open else None) or "unknown"
-
     def _fates(self) -> list[Fates]:
-        present = {}
-        for donor in self._donor_streams():
-            if self._may_open(donor, "acknowledged"):
-                found = self._try(donor, functools.partial(numbers_present, self.transport, donor))
-                if found is not None:
-                    present[donor] = found
-        newest = newest_attempt(self.run_dir, "receiver")
-        trails = [trail_path(self.run_dir, attempt) for attempt in range(1, newest + 1)]
-        if not all(map(self._listing.may_open, trails)):
-            return []
+        transport, donors = self.transport, self._donor_streams()
+        numbers = functools.partial(numbers_present, transport)
+        present = {d: self._try(d, functools.partial(numbers, d)) for d in donors}
+        newest = max(attempts_of(transport, "receiver"), default=0)
         path = self._try("the ledger", lambda: read_path(self.run_dir, newest))
         if path is None:
             return []
         self.path = path
         # A replay has a ledger, and no stream.
-        for donor in sorted({entry.donor for entry in path} - set(self._donor_streams())):
-            present[donor] = set(), 0
+        present |= {donor: (set(), 0) for donor in {e.donor for e in path} - set(donors)}
         settled = [
-            self._try(donor, functools.partial(settle_books, self.run_dir, donor, *found, path))
-            for donor, found in present.items()
+            self._try(donor, functools.partial(settle_books, transport, donor, *found, path))
+            for donor, found in sorted(present.items())
+            if found is not None
         ]
         return [books for books in settled if books is not None]
 
@@ -230,13 +221,12 @@ class Look:
     # -- reading what may be damaged ------------------------------------------------------------
 
     def _read_terms(self) -> dict[str, Any]:
-        path = self.transport.root / "run.json"
-        if not self._listing.may_open(path) or not self._listing.statuses:
-            return {}  # noted already; or nobody has joined
-        return self._try(self._name(path), lambda: dict(json.loads(path.read_bytes()))) or {}
-
-    def _may_open(self, stream: str, name: str) -> bool:
-        return self._listing.may_open(self.transport.root / stream / name)
+        content = SignedFiles(self.transport.root, self._signer).read("run.json")
+        if content is None:
+            if self._listing.statuses:
+                self._note("bridge/run.json cannot be read")
+            return {}
+        return self._try("bridge/run.json", lambda: dict(json.loads(content))) or {}
 
     def _try(self, what: str, read: Callable[[], T | None]) -> T | None:
         try:

@@ -7,6 +7,7 @@ import errno
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from toolkit.bridge import files
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.payload import check_identity, parse_record
 from toolkit.inspection_report import BadRecord, Run, Verified
@@ -84,9 +85,10 @@ class Verification:
         stream, sequence, transport = place.stream, place.sequence, self._look.transport
         if place.path == transport.path(stream, sequence):
             size = self._look.record_bytes or place.path.lstat().st_size
-            record = parse_record(transport.read(stream, sequence, max_bytes=size))
+            data = transport.read(stream, sequence, max_bytes=size)
         else:
-            record = parse_record(place.path.read_bytes())
+            data = files.read_plain(place.path, place.path.lstat().st_size)
+        record = parse_record(data, transport.signer)
         if self._run.run_id is not None:
             check_identity(record.header, run_id=self._run.run_id, job=stream, sequence=sequence)
         digest = record.header.tensors_digest

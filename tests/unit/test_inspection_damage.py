@@ -228,7 +228,7 @@ def test_that_a_file_may_go_while_its_directory_is_listed(
     @contextlib.contextmanager
     def list_and_lose(path: Path) -> Iterator[list[os.DirEntry[str]]]:
         with listed(path) as entries:
-            found = list(entries)
+            found = sorted(entries, key=lambda entry: entry.name)
         (tmp_path / "gone").unlink()
         yield found
 

@@ -201,10 +201,10 @@ def _see(transport: DirectoryTransport, peer: Peer, seconds: float) -> Iterator[
     """
     source = transport.root / "source"
     for number in _within(seconds):
-        sequence = MAX_TRIES + number
-        peer.tell("see", sequence)
+        path = transport.path(STREAM, MAX_TRIES + number)
+        peer.tell("see", str(path.relative_to(transport.root)))
         start = time.perf_counter()
-        os.link(source, transport.path(STREAM, sequence))
+        os.link(source, path)
         if not peer.answer():
             yield None
             return

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from toolkit.bridge import files
 from toolkit.bridge.polling import pause
-from toolkit.bridge.transport import DirectoryTransport
 
 GIVE_UP_SECONDS = 10.0  # for what should be there at once
 STREAM = "doctor"
@@ -110,12 +110,12 @@ def _say(answer: object) -> None:
     print(json.dumps(answer), flush=True)
 
 
-def _see(transport: DirectoryTransport, sequence: int) -> bool:
+def _see(path: Path) -> bool:
     """Wait for a record as a reader of the bridge does: by its name, which it knows."""
     start = time.monotonic()
     while (waited := time.monotonic() - start) < GIVE_UP_SECONDS:
         with contextlib.suppress(FileNotFoundError):
-            transport.read(STREAM, sequence, max_bytes=2**20)
+            files.read_plain(path)
             return True
         pause(waited)
     return False
@@ -139,9 +139,8 @@ def _watch_replaced(path: Path) -> tuple[int, int]:
 
 def main(root: Path) -> None:
     """Do what the other process says until it says no more."""
-    transport = DirectoryTransport(root)
     tasks: dict[str, Callable[..., object]] = {
-        "see": lambda sequence: _see(transport, sequence),
+        "see": lambda name: _see(root / name),
         "race": lambda kind, source, seconds, num_names: race(
             kind, root, root / source, seconds, num_names
         ),

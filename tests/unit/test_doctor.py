@@ -19,9 +19,8 @@ import pytest
 from toolkit import cli, doctor, doctor_measures, doctor_peer
 from toolkit.bridge import files
 from toolkit.bridge.polling import pause
-from toolkit.bridge.transport import DirectoryTransport
 from toolkit.doctor_measures import find_place, measure_costs, try_promises
-from toolkit.doctor_peer import LAST, STREAM, Peer
+from toolkit.doctor_peer import LAST, Peer
 from toolkit.doctor_report import Times
 
 QUICK = ["--seconds", "0.4", "--payload_mib", "1"]
@@ -183,12 +182,10 @@ def test_that_a_reader_gives_up_on_a_name_that_does_not_come(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor_peer, "GIVE_UP_SECONDS", 0.05)
-    transport = DirectoryTransport(shared)
-    transport.open_stream(STREAM)
 
-    assert doctor_peer._see(transport, 0) is False
-    transport.publish(STREAM, 0, lambda path: path.write_bytes(b""))
-    assert doctor_peer._see(transport, 0) is True
+    assert doctor_peer._see(shared / "record") is False
+    (shared / "record").write_bytes(b"")
+    assert doctor_peer._see(shared / "record") is True
 
 
 class Blind(Peer):

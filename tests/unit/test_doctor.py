@@ -228,6 +228,13 @@ def test_that_a_second_process_that_ends_is_an_error(shared: Path) -> None:
             peer.answer()
 
 
+def test_that_a_second_process_is_ended_whatever_it_does(shared: Path) -> None:
+    with Peer(shared) as peer:
+        peer.tell("watch", "what never comes")
+
+    assert peer._process.returncode == -signal.SIGKILL
+
+
 # -- errors and the end ---------------------------------------------------------------------------
 
 

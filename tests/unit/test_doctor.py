@@ -127,6 +127,15 @@ def test_that_without_hard_links_it_cannot_be_used(
     assert not list(shared.iterdir())
 
 
+def test_that_a_full_disk_is_not_taken_for_one_without_hard_links(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "link", refuse(errno.ENOSPC))
+
+    assert cli.main(["doctor", str(shared), *QUICK]) == 1
+    assert "is full (No space left on device)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wins", [True, False])
 def test_that_a_name_with_two_makers_or_none_is_noticed(
     shared: Path, monkeypatch: pytest.MonkeyPatch, wins: bool
@@ -214,6 +223,13 @@ def test_that_a_second_process_that_ends_is_an_error(shared: Path) -> None:
         peer.tell("no such task")
         with pytest.raises(OSError, match="a second process ended, status 1"):
             peer.answer()
+
+
+def test_that_a_second_process_is_ended_whatever_it_does(shared: Path) -> None:
+    with Peer(shared) as peer:
+        peer.tell("watch", "what never comes")
+
+    assert peer._process.returncode == -signal.SIGKILL
 
 
 # -- errors and the end ---------------------------------------------------------------------------

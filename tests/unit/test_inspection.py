@@ -261,6 +261,7 @@ def test_that_with_the_key_only_what_is_signed_is_believed(
 def test_that_a_run_is_found_by_its_path_its_name_or_its_directory(tmp_path: Path) -> None:
     first, named = (Streams(tmp_path / name).run_dir for name in ("0001", "named"))
     (tmp_path / "no-run").mkdir()
+    (tmp_path / "0007").write_bytes(b"")
 
     assert find_runs(None, tmp_path) == (tmp_path, [first, named])
     assert find_runs(str(tmp_path), Path("runs")) == (tmp_path, [first, named])

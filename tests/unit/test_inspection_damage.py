@@ -218,6 +218,19 @@ def test_that_what_was_listed_may_be_gone_when_it_is_read(
     assert run.verified.bad == []
 
 
+def test_that_a_record_may_be_deleted_before_it_is_verified(tmp_path: Path) -> None:
+    streams = Streams(tmp_path / "0001")
+    for sequence in range(3):
+        streams.publish(sequence)
+    (look,), _ = watch([streams.run_dir], 0.01)
+    verification = Verification(look, look.report())
+    streams.transport.path("donor", 1).unlink()
+    verified = verification.read(lambda: None).verified
+
+    assert verified is not None
+    assert (verified.num_records, verified.bad) == (2, [])
+
+
 def test_that_a_file_may_go_while_its_directory_is_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,3 +126,16 @@ def test_that_all_runs_are_watched_at_the_same_time(tmp_path: Path) -> None:
 
     assert {job.state for look in looks for job in look.report().jobs} == {"alive"}
     assert watched < 30  # as soon as all were seen
+
+
+def test_that_a_silent_job_is_watched_though_those_of_another_run_were_seen(tmp_path: Path) -> None:
+    lively, silent = (Streams(tmp_path / name).run_dir for name in ("0001", "0002"))
+    jobs = ("donor", "receiver")
+    hearts = [Heartbeat(DirectoryTransport(lively / "bridge"), job) for job in jobs]
+    try:
+        _, watched = watch([lively, silent], 0.5)
+    finally:
+        for heart in hearts:
+            heart.stop()
+
+    assert watched >= 0.5

@@ -64,6 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--output_dir", type=Path, help="of the receiver, if it was given one; else RUN/receiver"
     )
+    verify.add_argument(
+        "--key_file", type=Path, help="with the run's key, if GRADIENT_BRIDGE_KEY does not hold it"
+    )
     verify.add_argument("--json", action="store_true", help="print one JSON object, no table")
     verify.set_defaults(run=_verify)
     return parser

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from toolkit.bridge.authentication import UNSIGNED, Signer
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.replay import KeptPayloads
 
@@ -63,15 +64,18 @@ def find_run(name: str, runs_dir: Path) -> Path:
     )
 
 
-def open_run(directory: Path, output_dir: Path | None = None) -> FinishedRun:
+def open_run(
+    directory: Path, output_dir: Path | None = None, signer: Signer = UNSIGNED
+) -> FinishedRun:
     """Read what a run recorded, but for its payloads.
 
     Args:
         directory: of the run.
         output_dir: of the receiver, if it had one of its own.
+        signer: with the run's key, if it has one.
 
     Raises:
-        BridgeError: if the run has not ended, kept no payloads, or cannot be read.
+        BridgeError: if the run has another key, has not ended, kept no payloads, or cannot be read.
     """
     output_dir = output_dir or directory / "receiver"
     try:
@@ -94,7 +98,7 @@ def open_run(directory: Path, output_dir: Path | None = None) -> FinishedRun:
             f"run {directory} kept no payloads, so there is nothing to replay it from: train with "
             "--keep_payloads on the receiver"
         )
-    payloads = KeptPayloads(directory)
+    payloads = KeptPayloads(directory, signer)
     if payloads.run_id != provenance["run_id"]:
         raise BridgeError(
             f"{output_dir} holds the results of another run than {directory}: give the one that "

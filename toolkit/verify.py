@@ -25,6 +25,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from toolkit.bridge.authentication import Signer, load_key
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.payload import digest_tensors
 from toolkit.finished_run import FinishedRun, find_run, open_run
@@ -38,7 +39,7 @@ NAMED_TENSORS = 5  # of those that differ, so many are named
 NOT_REPEATED = (
     "runs_dir", "run", "peer_wait", "require_peer", "keep_payloads", "replay", "output_dir",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "with_tracking",
-    "report_to", "mixed_precision",
+    "report_to", "mixed_precision", "key_file",
 )  # fmt: skip
 
 
@@ -108,8 +109,16 @@ def environment_warnings(run: Mapping[str, Any], replay: Mapping[str, Any]) -> l
     ]
 
 
-def verify_run(run: FinishedRun, directory: Path, progress: Progress) -> Verification:
+def verify_run(
+    run: FinishedRun, directory: Path, progress: Progress, key_file: Path | None = None
+) -> Verification:
     """Check every payload, replay the run in ``directory``, and compare.
+
+    Args:
+        run: what to replay.
+        directory: where the replay writes.
+        progress: to show it.
+        key_file: with the run's key, if it has one and the environment has not.
 
     Raises:
         BridgeError: for a payload that is not what the ledger says.
@@ -127,6 +136,8 @@ def verify_run(run: FinishedRun, directory: Path, progress: Progress) -> Verific
         f"--mixed_precision={environment['mixed_precision']}",
         "--no-with_tracking",
     ]
+    if key_file is not None:
+        flags.append(f"--key_file={key_file.absolute()}")
     output_dir = directory / "replay"
     was_there = Path(environment["working_directory"])
     job = launch(
@@ -229,12 +240,13 @@ def run_verify(args: argparse.Namespace) -> int:
     console, errors = Console(), Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     try:
-        run = open_run(find_run(args.run_dir, args.runs_dir), args.output_dir)
+        signer = Signer(load_key(args.key_file))
+        run = open_run(find_run(args.run_dir, args.runs_dir), args.output_dir, signer)
         with (
             _scratch() as directory,
             Progress(*columns, TimeElapsedColumn(), console=errors) as progress,
         ):
-            verification = verify_run(run, directory, progress)
+            verification = verify_run(run, directory, progress, args.key_file)
     except (BridgeError, JobFailedError, OSError) as error:
         if args.json:
             print(json.dumps({"run": args.run_dir, "error": str(error)}))

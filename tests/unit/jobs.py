@@ -83,7 +83,7 @@ class ReceiverAlone:
         """The newest weights that the receiver published."""
         transport = self.receiver.transport
         newest = transport.sequences("receiver")[-1]
-        return parse_record(transport.read("receiver", newest, max_bytes=10**6))
+        return parse_record(transport.read("receiver", newest, max_bytes=10**6), transport.signer)
 
     def donate(
         self,
@@ -101,8 +101,11 @@ class ReceiverAlone:
             weights_digest=weights.weights_digest, head="heads.h2", count=count,
             **changes,
         )  # fmt: skip
-        self.receiver.transport.publish(
-            "donor", self.published, lambda path: write_record(path, header, tensors or {})
+        transport = self.receiver.transport
+        transport.publish(
+            "donor",
+            self.published,
+            lambda path: write_record(path, header, tensors or {}, transport.signer),
         )
         self.published += 1
 
@@ -156,10 +159,13 @@ class DonorAlone:
             attempt=1, receiver_step=step, weights_digest=digest_tensors(tensors),
         )  # fmt: skip
         transport.publish(
-            "receiver", self.published, lambda path: write_record(path, header, tensors)
+            "receiver",
+            self.published,
+            lambda path: write_record(path, header, tensors, transport.signer),
         )
         self.published += 1
 
     def payload(self, sequence: int) -> Record:
         """What the donor published."""
-        return parse_record(self.donor.transport.read("donor", sequence, max_bytes=10**6))
+        transport = self.donor.transport
+        return parse_record(transport.read("donor", sequence, max_bytes=10**6), transport.signer)

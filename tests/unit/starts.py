@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from toolkit.bridge.authentication import Signer
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.liveness import Heartbeat
 from toolkit.bridge.payload import Header, Kind, write_record
@@ -30,6 +31,11 @@ CLAIM = {
 }
 
 
+def bridge_of(attachment: Attachment, key: bytes | None = None) -> DirectoryTransport:
+    """The transport of a run."""
+    return DirectoryTransport(attachment.run_dir / "bridge", Signer(key, attachment.run_id))
+
+
 class Jobs:
     """Starts jobs in one runs directory."""
 
@@ -43,28 +49,38 @@ class Jobs:
         terms: dict[str, Any] | None = None,
         beats: bool = True,
         claim: dict[str, Any] | None = None,
+        key: bytes | None = None,
         **settings: Any,
     ) -> Attachment:
-        config = BridgeConfig(runs_dir=self.runs_dir, **settings)
-        attachment = attach(role, config, {**TERMS, **(terms or {})}, {**CLAIM, **(claim or {})})
-        transport = DirectoryTransport(attachment.run_dir / "bridge")
+        config, signer = BridgeConfig(runs_dir=self.runs_dir, **settings), Signer(key)
+        attachment = attach(
+            role, config, {**TERMS, **(terms or {})}, {**CLAIM, **(claim or {})}, signer
+        )
+        transport = bridge_of(attachment, key)
         transport.open_stream(role)
         if beats:
             self.hearts.append(Heartbeat(transport, role))
         return attachment
 
-    def publish(self, attachment: Attachment, role: Role, kind: Kind = "end") -> None:
-        transport = DirectoryTransport(attachment.run_dir / "bridge")
+    def publish(
+        self,
+        attachment: Attachment,
+        role: Role,
+        kind: Kind = "end",
+        key: bytes | None = None,
+    ) -> None:
+        transport = bridge_of(attachment, key)
         sequence = max(transport.sequences(role), default=-1) + 1
         header = Header(
             kind=kind, run_id=attachment.run_id, job=role, sequence=sequence, attempt=1,
             receiver_step=0, weights_digest="",
         )  # fmt: skip
-        transport.publish(role, sequence, lambda path: write_record(path, header, {}))
+        signer = transport.signer
+        transport.publish(role, sequence, lambda path: write_record(path, header, {}, signer))
 
     def leave_weights(self, attachment: Attachment) -> None:
         """As a donor does that has trained by itself."""
-        transport = DirectoryTransport(attachment.run_dir / "bridge")
+        transport = bridge_of(attachment)
         transport.open_stream("donor.weights")
         header = Header(
             kind="weights", run_id=attachment.run_id, job="donor.weights", sequence=0, attempt=1,

@@ -51,7 +51,9 @@ class Bridge:
         )  # fmt: skip
 
     def read(self, sequence: int) -> Record:
-        record = parse_record(self.transport.read("donor", sequence, max_bytes=10_000))
+        record = parse_record(
+            self.transport.read("donor", sequence, max_bytes=10_000), self.transport.signer
+        )
         check_identity(record.header, run_id="run", job="donor", sequence=sequence)
         return record
 
@@ -71,7 +73,10 @@ class Bridge:
         header = dataclasses.replace(header, **changes)
         if tensors is None:
             tensors = {"w": torch.full((3,), float(sequence))} if kind == "gradient" else {}
-        self.transport.publish("donor", sequence, lambda path: write_record(path, header, tensors))
+        signer = self.transport.signer
+        self.transport.publish(
+            "donor", sequence, lambda path: write_record(path, header, tensors, signer)
+        )
         self.published += 1
         return sequence
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.unit.starts import PEER, SCHEMAS, Jobs
+from tests.unit.starts import PEER, SCHEMAS, Jobs, bridge_of
 from toolkit.bridge import liveness, runs
+from toolkit.bridge.agreement import has_ended
 from toolkit.bridge.config import Exchange, Role
-from toolkit.bridge.runs import Attachment, has_ended
-from toolkit.bridge.transport import DirectoryTransport
+from toolkit.bridge.runs import Attachment
 
 each_role = pytest.mark.parametrize("role", ["donor", "receiver"])
 
@@ -66,8 +66,8 @@ def test_that_nobody_joins_a_dead_job(jobs: Jobs, role: Role) -> None:
 def test_that_nobody_joins_a_job_that_has_ended(jobs: Jobs, role: Role) -> None:
     first = jobs.start(role)
     jobs.publish(first, role)
-    assert has_ended(first.run_dir, role)
-    assert not has_ended(first.run_dir, PEER[role])
+    assert has_ended(bridge_of(first), role)
+    assert not has_ended(bridge_of(first), PEER[role])
 
     assert jobs.start(PEER[role]).run_dir.name == "0002"
 
@@ -119,14 +119,13 @@ def test_that_a_donor_joins_a_receiver_that_lives_on_what_an_earlier_one_has_lef
 
 def test_that_only_the_newest_record_can_be_an_end(jobs: Jobs) -> None:
     run = jobs.start("receiver")
-    assert not has_ended(run.run_dir, "receiver")
+    assert not has_ended(bridge_of(run), "receiver")
     jobs.publish(run, "receiver")
     jobs.publish(run, "receiver", "weights")
-    assert not has_ended(run.run_dir, "receiver"), "a resumed receiver goes on"
+    assert not has_ended(bridge_of(run), "receiver"), "a resumed receiver goes on"
     jobs.publish(run, "receiver")
-    transport = DirectoryTransport(run.run_dir / "bridge")
-    transport.path("receiver", 3).write_bytes(b"something else")
-    assert has_ended(run.run_dir, "receiver")
+    bridge_of(run).path("receiver", 3).write_bytes(b"something else")
+    assert has_ended(bridge_of(run), "receiver")
 
 
 @pytest.mark.parametrize(("num_donors", "num_receivers"), [(4, 4), (8, 0), (6, 2)])

@@ -14,6 +14,7 @@ from toolkit.bridge import liveness, runs
 from toolkit.bridge.config import Role
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.runs import CHECKPOINT_FILE, Attachment
+from toolkit.bridge.transport import DirectoryTransport
 
 each_role = pytest.mark.parametrize("role", ["donor", "receiver"])
 
@@ -76,15 +77,15 @@ def test_that_a_job_that_starts_meanwhile_is_refused_too(
     # between the look for a living job and the claim, another one takes the role; the claim
     # then takes the number after it, and two receivers live in one run.
     look = runs._refuse_living
-    overtaken: list[Path] = []
+    overtaken: list[str] = []
 
-    def look_and_be_overtaken(run_dir: Path, role: Role, job: str) -> None:
-        look(run_dir, role, job)
+    def look_and_be_overtaken(transport: DirectoryTransport, role: Role, job: str) -> None:
+        look(transport, role, job)
         if not overtaken:
-            overtaken.append(run_dir)
+            overtaken.append(job)
             jobs.start(role, run="mine")
 
-    (jobs.runs_dir / "mine").mkdir(parents=True)
+    jobs.start("donor", run="mine", beats=False)
     monkeypatch.setattr(runs, "_refuse_living", look_and_be_overtaken)
 
     with pytest.raises(BridgeError, match="living receiver"):

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.unit.starts import PEER, SCHEMAS, Jobs
+from tests.unit.starts import PEER, SCHEMAS, Jobs, bridge_of
 from toolkit.bridge import liveness, runs
+from toolkit.bridge.agreement import has_ended
 from toolkit.bridge.config import Role
 from toolkit.bridge.errors import BridgeError, SchemaMismatchError
-from toolkit.bridge.runs import has_ended
 from toolkit.bridge.transport import DirectoryTransport
 
 each_role = pytest.mark.parametrize("role", ["donor", "receiver"])
@@ -154,7 +154,7 @@ def test_that_a_fifo_in_a_records_place_holds_up_nobody(jobs: Jobs) -> None:
     run = jobs.start("donor")
     os.mkfifo(DirectoryTransport(run.run_dir / "bridge").path("donor", 0))
 
-    assert not has_ended(run.run_dir, "donor")
+    assert not has_ended(bridge_of(run), "donor")
 
 
 def test_that_heads_that_differ_are_told_beside_the_backbone(jobs: Jobs) -> None:

@@ -20,6 +20,7 @@ from tests.oracle import Case, build_network
 from tests.unit.jobs import batches, reset
 from toolkit import BridgeConfig, BridgeError, GradientReceiver, PeerError
 from toolkit.bridge import runs, teachers
+from toolkit.bridge.authentication import Signer
 from toolkit.bridge.errors import SchemaMismatchError
 from toolkit.bridge.payload import Header, Kind, digest_tensors, write_record
 from toolkit.bridge.runs import attach
@@ -37,7 +38,7 @@ def weights(seed: int) -> dict[str, Tensor]:
 class Donor:
     """Attaches to a run, and writes weights into its stream."""
 
-    def __init__(self, runs_dir: Path, name: str = "donor") -> None:
+    def __init__(self, runs_dir: Path, name: str = "donor", key: bytes | None = None) -> None:
         schemas: dict[str, Any] = {"backbone": {}, HEAD: {}}
         terms = {
             "schemas": schemas,
@@ -47,10 +48,12 @@ class Donor:
             "unit": "samples",
         }
         config = BridgeConfig(runs_dir=runs_dir, run="0001", donor_name=name, exchange="distill")
-        attachment = attach("donor", config, terms, {})
+        attachment = attach("donor", config, terms, {}, Signer(key))
         self.name, self.stream = name, f"{name}.weights"
         self.run_id = attachment.run_id
-        self.transport = DirectoryTransport(attachment.run_dir / "bridge")
+        self.transport = DirectoryTransport(
+            attachment.run_dir / "bridge", Signer(key, attachment.run_id)
+        )
         for stream in (name, self.stream):
             self.transport.open_stream(stream)
 
@@ -63,7 +66,10 @@ class Donor:
 
     def teach(self, sequence: int, tensors: dict[str, Tensor], **changes: Any) -> None:
         header = dataclasses.replace(self.header(sequence, tensors), **changes)
-        self.transport.publish(self.stream, sequence, lambda p: write_record(p, header, tensors))
+        signer = self.transport.signer
+        self.transport.publish(
+            self.stream, sequence, lambda p: write_record(p, header, tensors, signer)
+        )
 
     def damage(self, sequence: int) -> None:
         path = self.transport.path(self.stream, sequence)

@@ -6,12 +6,12 @@
     runs/0001/bridge/heads/heads.h2.json           the same for each head
     runs/0001/bridge/donor/attempts/0001.json      what a start of a job says of itself: its claim
 
-Each of these files is created once, by one job, and never replaced.
+Each of these files is created once, by one job, and never replaced. With a key all are signed:
+``run.json`` for itself, as it has the run's id, the others for this run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import uuid
@@ -19,60 +19,113 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.bridge import files
-from toolkit.bridge.errors import BridgeError, SchemaMismatchError
+from toolkit.bridge.authentication import KEY_SOURCES, Signer
+from toolkit.bridge.errors import BridgeError, OtherKeyError, PayloadError, SchemaMismatchError
 from toolkit.bridge.payload import FORMAT_VERSION
+from toolkit.bridge.signed_files import SignedFiles
+from toolkit.bridge.transport import DirectoryTransport
 from toolkit.parameters import schema_differences
 
 TERMS = ("exchange", "local_steps", "scope", "unit")
-ATTEMPT = re.compile(r"[0-9]{4,}")
+_ATTEMPT = re.compile(r"[0-9]{4}|[1-9][0-9]{4,}")
 
 
-def donors_of(run_dir: Path) -> list[str]:
+def open_bridge(run_dir: Path, signer: Signer) -> DirectoryTransport | None:
+    """The transport of a run; None for one that nobody has founded yet.
+
+    Raises:
+        OtherKeyError: if it was founded with another key, or with one where this job has none.
+        BridgeError: if its founder wrote something else.
+    """
+    found = _read(SignedFiles(run_dir / "bridge", signer), "run.json")
+    if found is None:
+        return None
+    if not isinstance(found.get("run_id"), str):
+        raise BridgeError(f"{run_dir} is no run of the bridge: run.json has no run_id")
+    return DirectoryTransport(run_dir / "bridge", signer.of_run(found["run_id"]))
+
+
+def donors_of(transport: DirectoryTransport) -> list[str]:
     """The names of a run's donors, in order."""
-    claims = (run_dir / "bridge").glob("*/attempts/*.json")
-    return sorted({path.parent.parent.name for path in claims} - {"receiver"})
+    names = {path.parent.name for path in transport.root.glob("*/attempts")} - {"receiver"}
+    return sorted(name for name in names if attempts_of(transport, name))
 
 
-def read_claim(run_dir: Path, job: str) -> dict[str, Any] | None:
+def read_claim(transport: DirectoryTransport, job: str) -> dict[str, Any] | None:
     """What the newest start of a job says of itself; None if there was none."""
-    for path in reversed(attempts_of(run_dir, job)):
-        with contextlib.suppress(FileNotFoundError):  # of a start that was refused meanwhile
-            return dict(json.loads(path.read_bytes()))
+    for number in reversed(_numbers(transport, job)):
+        content = transport.small.read(claim_name(job, number))
+        if content is not None:  # not one of a start that was refused meanwhile, or a forged one
+            return dict(json.loads(content))
     return None
 
 
-def newest_attempt(run_dir: Path, job: str) -> int:
-    """The number of the newest start of a job; 0 if there was none."""
-    return max((int(path.stem) for path in attempts_of(run_dir, job)), default=0)
+def attempts_of(transport: DirectoryTransport, job: str) -> list[int]:
+    """The numbers of all starts of a job, ascending."""
+    numbers = _numbers(transport, job)
+    if not transport.signer.has_key:
+        return numbers
+    return [n for n in numbers if transport.small.read(claim_name(job, n)) is not None]
 
 
-def attempts_of(run_dir: Path, job: str) -> list[Path]:
-    """The claims of all starts of a job, in their order."""
-    claims = (run_dir / "bridge" / job / "attempts").glob("*.json")
-    return sorted(
-        (path for path in claims if ATTEMPT.fullmatch(path.stem)), key=lambda path: int(path.stem)
-    )
+def next_attempt(transport: DirectoryTransport | None, job: str) -> int:
+    """The number that the next start of a job has to claim.
+
+    Args:
+        transport: of the run; None if it is not founded yet.
+        job: its name.
+    """
+    if transport is None:
+        return 1
+    number = max(attempts_of(transport, job), default=0) + 1
+    taken = set(_numbers(transport, job))
+    # A file that is no claim of this run may be in the way of one.
+    while number in taken and transport.small.read(claim_name(job, number)) is None:
+        number += 1
+    return number
 
 
-def agree(bridge: Path, job: str, terms: dict[str, Any]) -> str:
+def claim_name(job: str, attempt: int) -> str:
+    """The name of a claim below the run's bridge directory."""
+    return f"{job}/attempts/{attempt:04d}.json"
+
+
+def has_ended(transport: DirectoryTransport, job: str) -> bool:
+    """Whether the newest record of a job is its ``end``."""
+    for sequence in reversed(transport.sequences(job)):
+        try:
+            return transport.read_header(job, sequence).kind == "end"
+        except (FileNotFoundError, PayloadError):
+            continue
+    return False
+
+
+def _numbers(transport: DirectoryTransport, job: str) -> list[int]:
+    names = (path.stem for path in (transport.root / job / "attempts").glob("*.json"))
+    return sorted(int(name) for name in names if _ATTEMPT.fullmatch(name))
+
+
+def agree(bridge: Path, job: str, terms: dict[str, Any], signer: Signer) -> str:
     """Found the run, or fit what its founder wrote.
 
     Args:
         bridge: the run's directory of shared files.
         job: the name of this job.
         terms: as :func:`toolkit.bridge.runs.attach` has them.
+        signer: of this job.
 
     Returns:
         The run's id.
 
     Raises:
         SchemaMismatchError: naming each term and each tensor that differs.
+        OtherKeyError: if it was founded with another key.
     """
     schemas = dict(terms["schemas"])
     mine: dict[str, Any] = {"run_id": uuid.uuid4().hex, "founder": job}
     mine |= {"format_version": FORMAT_VERSION, "schema": schemas.pop("backbone")}
     mine |= {key: terms[key] for key in TERMS}
-    found = _create_or_read(bridge / "run.json", mine)
+    found = _create_or_read(SignedFiles(bridge, signer), "run.json", mine)
     founder = found["founder"] if found["founder"] != job else f"earlier {job}"
     differences = [
         f"{key}: {job} {mine[key]!r}, {founder} {found.get(key)!r}"
@@ -80,12 +133,13 @@ def agree(bridge: Path, job: str, terms: dict[str, Any]) -> str:
         if mine[key] != found.get(key)
     ]
     differences += schema_differences(mine["schema"], found["schema"], job, founder)
-    paths = {head: bridge / "heads" / f"{head}.json" for head in schemas}
-    known = [head for head, path in paths.items() if path.exists()]
-    (bridge / "heads").mkdir(exist_ok=True)
+    names = {head: f"heads/{head}.json" for head in schemas}
+    known = [head for head, name in names.items() if (bridge / name).exists()]
+    files.make_directory(bridge / "heads")
+    small = SignedFiles(bridge, signer.of_run(str(found["run_id"])))
     for head in (*known, *schemas):
         if head in known or not differences:  # a job that does not fit founds nothing
-            theirs = _create_or_read(paths[head], {"founder": job, "schema": schemas[head]})
+            theirs = _create_or_read(small, names[head], {"founder": job, "schema": schemas[head]})
             name = theirs["founder"] if theirs["founder"] != job else f"earlier {job}"
             lines = schema_differences(schemas[head], theirs["schema"], job, name)
             differences += [line for line in lines if line not in differences]
@@ -99,13 +153,36 @@ def agree(bridge: Path, job: str, terms: dict[str, Any]) -> str:
     return str(found["run_id"])
 
 
-def _create_or_read(path: Path, mine: dict[str, Any]) -> dict[str, Any]:
+def _create_or_read(small: SignedFiles, name: str, mine: dict[str, Any]) -> dict[str, Any]:
     """What the file holds: mine, if this job is the first to write it."""
     try:
-        create_json(path, mine)
+        small.create(name, to_json(mine))
         return mine
     except FileExistsError:
-        return dict(json.loads(path.read_bytes()))
+        found = _read(small, name)
+        if found is None:
+            raise FileNotFoundError(f"{small.root / name} is there, but cannot be found") from None
+        return found
+
+
+def _read(small: SignedFiles, name: str) -> dict[str, Any] | None:
+    """What a founder wrote: no run is joined whose founder is not believed."""
+    run_dir = small.root.parent
+    try:
+        content = small.signer.unseal(name, files.read_plain(small.root / name))
+        return dict(json.loads(content))
+    except FileNotFoundError:
+        return None
+    except PayloadError as error:
+        if error.reason != "unauthenticated":
+            raise BridgeError(f"{small.root / name}: {error}") from None
+        raise OtherKeyError(
+            f"run {run_dir.name!r} has another key than this job ({name}: {error.detail}). Give "
+            f"all jobs of a run the same key, by {KEY_SOURCES}, or none of them one; or begin "
+            "another run (--run NAME, or another --runs_dir)"
+        ) from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise BridgeError(f"{run_dir} is no run of the bridge: {name}: {error}") from None
 
 
 def check_pair(name: str, donor: dict[str, Any], receiver: dict[str, Any]) -> None:
@@ -149,11 +226,6 @@ def check_pair(name: str, donor: dict[str, Any], receiver: dict[str, Any]) -> No
             )
 
 
-def create_json(path: Path, content: dict[str, Any]) -> None:
-    """Create a file.
-
-    Raises:
-        FileExistsError: if it is there.
-    """
-    data = json.dumps(content, indent=1, sort_keys=True).encode()
-    files.create(path, lambda temporary: temporary.write_bytes(data))
+def to_json(content: dict[str, Any]) -> bytes:
+    """What a file of this kind holds."""
+    return json.dumps(content, indent=1, sort_keys=True).encode()

@@ -42,6 +42,13 @@ def bridge_arguments() -> argparse.ArgumentParser:
         help="join or begin this run; by default the newest that waits for this job, or a new one",
     )
     group.add_argument(
+        "--key_file",
+        metavar="PATH",
+        help="a file that holds a key, of at least 16 bytes, and is readable by its owner only; or "
+        "set GRADIENT_BRIDGE_KEY. With a key, the same on both sides, nothing is taken that no job "
+        "of this run has signed, and only the owner may use the bridge's files",
+    )
+    group.add_argument(
         "--exchange",
         choices=EXCHANGES,
         default=_DEFAULTS.exchange,

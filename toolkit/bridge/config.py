@@ -50,6 +50,7 @@ class BridgeConfig:
     runs_dir: str | Path = "runs"  # the directory that the jobs share
     run: str | None = None  # attach to this run of it; None: the newest that waits for this job
     resume_from_checkpoint: str | Path | None = None  # reattach to the run of this checkpoint
+    key_file: str | Path | None = None  # holds the key of both jobs; GRADIENT_BRIDGE_KEY too may
     # What crosses. At the receiver's weights: gradients, or the difference that local steps make
     # (delta). At the donor's own: its weights (distill), or gradients of its head (head). auto:
     # gradients, and a teacher where no donor is there.

@@ -251,7 +251,7 @@ class GradientDonor(BridgeJob):
         try:
             return self.transport.read(job, sequence, max_bytes=self._receiver_bytes)
         except PayloadError:  # no claim was read yet, or the receiver has more heads now
-            claim = read_claim(self.run_dir, job) or {}
+            claim = read_claim(self.transport, job) or {}
             self._receiver_bytes = int(claim.get("record_bytes", self._record_bytes()))
             return self.transport.read(job, sequence, max_bytes=self._receiver_bytes)
 

@@ -10,12 +10,11 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from toolkit.bridge.agreement import read_claim
+from toolkit.bridge.agreement import has_ended, read_claim
 from toolkit.bridge.config import JOB_NAME, BridgeConfig
 from toolkit.bridge.errors import PayloadError, PeerError
 from toolkit.bridge.inbox import Inbox, Verdict
@@ -23,7 +22,6 @@ from toolkit.bridge.ledger import Entry
 from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.own_weights import stream_of
 from toolkit.bridge.payload import Record
-from toolkit.bridge.runs import has_ended
 from toolkit.bridge.sentinel import Sentinel
 from toolkit.bridge.transport import DirectoryTransport
 
@@ -88,8 +86,13 @@ class Donors:
         """Take in the donors that have come since the last call."""
         for name in self._transport.streams():
             is_donor = name != "receiver" and JOB_NAME.fullmatch(name)
-            if is_donor and name not in self._donors:
+            if is_donor and name not in self._donors and self._has_claimed(name):
                 self._add(name)
+
+    def _has_claimed(self, name: str) -> bool:
+        """Whether it is a job's stream and no mere directory, which anybody can make."""
+        transport = self._transport
+        return not transport.signer.has_key or read_claim(transport, name) is not None
 
     def _add(self, name: str) -> None:
         inbox = self._open_inbox(name, self._digests, self._has_started)
@@ -272,7 +275,6 @@ class Donors:
 
 def open_donors(
     transport: DirectoryTransport,
-    run_dir: Path,
     config: BridgeConfig,
     *,
     backbone: Collection[str],
@@ -284,7 +286,6 @@ def open_donors(
 
     Args:
         transport: the run's transport.
-        run_dir: the run's directory.
         config: the receiver's settings.
         backbone: names of its tensors.
         expected: by head, the parameters that a gradient must fit, by name.
@@ -308,12 +309,12 @@ def open_donors(
         )
         may_teach = config.has_teachers and config.takes_left_weights
         has_left_weights = bool(transport.sequences(stream_of(donor)))
-        if may_teach and has_left_weights and has_ended(run_dir, donor):
+        if may_teach and has_left_weights and has_ended(transport, donor):
             inbox.donor_is_away = True  # not waited for: these may teach
         return inbox
 
     def head_of(donor: str) -> str:
-        claim = read_claim(run_dir, donor) or {}
+        claim = read_claim(transport, donor) or {}
         return str(next(iter(claim.get("heads", expected))))
 
     return Donors(

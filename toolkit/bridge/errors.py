@@ -11,6 +11,10 @@ class SchemaMismatchError(BridgeError):
     """The two jobs do not share the same parameters; the message lists the tensors that differ."""
 
 
+class OtherKeyError(BridgeError):
+    """A run's jobs have another key than this job, or only one of both has a key."""
+
+
 class PeerError(BridgeError):
     """The other job did not come, or went silent, and ``require_peer`` is set."""
 
@@ -36,7 +40,7 @@ class PayloadError(Exception):
     Args:
         reason: a short code, one of ``truncated``, ``malformed``, ``digest``, ``alien``,
             ``schema``, ``nonfinite``, ``count``, ``unit``, ``too_large``, ``not_a_file``,
-            ``missing``, ``unreadable``, ``alarm``.
+            ``missing``, ``unreadable``, ``alarm``, ``unauthenticated``.
         detail: a sentence with the offending value.
     """
 

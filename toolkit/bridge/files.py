@@ -2,19 +2,30 @@
 
 ``create`` makes a name that never existed appear with its whole content, or not at all, and
 survive a power cut once it returns: temporary file in the same directory, write, fsync, hard link
-to the final name, fsync of the directory.
+to the final name, fsync of the directory. Who may not enter a directory may use nothing in it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from toolkit.bridge.errors import PayloadError
+
 TEMPORARY_PREFIX = ".tmp-"
+MAX_SMALL_BYTES = 16 * 2**20  # of a file that is read whole whatever is in it
+_NO_PLAIN_FILE = (
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.ENOTDIR,
+)  # a link, a socket, a path through a file
 
 
 def fsync_path(path: Path) -> None:
@@ -24,6 +35,65 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, unless it is there.
+
+    Raises:
+        NotADirectoryError: if a symbolic link is in its place, which may lead anywhere.
+    """
+    if not path.parent.exists():
+        make_directory(path.parent)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(path.parent.stat().st_mode & 0o777)
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "is no directory", str(path))
+
+
+def restrict(path: Path) -> None:
+    """Take from a file what those may not do who may not do it to its directory."""
+    mode, allowed = path.stat().st_mode, path.parent.stat().st_mode
+    if mode & 0o666 & ~allowed:
+        path.chmod(mode & 0o666 & allowed)
+
+
+def open_plain(path: Path) -> io.BufferedReader:
+    """Open a plain file, and nothing that a symbolic link in its place leads to.
+
+    Raises:
+        OSError: if it cannot be opened.
+        PayloadError: if it is no plain file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in _NO_PLAIN_FILE:
+            raise PayloadError("not_a_file", f"{path.name}: {error.strerror}") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise PayloadError("not_a_file", f"{path.name} is no plain file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_whole(file: io.BufferedReader, max_bytes: int) -> bytes:
+    """All of a file, unless it is too large; no more memory is taken than it has bytes.
+
+    Raises:
+        OSError: if it cannot be read.
+        PayloadError: if it has more than ``max_bytes``.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size > max_bytes:
+        raise PayloadError("too_large", f"{size} bytes, at most {max_bytes} are expected")
+    return file.read(size)
+
+
+def read_plain(path: Path, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
+    """All of a plain file; raises as :func:`open_plain` and :func:`read_whole` do."""
+    with open_plain(path) as file:
+        return read_whole(file, max_bytes)
 
 
 def fsync_tree(root: Path) -> None:
@@ -49,6 +119,7 @@ def create(path: Path, write: Callable[[Path], object]) -> int:
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
     try:
         write(temporary)
+        restrict(temporary)
         fsync_path(temporary)
         size = temporary.stat().st_size
         try:
@@ -97,6 +168,7 @@ def replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
     try:
         temporary.write_bytes(content)
+        restrict(temporary)
         temporary.replace(path)
     finally:
         with contextlib.suppress(FileNotFoundError):

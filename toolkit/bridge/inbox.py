@@ -7,7 +7,6 @@ Lives on the main process. Nothing that it finds out counts until the optimizer 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from torch import Tensor
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.ledger import Entry, Fate
 from toolkit.bridge.liveness import PeerWatch
-from toolkit.bridge.payload import Kind, Record, check_sum, read_header
+from toolkit.bridge.payload import Kind, Record, check_sum
 from toolkit.bridge.sentinel import OF_ONE_PAYLOAD, Sentinel
 from toolkit.bridge.transport import DirectoryTransport
 
@@ -175,8 +174,7 @@ class Inbox:
         if newest < self._first_unseen:
             return False
         try:
-            head = functools.partial(self._transport.read_head, self._donor, newest)
-            return read_header(head).kind != "end"
+            return self._transport.read_header(self._donor, newest).kind != "end"
         except (FileNotFoundError, PayloadError):
             return True  # the next look finds out
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from toolkit.bridge import files
 from toolkit.bridge.accumulation import WindowAccumulator
+from toolkit.bridge.authentication import KEY_SOURCES, UNSIGNED, Signer, load_key
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.errors import BridgeError, Interrupted, PayloadError
@@ -82,9 +83,23 @@ class BridgeJob:
         self.metrics: dict[str, float] = {}
         self.stop_signal = 0
         self._interruption = Interruption()
+        self._signer = self._agree_on_key()
         self._attach()
         accelerator.register_save_state_pre_hook(self._on_save_state)
         accelerator.register_load_state_pre_hook(self._on_load_state)
+
+    def _agree_on_key(self) -> Signer:
+        """This job's signer; its ranks may run on machines with environments of their own."""
+        signer, failure = UNSIGNED, None
+        try:
+            signer = Signer(load_key(self.config.key_file))
+        except BridgeError as error:
+            failure = error
+        mine = signer.sign("ranks", b"") if signer.has_key else ""
+        first = self.control.on_main(lambda: mine)
+        if not self.control.agree(failure is None and mine == first):
+            raise failure or BridgeError(f"not all ranks have the same key ({KEY_SOURCES})")
+        return signer
 
     def _attach(self) -> None:
         config = self.config
@@ -110,18 +125,23 @@ class BridgeJob:
             else config.checkpoint_interval,
             "checkpoints_kept": config.checkpoints_kept,
         }
-        attachment = self.control.on_main(lambda: attach(self.role, config, terms, claim))
+        attachment = self.control.on_main(
+            lambda: attach(self.role, config, terms, claim, self._signer)
+        )
         self.run_dir, self.run_id = attachment.run_dir, attachment.run_id
         self.job, self.attempt = config.job_of(self.role), attachment.attempt
-        self.transport = DirectoryTransport(self.run_dir / "bridge")
+        self.transport = DirectoryTransport(
+            self.run_dir / "bridge", self._signer.of_run(self.run_id)
+        )
         self.output_dir = self.run_dir / self.job
         self._heartbeat: Heartbeat | None = None
         self._publishers: list[Publisher] = []  # main process: one for each stream
         self._closed = False
         self.control.on_main(self._open_on_main)
         if self.accelerator.is_main_process:
-            self._heartbeat = Heartbeat(self.transport, self.job)
-            logger.info("%s of run %s", self.job, self.run_dir)
+            self._heartbeat = Heartbeat(self.transport, self.job, self.attempt)
+            signs = ", which signs with a key" if self._signer.has_key else ""
+            logger.info("%s of run %s%s", self.job, self.run_dir, signs)
 
     def _schemas(self) -> dict[str, dict[str, list[Any]]]:
         """What all jobs must have alike: tensors, or in exchange ``distill`` heads by name only.
@@ -167,7 +187,7 @@ class BridgeJob:
 
     def _read(self, job: str, sequence: int) -> Record:
         """Read and verify one record of another job, on this rank."""
-        record = parse_record(self._read_bytes(job, sequence))
+        record = parse_record(self._read_bytes(job, sequence), self.transport.signer)
         check_identity(record.header, run_id=self.run_id, job=job, sequence=sequence)
         return record
 

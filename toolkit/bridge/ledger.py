@@ -3,6 +3,9 @@
 The counts are part of the receiver's checkpoint. The file beside them is the trail: one JSON line
 per fate, one file per attempt of the receiver. An attempt that goes on from a checkpoint says so
 in a line of its own, so that :func:`read_path` finds the fates that led to given weights.
+
+It is not signed where the run has a key: nothing is applied on its word but in a replay, whose
+payloads are signed and whose weights are compared with the run's.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from typing import Any, Literal, get_args
 
 from toolkit.bridge import files
 from toolkit.bridge.config import JOB_NAME
-from toolkit.bridge.errors import BridgeError
+from toolkit.bridge.errors import BridgeError, PayloadError
+
+_MAX_TRAIL_BYTES = 2**32  # a fate takes about 200
 
 Fate = Literal["applied", "dropped", "rejected", "skipped"]
 
@@ -75,6 +80,8 @@ class Ledger:
         is_new = not self._path.exists()
         with self._path.open("a") as file:
             file.write(text)
+        if is_new:
+            files.restrict(self._path)
         if self._durable:
             files.fsync_path(self._path)
             if is_new:
@@ -114,10 +121,10 @@ def read_path(run_dir: Path, attempt: int) -> list[Entry]:
 
 def _read_lines(trail: Path) -> list[Entry | Resumption]:
     try:
-        text = trail.read_text(encoding="utf-8")
+        text = files.read_plain(trail, _MAX_TRAIL_BYTES).decode()
     except FileNotFoundError:  # of an attempt that settled no payload
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, PayloadError) as error:
         raise BridgeError(f"{trail} cannot be read: {error}") from None
     # A kill can cut the last line short; no checkpoint was saved after that.
     return [_parse(trail, number, line) for number, line in enumerate(text.split("\n")[:-1], 1)]

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from toolkit.bridge.errors import PeerError
 from toolkit.bridge.transport import DirectoryTransport
@@ -27,11 +28,12 @@ STALL_FACTOR = 10
 class Heartbeat:
     """Moves a job's counter from a thread of its own, so that a long step is no silence."""
 
-    def __init__(self, transport: DirectoryTransport, job: str) -> None:
+    def __init__(self, transport: DirectoryTransport, job: str, attempt: int = 0) -> None:
         self._transport, self._job = transport, job
         self._stop = threading.Event()
-        before = transport.heartbeat(job)
-        self._counter = int(before) if before.isdecimal() else 0
+        # With a key a smaller value is no life: a restart goes on above those of earlier ones,
+        # even where the last one cannot be read.
+        self._counter = max(int(transport.heartbeat(job) or 0), attempt << 32)
         self._thread = threading.Thread(target=self._run, name=f"{job}-heartbeat", daemon=True)
         self._thread.start()
 
@@ -97,6 +99,20 @@ class PeerWatch:
             time.sleep(0.05)
             self.observe()
         return self.seen
+
+
+def some_heart_beats(bridge: Path, timeout_seconds: float) -> bool:
+    """Whether some job in a run's bridge directory moves its counter, whatever it says."""
+
+    def look() -> dict[Path, int]:
+        return {path: path.lstat().st_mtime_ns for path in bridge.glob("*/heartbeat")}
+
+    before, deadline = look(), time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        if look() != before:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 class Wait:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from toolkit.bridge.config import JOB_NAME
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.payload import Record
 from toolkit.bridge.transport import DirectoryTransport
@@ -27,7 +28,8 @@ def stream_of(donor: str) -> str:
 def donors_with_weights(transport: DirectoryTransport) -> list[str]:
     """The names of the donors that have opened such a stream, in order."""
     streams = transport.streams()
-    return [stream.removesuffix(_SUFFIX) for stream in streams if stream.endswith(_SUFFIX)]
+    donors = [stream.removesuffix(_SUFFIX) for stream in streams if stream.endswith(_SUFFIX)]
+    return [donor for donor in donors if JOB_NAME.fullmatch(donor)]
 
 
 def newest_own_weights(

@@ -21,11 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from toolkit.bridge.authentication import UNSIGNED, Signer
 from toolkit.bridge.errors import PayloadError
 
 FORMAT_VERSION = 2
 Kind = Literal["gradient", "delta", "weights", "skip", "end"]
-_HEADER_KEY, _DIGEST_KEY = "gradient_bridge", "digest"
+_HEADER_KEY, _DIGEST_KEY, _SIGNATURE_KEY = "gradient_bridge", "digest", "hmac_sha256"
 MAX_HEADER_BYTES = 16 * 2**20
 
 
@@ -65,7 +66,10 @@ class Record:
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of each tensor, in the order of the names."""
+    """SHA-256 over name, dtype, shape and bytes of each tensor, in the order of the names.
+
+    It tells any two sets of tensors apart whose names have no ``|``.
+    """
     state = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
@@ -79,24 +83,39 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
-def _header_digest(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+def _check_header_text(text: str, metadata: Mapping[str, str], signer: Signer) -> None:
+    data = text.encode(errors="surrogatepass")
+    signer.check("record", data, metadata.get(_SIGNATURE_KEY))
+    if not signer.has_key and hashlib.sha256(data).hexdigest() != metadata.get(_DIGEST_KEY):
+        raise PayloadError("digest", "the header's digest does not match its text")
 
 
-def write_record(path: Path, header: Header, tensors: Mapping[str, Tensor]) -> Header:
+def write_record(
+    path: Path, header: Header, tensors: Mapping[str, Tensor], signer: Signer = UNSIGNED
+) -> Header:
     """Write a record to ``path`` (not atomically: the transport sees to that).
 
     Args:
         path: the file to write.
         header: its metadata; ``tensors_digest`` is filled in here.
         tensors: contiguous CPU tensors by name; may be empty.
+        signer: of the run; with a key, what it signs holds the digest of the tensors.
 
     Returns:
         The header as written.
+
+    Raises:
+        ValueError: for a name with a ``|``, which no reader takes.
     """
+    if any("|" in name for name in tensors):
+        raise ValueError(f"a name of a tensor must have no '|': {sorted(tensors)}")
     header = dataclasses.replace(header, tensors_digest=digest_tensors(tensors))
     text = json.dumps(dataclasses.asdict(header), sort_keys=True)
-    save_file(dict(tensors), path, metadata={_HEADER_KEY: text, _DIGEST_KEY: _header_digest(text)})
+    if signer.has_key:
+        proof = {_SIGNATURE_KEY: signer.sign("record", text.encode())}
+    else:
+        proof = {_DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
+    save_file(dict(tensors), path, metadata={_HEADER_KEY: text, **proof})
     # safetensors lets only the owner read; who may enter the directory may read what lies in it.
     path.chmod(path.parent.stat().st_mode & 0o666)
     return header
@@ -118,18 +137,18 @@ def _metadata(data: bytes) -> dict[str, str]:
         raise PayloadError("malformed", f"no metadata in the safetensors header: {error}") from None
 
 
-def parse_header(data: bytes) -> Header:
+def parse_header(data: bytes, signer: Signer = UNSIGNED) -> Header:
     """The header of a record from its first bytes (all of the safetensors header, at least).
 
     Raises:
-        PayloadError: if there is no header, or it is not the one that was written.
+        PayloadError: if there is no header, or it is not the one that was written; with a key, by
+            a job of this run.
     """
     metadata = _metadata(data)
     text = metadata.get(_HEADER_KEY)
     if text is None:
         raise PayloadError("alien", f"no {_HEADER_KEY!r} entry: not a file of this bridge")
-    if _header_digest(text) != metadata.get(_DIGEST_KEY):
-        raise PayloadError("digest", "the header's digest does not match its text")
+    _check_header_text(text, metadata, signer)
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -161,11 +180,12 @@ def _checked_header(fields: dict[str, Any]) -> Header:
     return Header(**fields)
 
 
-def read_header(read_head: Callable[[int], bytes]) -> Header:
+def read_header(read_head: Callable[[int], bytes], signer: Signer = UNSIGNED) -> Header:
     """The header of a record of which only the beginning is read.
 
     Args:
         read_head: gives the first so many bytes of the file.
+        signer: of the run.
 
     Raises:
         PayloadError: as :func:`parse_header`.
@@ -174,21 +194,21 @@ def read_header(read_head: Callable[[int], bytes]) -> Header:
     if len(start) < 8:
         raise PayloadError("truncated", f"{len(start)} bytes are too few for a safetensors file")
     (length,) = struct.unpack("<Q", start)
-    return parse_header(read_head(8 + min(length, MAX_HEADER_BYTES)))
+    return parse_header(read_head(8 + min(length, MAX_HEADER_BYTES)), signer)
 
 
-def parse_record(data: bytes) -> Record:
+def parse_record(data: bytes, signer: Signer = UNSIGNED) -> Record:
     """A whole record, its digests verified.
 
     Raises:
         PayloadError: for anything but exactly the bytes that ``write_record`` wrote.
     """
-    header = parse_header(data)
+    header = parse_header(data, signer)
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise PayloadError("truncated", f"not a complete safetensors file: {error}") from None
-    if digest_tensors(tensors) != header.tensors_digest:
+    if any("|" in name for name in tensors) or digest_tensors(tensors) != header.tensors_digest:
         raise PayloadError("digest", "the tensors' digest does not match the header")
     return Record(header=header, tensors=tensors, num_bytes=len(data))
 

@@ -67,7 +67,7 @@ class Publisher:
             numbered = dataclasses.replace(header, job=self.stream, sequence=sequence)
 
             def write(path: Path, header: Header = numbered) -> None:
-                write_record(path, header, tensors)
+                write_record(path, header, tensors, self._transport.signer)
 
             try:
                 size = self._transport.publish(self.stream, sequence, write)
@@ -97,9 +97,8 @@ class Publisher:
         path = self._transport.path(self.stream, sequence)
         try:
             data = self._transport.read(self.stream, sequence, max_bytes=self._record_bytes)
-            check_identity(
-                parse_header(data), run_id=self._run_id, job=self.stream, sequence=sequence
-            )
+            header = parse_header(data, self._transport.signer)
+            check_identity(header, run_id=self._run_id, job=self.stream, sequence=sequence)
         except (FileNotFoundError, PayloadError):
             logger.warning("%s is taken by an alien file; publishing under the next number", path)
             return

@@ -127,7 +127,7 @@ class GradientReceiver(BridgeJob):
         check_one_scaled_optimizer(self.accelerator)
         self._blueprints = self._draw_blueprints() if self.config.has_teachers else {}
         replay = self.config.replay
-        self._kept = KeptPayloads(Path(replay)) if replay is not None else None
+        self._kept = KeptPayloads(Path(replay), self._signer) if replay is not None else None
         self._injector = Injector(
             self.accelerator, self.parameters.values(), self.shared, self.control, self.config
         )
@@ -409,7 +409,6 @@ class GradientReceiver(BridgeJob):
             return Replay(self._kept)
         return open_donors(
             self.transport,
-            self.run_dir,
             self.config,
             backbone=self.shared.backbone,
             expected={head: self._gradient_parameters(head) for head in self.shared.heads},

@@ -7,17 +7,17 @@ ledger says. The run itself is only read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from toolkit.bridge.agreement import newest_attempt
+from toolkit.bridge import files
+from toolkit.bridge.agreement import attempts_of, open_bridge, read_claim
+from toolkit.bridge.authentication import UNSIGNED, Signer
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.inbox import Verdict
 from toolkit.bridge.ledger import Entry, read_path
 from toolkit.bridge.payload import Record, check_identity, parse_record
-from toolkit.bridge.transport import DirectoryTransport
 
 
 class KeptPayloads:
@@ -25,6 +25,7 @@ class KeptPayloads:
 
     Args:
         run_dir: the run's directory.
+        signer: of this job, with the run's key if it has one.
 
     Attributes:
         run_id: of the run.
@@ -35,13 +36,14 @@ class KeptPayloads:
         BridgeError: if the run or its ledger cannot be read.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self._transport = DirectoryTransport(run_dir / "bridge")
-        try:
-            self.run_id = str(json.loads((run_dir / "bridge" / "run.json").read_bytes())["run_id"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise BridgeError(f"{run_dir} is no run of the bridge: {error}") from None
-        self.attempt = newest_attempt(run_dir, "receiver")
+    def __init__(self, run_dir: Path, signer: Signer = UNSIGNED) -> None:
+        transport = open_bridge(run_dir, signer)
+        if transport is None:
+            raise BridgeError(f"{run_dir} is no run of the bridge: there is no bridge/run.json")
+        self._transport, self.run_id = transport, transport.signer.run_id
+        self.attempt = max(attempts_of(transport, "receiver"), default=0)
+        claim = read_claim(transport, "receiver") or {}
+        self._max_bytes = int(claim.get("record_bytes", 0))
         self.path = read_path(run_dir, self.attempt)
         self._digests = {(entry.donor, entry.sequence): entry.digest for entry in self.applied}
 
@@ -58,7 +60,8 @@ class KeptPayloads:
         """
         path = self._transport.kept_path(donor, sequence)
         try:
-            record = parse_record(path.read_bytes())
+            data = files.read_plain(path, self._max_bytes)
+            record = parse_record(data, self._transport.signer)
             check_identity(record.header, run_id=self.run_id, job=donor, sequence=sequence)
         except OSError as error:
             raise BridgeError(

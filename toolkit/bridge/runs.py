@@ -13,7 +13,6 @@ start at the same moment, in any order. A run has one receiver; each donor has a
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -22,19 +21,30 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from toolkit.bridge import files
 from toolkit.bridge.agreement import (
     agree,
     attempts_of,
     check_pair,
-    create_json,
+    claim_name,
     donors_of,
+    has_ended,
+    next_attempt,
+    open_bridge,
     read_claim,
+    to_json,
+)
+from toolkit.bridge.authentication import (
+    UNSIGNED,
+    Signer,
+    make_bridge_directory,
+    run_mode,
+    warn_of_others,
 )
 from toolkit.bridge.config import BridgeConfig, Role
-from toolkit.bridge.errors import BridgeError, PayloadError
-from toolkit.bridge.liveness import BEAT_SECONDS, PeerWatch
+from toolkit.bridge.errors import BridgeError, OtherKeyError
+from toolkit.bridge.liveness import BEAT_SECONDS, PeerWatch, some_heart_beats
 from toolkit.bridge.own_weights import stream_of
-from toolkit.bridge.payload import read_header
 from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
@@ -54,7 +64,11 @@ class Attachment:
 
 
 def attach(
-    role: Role, config: BridgeConfig, terms: dict[str, Any], claim: dict[str, Any]
+    role: Role,
+    config: BridgeConfig,
+    terms: dict[str, Any],
+    claim: dict[str, Any],
+    signer: Signer = UNSIGNED,
 ) -> Attachment:
     """Find the run for this start of a job, or found one, and claim the role in it.
 
@@ -64,8 +78,10 @@ def attach(
         terms: what jobs must agree on: ``agreement.TERMS``, and ``schemas``: that of the
             ``backbone`` and of each head that this job shares.
         claim: what other jobs may want to know of this one; fit for JSON.
+        signer: of this job.
 
     Raises:
+        OtherKeyError: if the run to join has not this job's key.
         BridgeError: if a named run is over or its role is taken by a living job, the checkpoint
             is of no run in this directory, or the directory cannot be written.
         SchemaMismatchError: if the other job's terms differ.
@@ -74,10 +90,12 @@ def attach(
     job = config.job_of(role)
     try:
         runs_dir.mkdir(parents=True, exist_ok=True)
+        if signer.has_key:
+            warn_of_others(runs_dir)
         while True:
             try:
-                run_dir, attempts = _choose_run(runs_dir, role, job, config)
-                return _join(run_dir, role, job, terms, claim, attempts + 1)
+                run_dir, attempt = _choose_run(runs_dir, role, job, config, signer)
+                return _join(run_dir, role, job, terms, claim, attempt, signer)
             except _OvertakenError:
                 continue  # another job was faster between our look and our claim: look again
     except OSError as error:
@@ -106,47 +124,37 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
-def has_ended(run_dir: Path, job: str) -> bool:
-    """Whether the newest record of ``job`` is its ``end``."""
-    transport = DirectoryTransport(run_dir / "bridge")
-    for sequence in reversed(transport.sequences(job)):
-        try:
-            header = read_header(functools.partial(transport.read_head, job, sequence))
-            return header.kind == "end"
-        except (FileNotFoundError, PayloadError):
-            continue
-    return False
-
-
 class _OvertakenError(Exception):
     """Another job took what this one was about to take."""
 
 
-def _choose_run(runs_dir: Path, role: Role, job: str, config: BridgeConfig) -> tuple[Path, int]:
-    """The run to join, and how many starts of this job it had when it was judged."""
+def _choose_run(
+    runs_dir: Path, role: Role, job: str, config: BridgeConfig, signer: Signer
+) -> tuple[Path, int]:
+    """The run to join, and the number of this start of this job when the run was judged."""
     if config.resume_from_checkpoint is not None:
-        run_dir = _run_of_checkpoint(runs_dir, job, Path(config.resume_from_checkpoint))
+        checkpoint = Path(config.resume_from_checkpoint)
+        run_dir = _run_of_checkpoint(runs_dir, job, checkpoint, signer)
     elif config.run is not None:
-        run_dir = _named_run(runs_dir, config.run)
+        run_dir = _named_run(runs_dir, config.run, signer)
     else:
-        return _open_or_new_run(runs_dir, role, config)
-    attempts = len(attempts_of(run_dir, job))
-    if config.run is not None:
-        _refuse_over(run_dir, role, config)
-    _refuse_living(run_dir, role, job)
-    return run_dir, attempts
+        return _open_or_new_run(runs_dir, role, config, signer)
+    transport = open_bridge(run_dir, signer)
+    attempt = next_attempt(transport, job)
+    if transport is not None:
+        if config.run is not None:
+            _refuse_over(transport, role, config)
+        _refuse_living(transport, role, job)
+    return run_dir, attempt
 
 
-def _run_of_checkpoint(runs_dir: Path, job: str, checkpoint: Path) -> Path:
+def _run_of_checkpoint(runs_dir: Path, job: str, checkpoint: Path, signer: Signer) -> Path:
     content = read_checkpoint(checkpoint)
     if content["job"] != job:
         raise BridgeError(f"{checkpoint} is a checkpoint of the {content['job']}, not the {job}")
-    run_dir = runs_dir / content["run"]
-    try:
-        run_id = json.loads((run_dir / "bridge" / "run.json").read_bytes())["run_id"]
-    except FileNotFoundError:
-        run_id = None
-    if run_id != content["run_id"]:
+    run_dir = _plain_name(runs_dir, str(content["run"]))
+    transport = open_bridge(run_dir, signer)
+    if transport is None or transport.signer.run_id != content["run_id"]:
         raise BridgeError(
             f"{checkpoint} belongs to run {content['run']} (id {content['run_id']}), which is not "
             f"in {runs_dir}; give the directory that holds it (--runs_dir)"
@@ -154,36 +162,40 @@ def _run_of_checkpoint(runs_dir: Path, job: str, checkpoint: Path) -> Path:
     return run_dir
 
 
-def _named_run(runs_dir: Path, name: str) -> Path:
-    if not _NAME.fullmatch(name):
-        raise BridgeError(f"run name {name!r} must be a plain directory name")
-    run_dir = runs_dir / name
-    run_dir.mkdir(exist_ok=True)
+def _named_run(runs_dir: Path, name: str, signer: Signer) -> Path:
+    run_dir = _plain_name(runs_dir, name)
+    run_dir.mkdir(run_mode(signer), exist_ok=True)
     return run_dir
 
 
-def _refuse_over(run_dir: Path, role: Role, config: BridgeConfig) -> None:
-    name = run_dir.name
+def _plain_name(runs_dir: Path, name: str) -> Path:
+    if not _NAME.fullmatch(name):
+        raise BridgeError(f"run name {name!r} must be a plain directory name")
+    return runs_dir / name
+
+
+def _refuse_over(transport: DirectoryTransport, role: Role, config: BridgeConfig) -> None:
+    name = transport.root.parent.name
     ways_out = (
         "leave --run out to begin a new run, name another one, or resume it with "
         "--resume_from_checkpoint"
     )
-    if has_ended(run_dir, "receiver"):
+    if has_ended(transport, "receiver"):
         raise BridgeError(f"run {name!r} is over: its receiver has ended; {ways_out}")
-    donors = donors_of(run_dir) if role == "receiver" else []
-    if _have_left_weights(run_dir, donors, config):
+    donors = donors_of(transport) if role == "receiver" else []
+    if _have_left_weights(transport, donors, config):
         return
-    if donors and all(has_ended(run_dir, donor) for donor in donors):
+    if donors and all(has_ended(transport, donor) for donor in donors):
         who = "its donor has" if len(donors) == 1 else "all its donors have"
         raise BridgeError(f"run {name!r} is over: {who} ended; {ways_out}")
 
 
-def _refuse_living(run_dir: Path, role: Role, job: str) -> None:
-    holder = read_claim(run_dir, job)
-    if holder is not None and _lives(run_dir, job):
+def _refuse_living(transport: DirectoryTransport, role: Role, job: str) -> None:
+    holder = read_claim(transport, job)
+    if holder is not None and _lives(transport, job):
         another = "" if role == "receiver" else "give this one a name of its own (--donor_name), "
         raise BridgeError(
-            f"run {run_dir.name!r} has a living {job} (process {holder['pid']} on "
+            f"run {transport.root.parent.name!r} has a living {job} (process {holder['pid']} on "
             f"{holder['host']}): end that one first, {another}name another run (--run), or leave "
             "--run and --resume_from_checkpoint out to begin a new run"
         )
@@ -195,80 +207,108 @@ def newest_run(runs_dir: Path) -> str | None:
     return max((path.name for path in numbered if path.is_dir()), key=int, default=None)
 
 
-def _open_or_new_run(runs_dir: Path, role: Role, config: BridgeConfig) -> tuple[Path, int]:
+def _open_or_new_run(
+    runs_dir: Path, role: Role, config: BridgeConfig, signer: Signer
+) -> tuple[Path, int]:
     """The newest numbered run if it waits for this job, else a new one of the next number.
 
-    And how many starts of this job it had before it was judged.
+    And the number of this start of this job before the run was judged.
     """
-    newest = newest_run(runs_dir)
+    newest, job = newest_run(runs_dir), config.job_of(role)
     if newest is not None:
-        attempts = len(attempts_of(runs_dir / newest, config.job_of(role)))
-        if _waits_for(runs_dir / newest, role, config):
-            return runs_dir / newest, attempts
+        try:
+            transport = open_bridge(runs_dir / newest, signer)
+            attempt = next_attempt(transport, job)
+            if transport is None or _waits_for(transport, role, config):
+                return runs_dir / newest, attempt
+        except OtherKeyError:
+            if _seems_to_wait_for(runs_dir / newest, job):
+                raise
     # The number follows from the very look that found no run to join: of two jobs that start at
     # the same moment one makes the directory, and the other looks again and joins it.
     run_dir = runs_dir / f"{int(newest or 0) + 1:04d}"
     while run_dir.is_file():
         run_dir = runs_dir / f"{int(run_dir.name) + 1:04d}"
     try:
-        run_dir.mkdir()
+        run_dir.mkdir(run_mode(signer))
     except FileExistsError:
         raise _OvertakenError from None
-    return run_dir, 0
+    return run_dir, 1
 
 
-def _waits_for(run_dir: Path, role: Role, config: BridgeConfig) -> bool:
-    if has_ended(run_dir, "receiver"):
+def _waits_for(transport: DirectoryTransport, role: Role, config: BridgeConfig) -> bool:
+    if has_ended(transport, "receiver"):
         return False
-    job, has_receiver = config.job_of(role), bool(attempts_of(run_dir, "receiver"))
+    job, has_receiver = config.job_of(role), bool(attempts_of(transport, "receiver"))
     # A receiver that lives on what a donor has left takes another one of that name.
-    is_successor = role == "donor" and has_receiver and has_ended(run_dir, job)
-    if attempts_of(run_dir, job) and (not is_successor or _lives(run_dir, job)):
+    is_successor = role == "donor" and has_receiver and has_ended(transport, job)
+    if attempts_of(transport, job) and (not is_successor or _lives(transport, job)):
         return False
-    donors = donors_of(run_dir)
+    donors = donors_of(transport)
     peers = ["receiver"] if role == "donor" and has_receiver else donors
-    if role == "receiver" and _have_left_weights(run_dir, donors, config):
+    if role == "receiver" and _have_left_weights(transport, donors, config):
         return True
-    open_peers = [peer for peer in peers if not has_ended(run_dir, peer)]
-    if peers and not any(_lives(run_dir, peer) for peer in open_peers):
+    open_peers = [peer for peer in peers if not has_ended(transport, peer)]
+    if peers and not any(_lives(transport, peer) for peer in open_peers):
         if open_peers:
-            who = ", ".join(open_peers)
-            logger.info("run %s: %s does not live; not joining it", run_dir.name, who)
+            who, name = ", ".join(open_peers), transport.root.parent.name
+            logger.info("run %s: %s does not live; not joining it", name, who)
         return False
     return True
 
 
-def _have_left_weights(run_dir: Path, donors: list[str], config: BridgeConfig) -> bool:
+def _seems_to_wait_for(run_dir: Path, job: str) -> bool:
+    """Whether a run with another key has a living job and none with this name.
+
+    What is in its files is not believed: the answer decides only whether this job says that the
+    keys differ, or begins a run of its own beside one that is over or complete.
+    """
+    bridge = run_dir / "bridge"
+    is_taken = any((bridge / job / "attempts").glob("*.json"))
+    return not is_taken and some_heart_beats(bridge, 5 * BEAT_SECONDS)
+
+
+def _have_left_weights(
+    transport: DirectoryTransport, donors: list[str], config: BridgeConfig
+) -> bool:
     """Whether this receiver can use what donors have trained by themselves, dead or alive."""
-    transport = DirectoryTransport(run_dir / "bridge")
     return config.takes_left_weights and any(transport.sequences(stream_of(d)) for d in donors)
 
 
 def _join(
-    run_dir: Path, role: Role, job: str, terms: dict[str, Any], claim: dict[str, Any], attempt: int
+    run_dir: Path,
+    role: Role,
+    job: str,
+    terms: dict[str, Any],
+    claim: dict[str, Any],
+    attempt: int,
+    signer: Signer,
 ) -> Attachment:
     """Agree on the terms, then claim this attempt."""
     bridge = run_dir / "bridge"
-    (bridge / job / "attempts").mkdir(parents=True, exist_ok=True)
-    run_id = agree(bridge, job, terms)
+    make_bridge_directory(bridge, signer)
+    run_id = agree(bridge, job, terms, signer)
+    transport = DirectoryTransport(bridge, signer.of_run(run_id))
+    for name in (job, f"{job}/attempts"):
+        files.make_directory(bridge / name)
     heads = sorted(set(terms["schemas"]) - {"backbone"})
     content = {**claim, "heads": heads, "host": socket.gethostname(), "pid": os.getpid()}
-    claimed = bridge / job / "attempts" / f"{attempt:04d}.json"
+    claimed = claim_name(job, attempt)
     try:
-        create_json(claimed, content)
+        transport.small.create(claimed, to_json(content))
     except FileExistsError:
         raise _OvertakenError from None
     try:  # of two jobs that start at the same moment, the later one finds the other's claim
-        for other in donors_of(run_dir) if role == "receiver" else ("receiver",):
-            if (theirs := read_claim(run_dir, other)) is not None:
+        for other in donors_of(transport) if role == "receiver" else ("receiver",):
+            if (theirs := read_claim(transport, other)) is not None:
                 pair = (other, theirs, content) if role == "receiver" else (job, content, theirs)
                 check_pair(*pair)
     except BridgeError:
-        claimed.unlink()  # a corrected start must find its place free
+        (bridge / claimed).unlink()  # a corrected start must find its place free
         raise
     return Attachment(run_dir, run_id, attempt)
 
 
-def _lives(run_dir: Path, job: str) -> bool:
-    watch = PeerWatch(DirectoryTransport(run_dir / "bridge"), job)
+def _lives(transport: DirectoryTransport, job: str) -> bool:
+    watch = PeerWatch(transport, job)
     return watch.await_life(5 * BEAT_SECONDS)

@@ -263,7 +263,8 @@ class Teachers:
     def _read(self, donor: str, sequence: int) -> Record:
         """Read and verify weights; raises as :meth:`DirectoryTransport.read` does."""
         stream = stream_of(donor)
-        record = parse_record(self._transport.read(stream, sequence, max_bytes=self._max_bytes))
+        data = self._transport.read(stream, sequence, max_bytes=self._max_bytes)
+        record = parse_record(data, self._transport.signer)
         header = record.header
         check_identity(header, run_id=self._run_id, job=stream, sequence=sequence)
         if header.kind != "weights":

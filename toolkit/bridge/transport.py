@@ -12,31 +12,33 @@ not gradients. Layout below its root, with ``J`` the name of the publishing job:
     J.weights/...                      a second stream of donor J: its own weights, for a teacher
 
 Names are predictable: a receiver that waits for a donor looks up one name of its stream.
+
+Symbolic links in the place of a stream's directories or files lead out of the run: they are as if
+they were not there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import os
 import re
-import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from toolkit.bridge import files
-from toolkit.bridge.errors import BridgeError, PayloadError
+from toolkit.bridge.authentication import UNSIGNED, Signer
+from toolkit.bridge.errors import BridgeError
+from toolkit.bridge.payload import Header, check_identity, read_header
+from toolkit.bridge.signed_files import SignedFiles
 
 READ_SECONDS = 5.0  # a network file system may show a new file to one host before another
 _RECORD_NAME = re.compile(r"([0-9]{10})\.safetensors")
-_NO_PLAIN_FILE = (
-    errno.ELOOP,
-    errno.ENXIO,
-    errno.ENOTDIR,
-)  # a link, a socket, a path through a file
+_NOTE_NAME = re.compile(r"([0-9]{10})\.json")
 
 
 class DirectoryTransport:
@@ -44,10 +46,12 @@ class DirectoryTransport:
 
     Args:
         root: the run's bridge directory; must exist.
+        signer: of the run, if its jobs have a key.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, signer: Signer = UNSIGNED) -> None:
+        self.root, self.signer = root, signer
+        self.small = SignedFiles(root, signer)
 
     def open_stream(self, job: str) -> None:
         """Make the directories of ``job``'s own stream. Called once, by the job that publishes.
@@ -56,8 +60,8 @@ class DirectoryTransport:
             BridgeError: if the directory cannot be written, or has no hard links.
         """
         try:
-            for name in ("records", "rejected"):
-                (self.root / job / name).mkdir(parents=True, exist_ok=True)
+            for name in (job, f"{job}/records", f"{job}/rejected"):
+                files.make_directory(self.root / name)
             probe = self.root / job / f"probe-{uuid.uuid4().hex}"
             files.create(probe, lambda path: path.write_bytes(b""))
             probe.unlink()
@@ -105,27 +109,29 @@ class DirectoryTransport:
             FileNotFoundError: if it is not there (not yet, or pruned), or the disk fails just now.
             PayloadError: if it is no plain file, or is larger than ``max_bytes``.
         """
-        with self._open(job, sequence) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > max_bytes:
-                raise PayloadError("too_large", f"{size} bytes, at most {max_bytes} are expected")
-            return _read(file, max_bytes)
+        with self._open(job, sequence) as file, _absent_if_failing(file.name):
+            return files.read_whole(file, max_bytes)
 
     def read_head(self, job: str, sequence: int, num_bytes: int) -> bytes:
         """The first bytes of a record, at most ``num_bytes``; raises as :meth:`read` does."""
-        with self._open(job, sequence) as file:
-            return _read(file, num_bytes)
+        with self._open(job, sequence) as file, _absent_if_failing(file.name):
+            return file.read(num_bytes)
+
+    def read_header(self, job: str, sequence: int) -> Header:
+        """The header of a record, which belongs to this place; raises as :meth:`read` does."""
+        header = read_header(functools.partial(self.read_head, job, sequence), self.signer)
+        # That it is of this run too is what its signature says.
+        check_identity(header, run_id=header.run_id, job=job, sequence=sequence)
+        return header
 
     def acknowledge(self, job: str, sequence: int) -> None:
         """Tell ``job`` that its records below ``sequence`` will never be read again."""
-        files.replace(self.root / job / "acknowledged", str(sequence).encode())
+        if self._is_inside(job):
+            self.small.replace(f"{job}/acknowledged", str(sequence).encode())
 
     def acknowledged(self, job: str) -> int:
         """The number below which ``job``'s reader needs nothing any more; 0 at first."""
-        try:
-            return int((self.root / job / "acknowledged").read_bytes())
-        except (FileNotFoundError, ValueError):
-            return 0
+        return self.small.counter(f"{job}/acknowledged") or 0
 
     def prune(self, job: str, sequence: int) -> None:
         """Delete ``job``'s records below ``sequence``, but never its newest one."""
@@ -144,8 +150,10 @@ class DirectoryTransport:
         target = self.kept_path(job, sequence)
         try:
             if not target.parent.is_dir():
-                target.parent.mkdir(exist_ok=True)
+                files.make_directory(target.parent)
                 files.fsync_path(target.parent.parent)
+            if not self._is_inside(job, "kept"):
+                raise NotADirectoryError(errno.ENOTDIR, "is outside of the run", str(target.parent))
             with contextlib.suppress(FileExistsError):  # kept before a resume: the same bytes
                 files.link(self.path(job, sequence), target)
         except OSError as error:
@@ -153,70 +161,92 @@ class DirectoryTransport:
 
     def reject(self, job: str, sequence: int, reason: str, detail: str) -> None:
         """Keep a record that must not be used aside, and leave a note for its publisher."""
-        path = self.path(job, sequence)
+        path, name = self.path(job, sequence), _note(job, sequence)
         note = json.dumps({"reason": reason, "detail": detail}).encode()
-        with contextlib.suppress(FileExistsError):
-            files.create(self._note(job, sequence), lambda temporary: temporary.write_bytes(note))
-        with contextlib.suppress(FileNotFoundError):
+        if not (self._is_inside(job) and self._is_inside(job, "rejected")):
+            return
+        try:
+            self.small.create(name, note)
+        except FileExistsError:
+            if self.rejection(job, sequence) is None:  # it is no note of this run
+                with contextlib.suppress(IsADirectoryError):
+                    self.small.replace(name, note)
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
             path.rename(self.root / job / "rejected" / path.name)
 
     def rejection(self, job: str, sequence: int) -> str | None:
         """The reason for which record ``sequence`` was refused, or None."""
+        note = self.small.read(_note(job, sequence))
         try:
-            return str(json.loads(self._note(job, sequence).read_bytes())["reason"])
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):
+            return None if note is None else str(json.loads(note)["reason"])
+        except (ValueError, KeyError, TypeError, RecursionError):
             return "unknown"
 
     def beat(self, job: str, counter: int) -> None:
         """Set ``job``'s heartbeat counter. Not durable: it says something only while it moves."""
-        files.replace(self.root / job / "heartbeat", str(counter).encode())
+        self.small.replace(f"{job}/heartbeat", str(counter).encode())
 
     def heartbeat(self, job: str) -> str:
-        """``job``'s heartbeat counter as text; empty before the first. Compare for change only."""
+        """``job``'s heartbeat counter as text; empty before the first. Compare for change only.
+
+        With a key it only grows for one reader. Who recorded all of a dead job's beats can still
+        play them to a job that starts later: that job waits in vain, but not beyond its deadline.
+        """
         try:
-            return (self.root / job / "heartbeat").read_text()
+            counter = self.small.counter(f"{job}/heartbeat")
         except OSError:
             return ""
+        return "" if counter is None else str(counter)
 
     def streams(self) -> list[str]:
         """The names of the streams that were opened here, at whatever time, in order."""
-        return sorted(path.parent.name for path in self.root.glob("*/records"))
+        names = (path.parent.name for path in self.root.glob("*/records"))
+        return sorted(name for name in names if self._is_inside(name))
 
     def rejected(self, job: str) -> list[int]:
         """The numbers of ``job``'s records that were refused, ascending."""
-        notes = (self.root / job / "rejected").glob("[0-9]*.json")
-        return sorted(int(note.stem) for note in notes)
+        names = self._names(job, "rejected")
+        numbers = sorted(int(match[1]) for name in names if (match := _NOTE_NAME.fullmatch(name)))
+        return [number for number in numbers if self.rejection(job, number) is not None]
 
     def _open(self, job: str, sequence: int) -> io.BufferedReader:
         path = self.path(job, sequence)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError as error:
-            if error.errno in _NO_PLAIN_FILE:
-                raise PayloadError("not_a_file", f"{path.name}: {error.strerror}") from None
-            raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise PayloadError("not_a_file", f"{path.name} is no plain file")
-        return os.fdopen(descriptor, "rb")
+        with _absent_if_failing(path):
+            file = files.open_plain(path)
+        # Looked at afterwards, so that who waits for a record only looks up its name.
+        if not self._is_inside(job):
+            file.close()
+            raise FileNotFoundError(errno.ENOENT, "it is outside of the run", str(path))
+        return file
 
-    def _note(self, job: str, sequence: int) -> Path:
-        return self.root / job / "rejected" / f"{sequence:010d}.json"
+    def _is_inside(self, job: str, directory: str = "records") -> bool:
+        """Whether a directory of a stream is there, and no link that leads out of the run."""
+        for name in (job, f"{job}/{directory}"):
+            if os.path.islink(os.path.join(self.root, name)):  # twice as fast as a Path's
+                self.small.ignore(name, "it is a symbolic link")
+                return False
+        return True
 
-    def _names(self, job: str) -> list[str]:
+    def _names(self, job: str, directory: str = "records") -> list[str]:
+        if not self._is_inside(job, directory):
+            return []
         try:
-            return os.listdir(self.root / job / "records")
+            return os.listdir(self.root / job / directory)
         except FileNotFoundError:
             return []
 
 
-def _read(file: io.BufferedReader, num_bytes: int) -> bytes:
+@contextlib.contextmanager
+def _absent_if_failing(path: Path | str) -> Iterator[None]:
+    """A disk that fails just now does not show what is there."""
     try:
-        return file.read(num_bytes)
+        yield
     except OSError as error:
-        raise FileNotFoundError(error.errno, error.strerror, file.name) from None
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
+
+
+def _note(job: str, sequence: int) -> str:
+    return f"{job}/rejected/{sequence:010d}.json"
 
 
 def _match(name: str) -> re.Match[str] | None:

@@ -5,14 +5,13 @@ Lives on the main process; the counterpart of ``inbox``, which reads the donor's
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 
+from toolkit.bridge.agreement import has_ended
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.liveness import PeerWatch
-from toolkit.bridge.payload import Header, Record, read_header
-from toolkit.bridge.runs import has_ended
+from toolkit.bridge.payload import Header, Record
 from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
@@ -42,13 +41,13 @@ class WeightsInbox:
         self.completed_windows = 0
         for sequence in transport.sequences(donor):
             try:
-                header = read_header(functools.partial(transport.read_head, donor, sequence))
+                header = transport.read_header(donor, sequence)
             except (FileNotFoundError, PayloadError):
                 continue
             self.completed_windows = header.donor_step
             if header.kind != "end":
                 self.note_answer(header, sequence)
-        if has_ended(transport.root.parent, "receiver"):
+        if has_ended(transport, "receiver"):
             # The end of an earlier start of the receiver, which is to be resumed like this job.
             self._seen = transport.sequences("receiver")[-1]
 

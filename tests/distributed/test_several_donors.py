@@ -83,9 +83,14 @@ def steps_of(output: Path) -> list[dict[str, int]]:
     """For every step, the payload of each donor that was applied in it."""
     trail = output / "runs" / "0001" / "bridge" / "receiver" / "ledger-0001.jsonl"
     entries = [json.loads(line) for line in trail.read_text().splitlines()]
-    assert {entry["fate"] for entry in entries} == {"applied"}
+    applied = [entry for entry in entries if entry["fate"] == "applied"]
+    others = [
+        (e["donor"], e["sequence"], e["fate"], e["reason"]) for e in entries if e not in applied
+    ]
+    # The receiver may be about to step when a donor joins, which then answers the weights before.
+    assert others in ([], [("third", 0, "dropped", "stale")])
     steps: list[dict[str, int]] = []
-    for entry in entries:
+    for entry in applied:
         while len(steps) <= entry["receiver_step"]:
             steps.append({})
         steps[entry["receiver_step"]][entry["donor"]] = entry["sequence"]

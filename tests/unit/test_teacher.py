@@ -170,8 +170,8 @@ def test_that_a_donor_that_has_ended_teaches(
     with torch.no_grad():
         target = build_network(Case(seed=2), ("h2",))(job.features, "h2")
     loss = job.receiver.teacher_loss(job.logits(), job.features)
-    p, q = (target / 2).softmax(1), (job.logits() / 2).softmax(1)
-    expected = 4 * (p * (p / q).log()).sum() / len(target)
+    p, q = (target / 4).softmax(1), (job.logits() / 4).softmax(1)  # the default temperature
+    expected = 16 * (p * (p / q).log()).sum() / len(target)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
     for _ in range(5):
         job.step()

@@ -223,7 +223,7 @@ class Look:
     def _read_terms(self) -> dict[str, Any]:
         content = SignedFiles(self.transport.root, self._signer).read("run.json")
         if content is None:
-            if self._listing.statuses:
+            if self._listing.statuses and not self._problems:
                 self._note("bridge/run.json cannot be read")
             return {}
         return self._try("bridge/run.json", lambda: dict(json.loads(content))) or {}

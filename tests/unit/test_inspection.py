@@ -250,7 +250,8 @@ def test_that_with_the_key_only_what_is_signed_is_believed(
 
     status, run = inspect(streams.run_dir)
     assert status == 1
-    assert "has another key than this job" in run["problems"][0]
+    (problem,) = run["problems"]
+    assert "has another key than this job" in problem
     assert [job["start"] for job in run["jobs"]] == [1, 1]
     assert [job["host"] for job in run["jobs"]] == [None, None]
 

@@ -289,7 +289,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ("terms are deep", write("run.json", DEEP), "bridge/run.json cannot be read"),
     ("terms are missing", lambda b: (b / "run.json").unlink(), "bridge/run.json cannot be read"),
     ("terms are a pipe", put_pipe("run.json"), "bridge/run.json is no plain file"),
-    ("terms are a directory", put_directory("run.json"), "bridge/run.json cannot be read"),
+    ("terms are a directory", put_directory("run.json"), "run.json is no plain file"),
     ("claim is garbage", write(CLAIM, b"{"), "the claim of the donor cannot be read"),
     ("claim is a pipe", put_pipe(CLAIM), f"bridge/{CLAIM} is no plain file"),
     ("claim is deep", write(CLAIM, DEEP), "the claim of the donor cannot be read"),

@@ -16,10 +16,12 @@ import pytest
 
 from tests.unit.run_files import Inspect, SmallRun, Streams, flip, plain_files
 from tests.unit.streams import Bridge
+from toolkit import inspection_run
 from toolkit.bridge.ledger import Ledger, trail_path
 from toolkit.bridge.payload import parse_record, write_record
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.inspection import watch
+from toolkit.inspection_fates import numbers_present
 from toolkit.inspection_files import Listing
 from toolkit.inspection_verify import Verification
 
@@ -180,9 +182,9 @@ def test_that_the_books_add_up_while_jobs_publish_settle_and_delete(tmp_path: Pa
 
     thread = threading.Thread(target=work)
     thread.start()
-    published = []
+    published: list[int] = []
     try:
-        for _ in range(20):
+        while len(published) < 20 or published[-1] < published[0] + 20:
             (look,), _ = watch([streams.run_dir], 0.001)
             run = Verification(look, look.report()).read(lambda: None)
             assert run.fates[0].adds_up, run.fates
@@ -193,7 +195,59 @@ def test_that_the_books_add_up_while_jobs_publish_settle_and_delete(tmp_path: Pa
         thread.join()
 
     assert published == sorted(published)
-    assert published[-1] > published[0] + 20
+
+
+class Moves:
+    """Lets jobs go on between two readings: after the first call of any function given to it."""
+
+    def __init__(self, move: Callable[[], None]) -> None:
+        self._move: Callable[[], None] | None = move
+
+    def after(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            found = function(*args)
+            if self._move is not None:
+                move, self._move = self._move, None
+                move()
+            return found
+
+        return call
+
+
+def test_that_a_payload_settled_and_deleted_between_two_readings_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = Streams(tmp_path / "0001")
+    for sequence in range(3):
+        streams.publish(sequence)
+
+    def settle() -> None:
+        streams.settle(1, 0, 1)
+        streams.transport.acknowledge("donor", 2)
+        streams.transport.prune("donor", 2)
+
+    moves = Moves(settle)
+    (look,), _ = watch([streams.run_dir], 0.01)
+    for name in ("numbers_present", "read_path"):
+        function = getattr(inspection_run, name)
+        monkeypatch.setattr(inspection_run, name, moves.after(function))
+    (fates,) = look.report().fates
+
+    assert (fates.published, fates.applied, fates.pending) == (3, 2, 1)
+    assert fates.adds_up
+
+
+def test_that_a_record_put_aside_between_two_readings_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = Streams(tmp_path / "0001")
+    streams.publish(0)
+    moves = Moves(lambda: streams.transport.reject("donor", 0, "digest", ""))
+    for name in ("sequences", "rejected"):
+        function = getattr(DirectoryTransport, name)
+        monkeypatch.setattr(DirectoryTransport, name, moves.after(function))
+
+    assert numbers_present(streams.transport, "donor") == ({0}, 0)
 
 
 def test_that_what_was_listed_may_be_gone_when_it_is_read(

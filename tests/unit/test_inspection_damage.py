@@ -19,9 +19,9 @@ from tests.unit.streams import Bridge
 from toolkit.bridge.ledger import Ledger, trail_path
 from toolkit.bridge.payload import parse_record, write_record
 from toolkit.bridge.transport import DirectoryTransport
-from toolkit.inspection import watch
-from toolkit.inspection_files import Listing
-from toolkit.inspection_verify import Verification
+from toolkit.inspection.command import watch
+from toolkit.inspection.files import Listing
+from toolkit.inspection.verify import Verification
 
 # -- the bytes ------------------------------------------------------------------------------------
 

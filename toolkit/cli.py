@@ -90,7 +90,7 @@ def _add_inspect(commands: Subcommands) -> None:
         epilog=(
             "Exit status: 0 if nothing is wrong, 1 if something is (files that cannot be read, "
             "payloads without a fate, with --verify bad records), 2 if there is no run. A silent "
-            "job is not wrong. The fields of --json: toolkit/inspection_report.py."
+            "job is not wrong. The fields of --json: toolkit/inspection/report.py."
         ),
         formatter_class=DefaultsFormatter,
     )
@@ -128,7 +128,7 @@ def _add_doctor(commands: Subcommands) -> None:
         epilog=(
             "Exit status: 0 if the bridge can be used there, 1 if not. Both processes run on this "
             "host; a network file system may show a new file to another host later than to this "
-            "one. The fields of --json: toolkit/doctor_report.py."
+            "one. The fields of --json: toolkit/doctor/report.py."
         ),
         formatter_class=DefaultsFormatter,
     )
@@ -162,13 +162,13 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from toolkit.inspection import run_inspect
+    from toolkit.inspection.command import run_inspect
 
     return run_inspect(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from toolkit.doctor import run_doctor
+    from toolkit.doctor.command import run_doctor
 
     return run_doctor(args)
 

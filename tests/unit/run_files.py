@@ -21,7 +21,7 @@ from toolkit.bridge.ledger import Entry, Ledger, trail_path
 from toolkit.bridge.payload import Header, Kind, digest_tensors, write_record
 from toolkit.bridge.signed_files import SignedFiles
 from toolkit.bridge.transport import DirectoryTransport
-from toolkit.inspection import watch
+from toolkit.inspection.command import watch
 
 Inspect = Callable[..., tuple[int, dict[str, Any]]]
 

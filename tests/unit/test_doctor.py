@@ -16,12 +16,15 @@ from typing import Any
 import psutil
 import pytest
 
-from toolkit import cli, doctor, doctor_measures, doctor_peer
+from toolkit import cli
 from toolkit.bridge import files
 from toolkit.bridge.polling import pause
-from toolkit.doctor_measures import find_place, measure_costs, try_promises
-from toolkit.doctor_peer import LAST, Peer
-from toolkit.doctor_report import Times
+from toolkit.doctor import command as doctor
+from toolkit.doctor import measures as doctor_measures
+from toolkit.doctor import peer as doctor_peer
+from toolkit.doctor.measures import find_place, measure_costs, try_promises
+from toolkit.doctor.peer import LAST, Peer
+from toolkit.doctor.report import Times
 
 QUICK = ["--seconds", "0.4", "--payload_mib", "1"]
 
@@ -406,7 +409,7 @@ def test_that_the_command_line_answers_without_torch() -> None:
 
 
 def test_that_the_second_process_needs_no_torch() -> None:
-    code = "import sys, toolkit.doctor_peer; print('torch' in sys.modules)"
+    code = "import sys, toolkit.doctor.peer; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
 

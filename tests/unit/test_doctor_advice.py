@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from toolkit import BridgeConfig
-from toolkit.doctor_advice import advise, exchange_seconds
-from toolkit.doctor_report import Advice, Costs, Place, Promises, Times
+from toolkit.doctor.advice import advise, exchange_seconds
+from toolkit.doctor.report import Advice, Costs, Place, Promises, Times
 
 GIB = 2**30
 PLACE = Place(

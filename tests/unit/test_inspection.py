@@ -15,8 +15,8 @@ from tests.unit.run_files import Inspect, SmallRun, Streams, flip, num_bytes
 from toolkit import cli
 from toolkit.bridge.authentication import Signer
 from toolkit.bridge.ledger import Entry, Ledger, Resumption, trail_path
-from toolkit.inspection import find_runs, watch
-from toolkit.inspection_report import Report
+from toolkit.inspection.command import find_runs, watch
+from toolkit.inspection.report import Report
 
 
 def donor_of(run: dict[str, Any]) -> dict[str, Any]:

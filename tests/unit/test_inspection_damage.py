@@ -16,14 +16,14 @@ import pytest
 
 from tests.unit.run_files import Inspect, SmallRun, Streams, flip, plain_files
 from tests.unit.streams import Bridge
-from toolkit import inspection_run
 from toolkit.bridge.ledger import Ledger, trail_path
 from toolkit.bridge.payload import parse_record, write_record
 from toolkit.bridge.transport import DirectoryTransport
-from toolkit.inspection import watch
-from toolkit.inspection_fates import numbers_present
-from toolkit.inspection_files import Listing
-from toolkit.inspection_verify import Verification
+from toolkit.inspection import run as inspection_run
+from toolkit.inspection.command import watch
+from toolkit.inspection.fates import numbers_present
+from toolkit.inspection.files import Listing
+from toolkit.inspection.verify import Verification
 
 # -- the bytes ------------------------------------------------------------------------------------
 

@@ -12,11 +12,11 @@ import pytest
 
 from tests.unit.run_files import Inspect, Streams, inspecting
 from tests.unit.starts import Jobs
-from toolkit import inspection_run
 from toolkit.bridge import liveness
 from toolkit.bridge.liveness import Heartbeat
 from toolkit.bridge.transport import DirectoryTransport
-from toolkit.inspection import watch
+from toolkit.inspection import run as inspection_run
+from toolkit.inspection.command import watch
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,10 @@ from toolkit.bridge.authentication import UNSIGNED, Signer, load_key
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS
 from toolkit.bridge.runs import runs_in
-from toolkit.inspection_report import FORMAT, Report, Run
-from toolkit.inspection_run import Look
-from toolkit.inspection_tables import print_run, print_runs
-from toolkit.inspection_verify import Verification
+from toolkit.inspection.report import FORMAT, Report, Run
+from toolkit.inspection.run import Look
+from toolkit.inspection.tables import print_run, print_runs
+from toolkit.inspection.verify import Verification
 
 OK, WRONG, UNUSABLE = 0, 1, 2  # exit statuses
 _LOOK_SECONDS = 0.05  # between two looks at the heartbeats

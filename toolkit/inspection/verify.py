@@ -10,8 +10,8 @@ from pathlib import Path
 from toolkit.bridge import files
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.payload import check_identity, parse_record
-from toolkit.inspection_report import BadRecord, Run, Verified
-from toolkit.inspection_run import Look
+from toolkit.inspection.report import BadRecord, Run, Verified
+from toolkit.inspection.run import Look
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

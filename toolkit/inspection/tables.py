@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from toolkit.inspection_report import Fates, Job, Report, Run
+from toolkit.inspection.report import Fates, Job, Report, Run
 
 NAMED = 3  # of names in a sentence, so many
 LISTED = 20  # of the things that are wrong with a run, so many

@@ -29,9 +29,9 @@ from toolkit.bridge.own_weights import donors_with_weights, stream_of
 from toolkit.bridge.payload import Header
 from toolkit.bridge.signed_files import SignedFiles
 from toolkit.bridge.transport import DirectoryTransport
-from toolkit.inspection_fates import numbers_present, settle_books
-from toolkit.inspection_files import Listing
-from toolkit.inspection_report import Fates, Job, Run, State, Stream, TemporaryFile
+from toolkit.inspection.fates import numbers_present, settle_books
+from toolkit.inspection.files import Listing
+from toolkit.inspection.report import Fates, Job, Run, State, Stream, TemporaryFile
 
 T = TypeVar("T")
 

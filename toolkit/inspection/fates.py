@@ -13,7 +13,7 @@ from toolkit.bridge.agreement import attempts_of
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.ledger import Entry, read_path
 from toolkit.bridge.transport import DirectoryTransport
-from toolkit.inspection_report import Fates
+from toolkit.inspection.report import Fates
 
 NAMED = 5  # of the numbers that are wrong, so many are named
 

@@ -16,8 +16,8 @@ from typing import get_args
 
 from toolkit.bridge import files
 from toolkit.bridge.transport import DirectoryTransport
-from toolkit.doctor_peer import LAST, STREAM, Exclusive, Peer, race
-from toolkit.doctor_report import Costs, Place, Promises, Times
+from toolkit.doctor.peer import LAST, STREAM, Exclusive, Peer, race
+from toolkit.doctor.report import Costs, Place, Promises, Times
 
 SMALL_BYTES = 4096
 PROBE_BYTES = 4 * 2**20  # written first, to know how much can be written in the time

@@ -20,10 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from toolkit.bridge.errors import BridgeError
-from toolkit.doctor_advice import advise, exchange_seconds
-from toolkit.doctor_measures import find_place, measure_costs, try_promises
-from toolkit.doctor_peer import Peer
-from toolkit.doctor_report import FORMAT, Report, Times
+from toolkit.doctor.advice import advise, exchange_seconds
+from toolkit.doctor.measures import find_place, measure_costs, try_promises
+from toolkit.doctor.peer import Peer
+from toolkit.doctor.report import FORMAT, Report, Times
 
 USABLE, UNUSABLE = 0, 1  # exit statuses
 NUM_STAGES = 6  # that the progress display counts

@@ -9,7 +9,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from toolkit.bridge.config import BridgeConfig
-from toolkit.doctor_report import Advice, Costs, Place, Promises
+from toolkit.doctor.report import Advice, Costs, Place, Promises
 
 SMALL_SHARE = 0.1  # of a step that the exchange may cost
 MAX_LOCAL_STEPS = 128  # beyond it the difference of so many steps is of little use

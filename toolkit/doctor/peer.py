@@ -34,7 +34,7 @@ class Peer:
 
     def __init__(self, root: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "toolkit.doctor_peer", str(root.absolute())],
+            [sys.executable, "-m", "toolkit.doctor.peer", str(root.absolute())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,  # so that what has come can be waited for

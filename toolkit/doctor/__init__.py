@@ -1,0 +1,1 @@
+"""``gradient-bridge doctor``: what a file system gives, and which settings fit it."""

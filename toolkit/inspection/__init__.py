@@ -1,0 +1,1 @@
+"""``gradient-bridge inspect``: what the jobs of a run have written."""

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+import toolkit
 from toolkit import cli
 from toolkit.bridge import files
 from toolkit.bridge.polling import pause
@@ -226,6 +227,13 @@ def test_that_a_second_process_that_ends_is_an_error(shared: Path) -> None:
         peer.tell("no such task")
         with pytest.raises(OSError, match="a second process ended, status 1"):
             peer.answer()
+
+
+def test_that_a_second_process_runs_this_package(shared: Path) -> None:
+    with Peer(shared) as peer:
+        directory = psutil.Process(peer._process.pid).cwd()
+
+    assert Path(directory) == Path(toolkit.__file__).parent.parent
 
 
 def test_that_a_second_process_is_ended_whatever_it_does(shared: Path) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import toolkit
 from toolkit.bridge import files
 from toolkit.bridge.polling import pause
 
@@ -38,7 +39,7 @@ class Peer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,  # so that what has come can be waited for
-            cwd=Path(__file__).parent.parent,  # so that it is this package that it runs
+            cwd=Path(toolkit.__file__).parent.parent,  # so that it is this package that it runs
             start_new_session=True,  # Ctrl-C is for the first process, which ends this one
         )
         self._lines = b""

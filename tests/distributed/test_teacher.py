@@ -132,10 +132,10 @@ def check(directory: Path, setting: Setting) -> None:
 
 def test_how_many_collectives_a_teacher_costs(core: Path) -> None:
     steps = json.loads((core / Setting(by_turns=True).name / "steps.json").read_text())
-    # The window's counts; with a teacher, which ranks have a gradient, and each tensor of the head;
-    # and, unless no head is taught or about to be, what is new.
+    # The window's counts and the vote on signals; with a teacher, which ranks have a gradient, and
+    # each tensor of the head; and, unless no head is taught or about to be, what is new.
     counts = {(s["version"] is not None, s["num_collectives"]) for s in steps[1:]}
-    assert counts == {(False, 1), (False, 2), (True, 4), (True, 5)}
+    assert counts == {(False, 2), (False, 3), (True, 5), (True, 6)}
 
 
 def test_that_weights_which_one_rank_has_otherwise_are_put_aside(core: Path) -> None:

@@ -65,7 +65,7 @@ def test_both_jobs_overlay_in_tensorboard(recipes: Recipes) -> None:
         EventAccumulator(str(recipes.path("0001", role))).Reload() for role in ("donor", "receiver")
     )
     assert set(receiver.Tags()["scalars"]) == {
-        "accuracy/h1 (%)", "accuracy/h2 (%)", "bridge/payload donor (MiB)",
+        "accuracy/h1 (%)", "accuracy/h2 (%)", "alarm/donor (alarms)", "bridge/payload donor (MiB)",
         "bridge/samples donor (samples)", "bridge/samples own (samples)",
         "bridge/staleness donor (receiver steps)", "bridge/wait (s)",
         "gradient/cosine own donor (backbone)", "gradient/donor norm", "gradient/own norm",

@@ -15,7 +15,7 @@ from tests.launching import Job
 from tests.oracle import largest_difference
 from tests.recipes.running import DONOR, JOINT, RECEIVER, ROOT, TIMEOUT, Recipes, wait_until
 
-STEPS = ("--max_train_steps", 400)
+STEPS = ("--max_train_steps", 200)
 LOCKSTEP = ("--exchange", "gradient")
 
 
@@ -60,7 +60,7 @@ def test_both_jobs_end_and_go_on_as_if_nothing_had_been(
     for job in start("--resume_from_checkpoint", "latest"):
         job.wait(TIMEOUT)
     fates = recipes.results("0001", "receiver")["fates"]
-    assert fates["applied"] == 400
+    assert fates["applied"] == 200
     of_both = ["--receiver_processes", num_processes, "--donor_processes", num_processes]
     joint = recipes(JOINT, *STEPS, *of_both, "--output_dir", recipes.path("joint"))
     joint.wait(TIMEOUT)

@@ -9,7 +9,8 @@ import pytest
 
 from tests.unit.jobs import reset
 from tests.unit.run_files import Inspect, SmallRun, inspecting
-from toolkit.bridge import liveness
+from tests.unit.starts import Jobs
+from toolkit.bridge import liveness, runs
 
 
 @pytest.fixture
@@ -33,3 +34,13 @@ def small(tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch) ->
     run = SmallRun(tmp_path / "runs", keep_payloads=True)
     yield run
     run.receiver.close()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+    """Jobs without a model. The living beat every 10 ms; who is silent for 5 x 0.2 s is dead."""
+    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(runs, "BEAT_SECONDS", 0.2)
+    jobs = Jobs(tmp_path / "runs")
+    yield jobs
+    jobs.kill_all()

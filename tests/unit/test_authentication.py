@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.unit.keys import KEY, NOT_THIS_RUNS, OTHER_KEY, SIGNER, key_file
 from toolkit.bridge.authentication import (
     KEY_VARIABLE,
     MAX_KEY_BYTES,
@@ -26,22 +27,12 @@ from toolkit.bridge.authentication import (
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.payload import Header, parse_header, parse_record, write_record
 
-KEY, OTHER_KEY = b"the key of both jobs", b"the key of somebody else"
-SIGNER = Signer(KEY, "run")
 HEADER = Header(
     kind="gradient", run_id="run", job="donor", sequence=3, attempt=1, receiver_step=7,
     weights_digest="abc", head="heads.h2", count=5.0, loss=0.25,
 )  # fmt: skip
-NOT_THIS_RUNS = [UNSIGNED, Signer(OTHER_KEY, "run"), Signer(KEY, "another run")]
 
 # -- the key -----------------------------------------------------------------------------------
-
-
-def key_file(tmp_path: Path, content: bytes, mode: int = 0o600) -> Path:
-    path = tmp_path / "key"
-    path.write_bytes(content)
-    path.chmod(mode)
-    return path
 
 
 def test_where_a_key_comes_from(tmp_path: Path) -> None:

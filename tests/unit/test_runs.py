@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,22 +12,11 @@ from typing import Any
 import pytest
 
 from tests.unit.starts import PEER, SCHEMAS, Jobs, bridge_of
-from toolkit.bridge import liveness, runs
 from toolkit.bridge.agreement import has_ended
 from toolkit.bridge.config import Exchange, Role
 from toolkit.bridge.runs import Attachment
 
 each_role = pytest.mark.parametrize("role", ["donor", "receiver"])
-
-
-@pytest.fixture
-def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
-    # The living beat every 10 ms; who has not beaten for 5 x 0.2 s is dead.
-    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.01)
-    monkeypatch.setattr(runs, "BEAT_SECONDS", 0.2)
-    jobs = Jobs(tmp_path / "runs")
-    yield jobs
-    jobs.kill_all()
 
 
 @each_role

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.starts import PEER, Jobs
-from toolkit.bridge import liveness, runs
+from toolkit.bridge import runs
 from toolkit.bridge.config import Role
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.runs import CHECKPOINT_FILE, Attachment
 from toolkit.bridge.transport import DirectoryTransport
 
 each_role = pytest.mark.parametrize("role", ["donor", "receiver"])
-
-
-@pytest.fixture
-def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
-    # The living beat every 10 ms; who has not beaten for 5 x 0.2 s is dead.
-    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.01)
-    monkeypatch.setattr(runs, "BEAT_SECONDS", 0.2)
-    jobs = Jobs(tmp_path / "runs")
-    yield jobs
-    jobs.kill_all()
 
 
 @each_role

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.starts import PEER, SCHEMAS, Jobs, bridge_of
-from toolkit.bridge import liveness, runs
 from toolkit.bridge.agreement import has_ended
 from toolkit.bridge.config import Role
 from toolkit.bridge.errors import BridgeError, SchemaMismatchError
 from toolkit.bridge.transport import DirectoryTransport
 
 each_role = pytest.mark.parametrize("role", ["donor", "receiver"])
-
-
-@pytest.fixture
-def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
-    # The living beat every 10 ms; who has not beaten for 5 x 0.2 s is dead.
-    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.01)
-    monkeypatch.setattr(runs, "BEAT_SECONDS", 0.2)
-    jobs = Jobs(tmp_path / "runs")
-    yield jobs
-    jobs.kill_all()
 
 
 def with_backbone(schema: dict[str, Any]) -> dict[str, Any]:

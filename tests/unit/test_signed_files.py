@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.keys import KEY, NOT_THIS_RUNS, SIGNER
 from tests.unit.streams import Bridge
-from tests.unit.test_authentication import KEY, NOT_THIS_RUNS, SIGNER
 from toolkit.bridge.authentication import UNSIGNED, Signer, warn_of_others
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.liveness import Heartbeat, PeerWatch

@@ -6,18 +6,17 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.unit.donors import Run
 from tests.unit.jobs import DonorAlone, ReceiverAlone
+from tests.unit.keys import KEY, OTHER_KEY, key_file
 from tests.unit.starts import PEER, Jobs, bridge_of
-from tests.unit.test_authentication import KEY, OTHER_KEY, key_file
-from tests.unit.test_donors import Run
-from tests.unit.test_teacher import Donor, weights
-from tests.unit.test_teacher import Receiver as TaughtReceiver
-from toolkit.bridge import liveness, runs, teachers
+from tests.unit.teaching import Donor, weights
+from tests.unit.teaching import Receiver as TaughtReceiver
+from toolkit.bridge import runs, teachers
 from toolkit.bridge.agreement import attempts_of, donors_of, has_ended, read_claim
 from toolkit.bridge.authentication import UNSIGNED, Signer
 from toolkit.bridge.config import Role
@@ -35,16 +34,6 @@ unlike_keys = pytest.mark.parametrize(
     ],
     ids=["only I", "only they", "another"],
 )
-
-
-@pytest.fixture
-def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
-    # The living beat every 10 ms; who has not beaten for 5 x 0.2 s is dead.
-    monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.01)
-    monkeypatch.setattr(runs, "BEAT_SECONDS", 0.2)
-    jobs = Jobs(tmp_path / "runs")
-    yield jobs
-    jobs.kill_all()
 
 
 @each_role

@@ -232,7 +232,8 @@ def leave_checkpoint(
     if not step:
         return
     if (obstacle := job.obstacle_to_saving) is not None:
-        logger.warning("%s: no checkpoint of step %d: %s", name, step, obstacle)
+        if accelerator.is_main_process:
+            logger.warning("%s: no checkpoint of step %d: %s", name, step, obstacle)
         return
     save_checkpoint(accelerator, output_dir, step, total_limit)
     if accelerator.is_main_process:

@@ -63,18 +63,27 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=DefaultsFormatter,
     )
     verify.add_argument("run_dir", metavar="RUN", help="a run: runs/0001, or 0001 in --runs_dir")
-    verify.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are")
     verify.add_argument(
         "--output_dir", type=Path, help="of the receiver, if it was given one; else RUN/receiver"
     )
-    verify.add_argument(
-        "--key_file", type=Path, help="with the run's key, if GRADIENT_BRIDGE_KEY does not hold it"
-    )
-    verify.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    _add_of_runs(verify)
     verify.set_defaults(run=_verify)
     _add_inspect(commands)
     _add_doctor(commands)
     return parser
+
+
+def _add_of_runs(command: argparse.ArgumentParser) -> None:
+    """Flags of the commands that look at runs."""
+    command.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are")
+    command.add_argument(
+        "--key_file", type=Path, help="with the run's key, if GRADIENT_BRIDGE_KEY does not hold it"
+    )
+    _add_json(command)
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON object, no table")
 
 
 def _add_inspect(commands: Subcommands) -> None:
@@ -99,7 +108,6 @@ def _add_inspect(commands: Subcommands) -> None:
         help="a runs directory, or one run: runs/0001, or 0001 in --runs_dir; all of --runs_dir "
         "if left out",
     )  # fmt: skip
-    inspect.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are")
     inspect.add_argument(
         "--verify", action="store_true", help="read every record in full and check its digests"
     )
@@ -107,10 +115,7 @@ def _add_inspect(commands: Subcommands) -> None:
         "--seconds", type=positive_float,
         help="watch silent jobs for so long; as long as the jobs do themselves (5) if left out",
     )  # fmt: skip
-    inspect.add_argument(
-        "--key_file", type=Path, help="with the runs' key, if GRADIENT_BRIDGE_KEY does not hold it"
-    )
-    inspect.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    _add_of_runs(inspect)
     inspect.set_defaults(run=_inspect)
 
 
@@ -145,7 +150,7 @@ def _add_doctor(commands: Subcommands) -> None:
     doctor.add_argument(
         "--step_seconds", type=positive_float, default=1.0, help="how long a training step takes"
     )
-    doctor.add_argument("--json", action="store_true", help="print one JSON object, no table")
+    _add_json(doctor)
     doctor.set_defaults(run=_doctor)
 
 

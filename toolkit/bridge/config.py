@@ -110,14 +110,7 @@ class BridgeConfig:
         if self.exchange == "head":
             self.scope = "head"
         self._check_own_weights()
-        if self.on_alarm not in ALARM_RULES:
-            raise ValueError(
-                f"on_alarm {self.on_alarm!r} is unknown; choose one of {list(ALARM_RULES)}"
-            )
-        if self.max_donor_norm is not None and not 0 < self.max_donor_norm < math.inf:
-            raise ValueError(
-                f"max_donor_norm must be positive and finite, or None, got {self.max_donor_norm}"
-            )
+        self._check_payload_rules()
         if self.max_staleness < 0:
             raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
         self._check_stale()
@@ -146,6 +139,16 @@ class BridgeConfig:
             raise ValueError(
                 f"run {self.run!r} and resume_from_checkpoint {str(self.resume_from_checkpoint)!r} "
                 "exclude each other: a checkpoint knows its run; give one of them"
+            )
+
+    def _check_payload_rules(self) -> None:
+        if self.on_alarm not in ALARM_RULES:
+            raise ValueError(
+                f"on_alarm {self.on_alarm!r} is unknown; choose one of {list(ALARM_RULES)}"
+            )
+        if self.max_donor_norm is not None and not 0 < self.max_donor_norm < math.inf:
+            raise ValueError(
+                f"max_donor_norm must be positive and finite, or None, got {self.max_donor_norm}"
             )
 
     def _check_stale(self) -> None:

@@ -55,7 +55,7 @@ from toolkit.bridge.payload import parse_header
 RUN = "0001"
 JOBS = ("receiver", "donor")
 STEPS = 16  # of a run
-FAULTS_PER_RUN = 14
+FAULTS_PER_RUN = {"forked": 14, "launched": 28}
 HANG_SECONDS = 150.0  # without a fault, a record or a start
 PEER_WAIT = 600.0  # longer than any restart takes: nobody may go on alone
 TOLERANCE = 1e-11  # against joint training in one process
@@ -356,18 +356,14 @@ def all_faults(num_processes: int, rng: random.Random) -> list[Fault]:
     return faults
 
 
-def batches(
-    num_processes: int, num_faults: int, rng: random.Random
-) -> Iterator[tuple[int, list[Fault]]]:
-    """Plans for one run each, so many that all of their faults are ``num_faults`` or more."""
-    number, total = 0, 0
+def plans(num_processes: int, size: int, rng: random.Random) -> Iterator[list[Fault]]:
+    """Plans of ``size`` faults for one run each, without end."""
     waiting: list[Fault] = []
-    while total < num_faults:
-        while len(waiting) < FAULTS_PER_RUN:
+    while True:
+        while len(waiting) < size:
             waiting += all_faults(num_processes, rng)
-        number, total = number + 1, total + FAULTS_PER_RUN
-        yield number, waiting[:FAULTS_PER_RUN]
-        del waiting[:FAULTS_PER_RUN]
+        yield waiting[:size]
+        del waiting[:size]
 
 
 def campaign(mode: str, num_faults: int, seed: int, output: Path) -> list[Outcome]:
@@ -390,7 +386,8 @@ def campaign(mode: str, num_faults: int, seed: int, output: Path) -> list[Outcom
         if undisturbed.outcome.problems:
             return [undisturbed.outcome]
         bar = stack.enter_context(tqdm(total=num_faults, desc=mode, unit="fault"))
-        for number, faults in batches(undisturbed.num_processes, 10 * num_faults, rng):
+        todo = plans(undisturbed.num_processes, FAULTS_PER_RUN[mode], rng)
+        for number, faults in enumerate(todo, 1):
             if launcher is not None:
                 launcher.jobs.clear()
             run = Run(output / f"run-{number}", launcher, faults)
@@ -419,6 +416,9 @@ def main() -> None:
     start = time.monotonic()
     outcomes = campaign(args.mode, args.faults, args.seed, output)
     used = [fault for outcome in outcomes for fault in outcome.used]
+    points = {(fault.job, fault.rank, fault.point) for fault in used}
+    every = all_faults(1 if args.mode == "forked" else 2, random.Random(0))
+    unused = {(fault.job, fault.rank, fault.point) for fault in every} - points
     problems = [problem for outcome in outcomes for problem in outcome.problems]
     actions = collections.Counter(fault.action for fault in used)
     report = {
@@ -426,7 +426,8 @@ def main() -> None:
         "runs": len(outcomes),
         "faults": len(used),
         "by action": dict(sorted(actions.items())),
-        "points": len({(fault.job, fault.rank, fault.point) for fault in used}),
+        "points": len(points),
+        "points without a fault": sorted(unused),
         "starts of jobs": sum(outcome.starts for outcome in outcomes),
         "payloads rejected": sum(outcome.rejected for outcome in outcomes),
         "largest difference from joint training": max(o.difference for o in outcomes),

@@ -118,6 +118,7 @@ def main() -> None:
         "problems": len(problems),
     }
     print(json.dumps(report, indent=1))
+    (output / "report.json").write_text(json.dumps(report | {"texts": problems}, indent=1))
     if problems:
         sys.exit("\n".join(problems))
 

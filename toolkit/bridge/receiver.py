@@ -150,7 +150,9 @@ class GradientReceiver(BridgeJob):
                 self._publisher, self._donors, publishes=self.config.follows
             )
         self._ages = [0, 0]  # of the payloads applied in this start: their sum, and how many
-        self._retention = CheckpointCursors(self.transport, self.run_id)
+        self._retention = CheckpointCursors(
+            self.transport, self.run_id, will_save=self.config.checkpoint_interval is not None
+        )
         self._outer: OuterOptimizer | None = None
         if self.config.exchange == "delta":
             config = self.config

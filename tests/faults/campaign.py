@@ -303,6 +303,11 @@ class Run:
             windows.append(header.donor_step - 1)
             self._expect(header.tensors_digest, entry.digest, f"digest of {path.name}")
             self._expect(header.receiver_step, entry.receiver_step, f"step of {path.name}")
+        lost = max(windows) + 1 - self.steps
+        damaged = [f for f in self.outcome.used if f.job == "donor" and f.action in BYTES]
+        self._expect(sorted(set(windows)), windows, "the donor's windows, in order")
+        self._expect(lost <= fates["rejected"], True, f"windows lost by rejections only ({lost})")
+        self._expect(fates["rejected"] <= len(damaged), True, "only damaged payloads rejected")
         self._expect(
             [e.receiver_step for e in applied], list(range(self.steps)), "steps with a payload"
         )

@@ -32,6 +32,7 @@ from toolkit.bridge.payload import (
     payload_dtype,
 )
 from toolkit.bridge.publisher import Publisher
+from toolkit.bridge.resting import Rest
 from toolkit.bridge.runs import CHECKPOINT_FILE, attach, read_checkpoint
 from toolkit.bridge.transport import READ_SECONDS, DirectoryTransport
 from toolkit.configuration import check_configuration
@@ -142,6 +143,7 @@ class BridgeJob:
             self._heartbeat = Heartbeat(self.transport, self.job, self.attempt)
             signs = ", which signs with a key" if self._signer.has_key else ""
             logger.info("%s of run %s%s", self.job, self.run_dir, signs)
+        self._rest = Rest(self._heartbeat)
 
     def _schemas(self) -> dict[str, dict[str, list[Any]]]:
         """What all jobs must have alike: tensors, or in exchange ``distill`` heads by name only.

@@ -198,6 +198,16 @@ class DirectoryTransport:
             return ""
         return "" if counter is None else str(counter)
 
+    def arrival_mark(self) -> int:
+        """What changes when a job comes that was never here; one look-up. Compare for change only.
+
+        A host may show its old value for a while: that nothing changes says nothing.
+        """
+        try:
+            return os.lstat(self.root).st_mtime_ns
+        except OSError:
+            return 0
+
     def streams(self) -> list[str]:
         """The names of the streams that were opened here, at whatever time, in order."""
         names = (path.parent.name for path in self.root.glob("*/records"))

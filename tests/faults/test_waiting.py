@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.system_calls import metadata_operations
 from tests.launching import Job, Launcher
-from tests.recipes.running import DONOR, RECEIVER, Recipes, wait_until
+from tests.recipes.running import DONOR, RECEIVER, ROOT, Recipes, wait_until
 from toolkit.bridge.resting import QUIET_SECONDS
 
 pytestmark = [
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed"),
 ]
 
-PER_SECOND = 2.0
+PER_SECOND = 2.0  # operations on names below the run's directory
 SECONDS = 64.0  # in which there is a whole look
 FLAGS = ["--run", "mine", "--exchange", "gradient", "--peer_wait", 600]
 
@@ -32,14 +32,13 @@ def recipes(launcher: Launcher, tmp_path: Path) -> Recipes:
 
 def rank_0(job: Job, recipe: str) -> int:
     """The process that runs a recipe, and not its launcher."""
+    commands = {process.pid: process.cmdline() for process in job.processes()}
     pids = [
-        process.pid
-        for process in job.processes()
-        if process.cmdline()[-1 - len(FLAGS) - 4 :] and process.cmdline()[0] != "accelerate"
-        if any(part.endswith(recipe) for part in process.cmdline())
-        if not any("accelerate" in part for part in process.cmdline())
+        pid
+        for pid, command in commands.items()
+        if str(ROOT / recipe) in command and "accelerate.commands.launch" not in command
     ]
-    assert len(pids) == 1, pids
+    assert len(pids) == 1, commands
     return pids[0]
 
 

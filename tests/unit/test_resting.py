@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ def waiting_receiver(
     alone.receiver._outbox._donors = alone.receiver._donors  # type: ignore[union-attr]
     alone.receiver._publish_weights()
     for name in names:
-        time.after(0.1, lambda name=name: waiting.beat(name))
+        time.after(0.1, partial(waiting.beat, name))
     return waiting
 
 
@@ -115,7 +117,7 @@ def test_that_a_silent_peer_costs_two_operations_a_second_and_the_wait_ends_in_t
     first_sign = 0.0 if "nobody" in case else 0.1
     assert PEER_WAIT <= waited <= PEER_WAIT + first_sign + 1.1
     assert len(marks) == windows + 1
-    costs = [(after - before) / WINDOW for before, after in zip(marks, marks[1:], strict=False)]
+    costs = [(after - before) / WINDOW for before, after in pairwise(marks)]
     assert max(costs) + HEART <= PER_SECOND
     assert min(costs) >= 0.1, "it looks now and then"
 

@@ -110,6 +110,7 @@ class BridgeJob:
             "local_steps": config.local_steps if config.exchange == "delta" else None,
             "scope": config.scope,
             "unit": config.unit,
+            "class_names": self._class_names(),
         }
         claim = {
             "record_bytes": self._record_bytes(),
@@ -152,6 +153,15 @@ class BridgeJob:
         """
         schemas = self.shared.schemas()
         return {part: {} for part in schemas} if self.config.exchange == "distill" else schemas
+
+    def _class_names(self) -> dict[str, list[str]]:
+        stated = self.config.class_names
+        if unknown := sorted(set(stated) - set(self.shared.heads)):
+            raise ValueError(
+                f"class_names has {unknown[0]!r}, which this job does not share; it shares "
+                f"{', '.join(self.shared.heads)}"
+            )
+        return {head: list(names) for head, names in stated.items()}
 
     def _open_on_main(self) -> None:
         self._publisher = self._open_stream(self.job)

@@ -352,7 +352,9 @@ class GradientReceiver(BridgeJob):
     def _watch_for_first(self) -> PeerWatch:
         """A watch over the first donor that has come, or over who will be."""
         names = self._donors.names if self._donors is not None else []
-        return PeerWatch(self.transport, names[0]) if names else ArrivalWatch(self.transport, "donor")
+        if not names:
+            return ArrivalWatch(self.transport, "donor")
+        return PeerWatch(self.transport, names[0])
 
     def _open_donor_wait(self, peer: PeerWatch, what: str) -> Wait:
         patience, may_teach = None, self._lessons is not None and not self.config.require_peer

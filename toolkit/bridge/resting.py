@@ -56,7 +56,8 @@ class Rest:
             return False
         if now >= self._next_glance:
             self._next_glance = now + GLANCE_SECONDS * number
-            if any([wait.glance() for wait in waits]):
+            glances = [wait.glance() for wait in waits]
+            if any(glances):
                 self._awake_until = now + QUIET_SECONDS  # what has stirred may take its time
                 return False
         return True

@@ -17,12 +17,13 @@ from toolkit.bridge.donor import GradientDonor
 from toolkit.bridge.errors import Interrupted
 from toolkit.bridge.liveness import BEAT_SECONDS, RESTING_BEATS, Heartbeat
 from toolkit.bridge.receiver import GradientReceiver
-from toolkit.bridge.resting import GLANCE_SECONDS, QUIET_SECONDS
+from toolkit.bridge.resting import GLANCE_SECONDS, LOOK_SECONDS
 from toolkit.bridge.transport import DirectoryTransport
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
 
 PEER_WAIT = 3600.0
+QUIET_SECONDS = 10 * BEAT_SECONDS  # ten usual intervals between two signs of life
 WINDOW = 120.0  # seconds over which operations are counted
 PER_SECOND = 2.0  # operations of a job whose peer has long been silent, at most
 HEART = 2 / (RESTING_BEATS * BEAT_SECONDS)  # of them, by its own heart
@@ -231,3 +232,20 @@ def test_that_a_resting_heart_beats_more_slowly(
     heart.rests = False
     heart._run()
     assert pauses == [1.0, RESTING_BEATS * 1.0]
+
+
+@pytest.mark.parametrize("case", ["receiver", "donor"])
+def test_that_a_record_without_a_heartbeat_is_found(
+    tmp_path: Path, time: SimulatedTime, case: str
+) -> None:
+    at = 1000.0
+    if case == "donor":
+        alone = DonorAlone(tmp_path / "runs", exchange="gradient")
+        waiting = Waiting(alone.donor, time)
+        time.after(at, lambda: alone.publish_weights(0, 0.5))
+    else:
+        job = ReceiverAlone(tmp_path / "runs", exchange="gradient")
+        waiting = Waiting(job.receiver, time)
+        job.receiver._publish_weights()
+        time.after(at, lambda: job.donate(job.constant(1.0)))
+    assert waiting.decide() <= at + LOOK_SECONDS + 0.6

@@ -290,8 +290,11 @@ class Inbox:
         """Whether a number was passed over: later payloads are there, and it stays away."""
         now = time.monotonic()
         if sequence != self._missing:
-            self._missing, self._missing_looks = sequence, 0
-        elif now < self._next_missing_look:
+            # Mostly it will come in a moment: the listing, of all that the donor keeps, can wait.
+            self._missing, self._missing_looks = sequence, 1
+            self._next_missing_look = now + MISSING_SECONDS
+            return False
+        if now < self._next_missing_look:
             return False
         self._next_missing_look = now + MISSING_SECONDS
         later = [number for number in self._transport.sequences(self._donor) if number > sequence]

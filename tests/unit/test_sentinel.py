@@ -90,7 +90,9 @@ def test_that_a_norm_out_of_the_usual_range_raises_an_alarm() -> None:
     assert look(watch, record()) == ("norm",)
 
 
-@pytest.mark.parametrize(("slope", "raises"), [(0.0, True), (1e-4, True), (-1e-3, False)])
+@pytest.mark.parametrize(
+    ("slope", "raises"), [(0.0, True), (1e-4, True), (-1e-3, False)]
+)
 def test_that_a_loss_that_does_not_fall_raises_an_alarm(slope: float, raises: bool) -> None:
     watch = sentinel()
     raised = [
@@ -112,6 +114,23 @@ def test_that_its_state_goes_through_json() -> None:
     assert found == expected
     assert second.state() == whole.state()
     assert "norm" in whole.counts
+
+
+@pytest.mark.parametrize("rejects", [False, True])
+def test_that_an_alarm_counts_whether_its_payload_is_applied_or_not(
+    tmp_path: Path, rejects: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    bridge = Bridge(DirectoryTransport(tmp_path), rejects_alarms=rejects)
+    watch = bridge.inbox.sentinel
+    for number in range(PATIENCE + 3):
+        bridge.donate(at=bridge.step, tensors={"w": torch.zeros(3)})
+        if rejects and number >= PATIENCE - 1:
+            assert bridge.look() is None
+        else:
+            bridge.take()
+    assert watch.counts == {"zero": 4}
+    assert watch.alarms == ("zero",)
+    assert caplog.text.count("ALARM: the donor") == 1
 
 
 @pytest.mark.parametrize("rejects", [False, True])

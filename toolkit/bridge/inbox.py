@@ -269,6 +269,7 @@ class Inbox:
             return "skipped", "", record
         alarms = [alarm for alarm in self.sentinel.judge(record) if alarm in OF_ONE_PAYLOAD]
         if alarms and self._rejects_alarms:
+            self.sentinel.raise_alarms(tuple(alarms))
             raise PayloadError("alarm", f"{' and '.join(alarms)}, and on_alarm is 'reject'")
         return "applied", "", record
 

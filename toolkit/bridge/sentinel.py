@@ -45,8 +45,8 @@ class Sentinel:
         backbone: names of the backbone's tensors.
 
     Attributes:
-        alarms: those that the newest payload applied has raised.
-        counts: how many of those applied have raised which, since the run began.
+        alarms: those that the newest payload raised, of those applied and those refused for it.
+        counts: how many payloads have raised which, since the run began.
     """
 
     def __init__(self, donor: str, backbone: Collection[str]) -> None:
@@ -85,12 +85,16 @@ class Sentinel:
         if (loss := record.header.loss) is not None:
             is_early = len(self._first_losses) < LOSS_SPAN
             (self._first_losses if is_early else self._last_losses).append(loss)
+        self.raise_alarms(alarms)
+        self._measured = None  # keeps a record
+
+    def raise_alarms(self, alarms: tuple[Alarm, ...]) -> None:
+        """A payload is applied in spite of these, or refused for them: count and log them."""
         for alarm in alarms:
             self.counts[alarm] = self.counts.get(alarm, 0) + 1
             if alarm not in self.alarms:
                 logger.warning("ALARM: the %s: %s", self._donor, _MEANING[alarm])
         self.alarms = alarms
-        self._measured = None  # keeps a record
 
     def _measure(self, record: Record) -> tuple[float, dict[Alarm, bool]]:
         """The norm of the mean over samples, and which parts of it are exactly zero."""

@@ -91,7 +91,7 @@ def test_that_a_norm_out_of_the_usual_range_raises_an_alarm() -> None:
 
 
 @pytest.mark.parametrize(
-    ("slope", "raises"), [(0.0, True), (1e-4, True), (-1e-3, False)]
+    ("slope", "raises"), [(0.0, True), (1e-4, True), (-5e-4, True), (-2e-3, False)]
 )
 def test_that_a_loss_that_does_not_fall_raises_an_alarm(slope: float, raises: bool) -> None:
     watch = sentinel()

@@ -25,6 +25,9 @@ WARM_UP = 20  # payloads before a norm is compared with those before
 MEMORY = 64  # of which these many are kept
 NORM_FACTOR = 30.0  # times their median
 LOSS_SPAN = 100  # payloads whose mean loss is compared with that of the first so many
+# Of which it must have fallen by this part. With labels that say nothing it falls too, by a few
+# percent, as the head learns to say nothing.
+LOSS_FALL = 0.05
 # Those that say something against the payload itself.
 OF_ONE_PAYLOAD: tuple[Alarm, ...] = ("zero", "idle head", "idle backbone", "norm")
 
@@ -33,7 +36,8 @@ _MEANING: dict[Alarm, str] = {
     "idle head": "its gradients for its own head are exactly zero: is the head frozen?",
     "idle backbone": "its gradients for the backbone are exactly zero: is it frozen or detached?",
     "norm": f"the norm of its gradient is over {NORM_FACTOR:g} times the usual",
-    "flat loss": "its loss does not fall: are these the labels, and the data, of this head?",
+    "flat loss": f"its loss has fallen by less than {LOSS_FALL:.0%} since its first payloads: are "
+    "these the labels, and the data, of this head?",
 }
 
 
@@ -114,10 +118,13 @@ class Sentinel:
         return measured
 
     def _is_flat(self, loss: float | None) -> bool:
-        """Whether the newest losses, with this one, are no lower on average than the first."""
+        """Whether the newest losses, with this one, are hardly lower on average than the first."""
         newest = [*self._last_losses, *([] if loss is None else [loss])][-LOSS_SPAN:]
         is_full = loss is not None and len(newest) == LOSS_SPAN
-        return is_full and statistics.fmean(newest) >= statistics.fmean(self._first_losses)
+        if not is_full:
+            return False
+        first = statistics.fmean(self._first_losses)
+        return statistics.fmean(newest) > first - LOSS_FALL * abs(first)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold; fit for JSON."""

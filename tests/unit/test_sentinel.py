@@ -116,6 +116,25 @@ def test_that_its_state_goes_through_json() -> None:
     assert "norm" in whole.counts
 
 
+def test_that_a_scale_that_has_changed_for_good_becomes_the_usual_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    watch = sentinel()
+    huge = record(backbone=100 * NORM_FACTOR)
+    for _ in range(MEMORY):
+        look(watch, record())
+    for _ in range(WARM_UP - 1):
+        assert look(watch, huge) == ("norm",)
+    assert look(watch, record()) == (), "in a row"
+    watch.load_state(json.loads(json.dumps(watch.state())))
+    for _ in range(WARM_UP):
+        assert "theirs is the usual one" not in caplog.text
+        assert look(watch, huge) == ("norm",)
+    assert caplog.text.count("theirs is the usual one") == 1
+    assert look(watch, huge) == ()
+    assert look(watch, record(backbone=4e3 * NORM_FACTOR)) == ("norm",)
+
+
 @pytest.mark.parametrize("rejects", [False, True])
 def test_that_an_alarm_counts_whether_its_payload_is_applied_or_not(
     tmp_path: Path, rejects: bool, caplog: pytest.LogCaptureFixture

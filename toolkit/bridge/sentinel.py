@@ -21,7 +21,9 @@ logger = logging.getLogger(__name__)
 Alarm = Literal["zero", "idle head", "idle backbone", "norm", "flat loss"]
 
 PATIENCE = 3  # payloads in a row that a part of the gradient may be exactly zero
-WARM_UP = 20  # payloads before a norm is compared with those before
+# Payloads before a norm is compared with those before; and so many applied in a row that raise an
+# alarm are the usual ones from then on.
+WARM_UP = 20
 MEMORY = 64  # of which these many are kept
 NORM_FACTOR = 30.0  # times their median
 LOSS_SPAN = 100  # payloads whose mean loss is compared with that of the first so many
@@ -56,6 +58,7 @@ class Sentinel:
     def __init__(self, donor: str, backbone: Collection[str]) -> None:
         self._donor, self._backbone = donor, frozenset(backbone)
         self._norms: deque[float] = deque(maxlen=MEMORY)
+        self._unusual: list[float] = []  # norms of the newest payloads, if they raised an alarm
         self._idle: dict[Alarm, int] = {"zero": 0, "idle head": 0, "idle backbone": 0}
         self._first_losses: list[float] = []
         self._last_losses: deque[float] = deque(maxlen=LOSS_SPAN)
@@ -84,13 +87,26 @@ class Sentinel:
         norm, parts = self._measure(record)
         for alarm, is_idle in parts.items():
             self._idle[alarm] = self._idle[alarm] + 1 if is_idle else 0
-        if "norm" not in alarms:
-            self._norms.append(norm)
+        self._remember_norm(norm, is_usual="norm" not in alarms)
         if (loss := record.header.loss) is not None:
             is_early = len(self._first_losses) < LOSS_SPAN
             (self._first_losses if is_early else self._last_losses).append(loss)
         self.raise_alarms(alarms)
         self._measured = None  # keeps a record
+
+    def _remember_norm(self, norm: float, is_usual: bool) -> None:
+        if is_usual:
+            self._norms.append(norm)
+            self._unusual.clear()
+            return
+        self._unusual.append(norm)
+        if len(self._unusual) == WARM_UP:  # it is no outlier, the scale has changed
+            self._norms = deque(self._unusual, maxlen=MEMORY)
+            self._unusual.clear()
+            logger.warning(
+                "the %s: %d payloads in a row were over %g times the usual norm: from here on "
+                "theirs is the usual one", self._donor, WARM_UP, NORM_FACTOR,
+            )  # fmt: skip
 
     def raise_alarms(self, alarms: tuple[Alarm, ...]) -> None:
         """A payload is applied in spite of these, or refused for them: count and log them."""
@@ -130,6 +146,7 @@ class Sentinel:
         """What a checkpoint must hold; fit for JSON."""
         return {
             "norms": list(self._norms),
+            "unusual": list(self._unusual),
             "idle": dict(self._idle),
             "first_losses": list(self._first_losses),
             "last_losses": list(self._last_losses),
@@ -139,6 +156,7 @@ class Sentinel:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state`."""
         self._norms = deque(state["norms"], maxlen=MEMORY)
+        self._unusual = list(state["unusual"])
         self._idle = dict(state["idle"])
         self._first_losses = list(state["first_losses"])
         self._last_losses = deque(state["last_losses"], maxlen=LOSS_SPAN)

@@ -2,8 +2,9 @@
 
     python soak_job.py donor|receiver RUNS_DIR NUM_STEPS REPORT
 
-Each line of REPORT is a JSON object: after how many steps, the resident memory of this process, and
-what it asked of the run's directory in the one step before.
+Each line of REPORT is a JSON object: after how many steps, the resident memory of this process in
+bytes, its Python objects' blocks of memory, the files in the run's bridge directory, and how many
+listings of directories the last step took, and names they gave.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ class Census:
             gc.collect()
             rss = psutil.Process().memory_info().rss
             num_files = sum(len(files) for _, _, files in os.walk(bridge))
-            objects = len(gc.get_objects())
+            blocks = sys.getallocatedblocks()
             line = {
-                "step": number, "rss": rss, "objects": objects, "files": num_files,
+                "step": number, "rss": rss, "blocks": blocks, "files": num_files,
                 "listings": self.num_listings, "names": self.num_names,
             }  # fmt: skip
             self._report.write(json.dumps(line) + "\n")

@@ -82,9 +82,15 @@ def test_that_a_job_whose_peer_is_frozen_rests_and_goes_on_when_it_thaws(
     assert "TRAINING ALONE" not in jobs[waits].output()
 
 
-@pytest.mark.parametrize("recipe", [RECEIVER, DONOR])
-def test_that_a_job_whose_peer_never_came_rests(recipes: Recipes, recipe: str) -> None:
-    job = recipes(recipe, *FLAGS)
+@pytest.mark.parametrize(
+    ("recipe", "exchange"),
+    [(RECEIVER, "gradient"), (RECEIVER, "distill"), (RECEIVER, "head"), (DONOR, "gradient")],
+)
+def test_that_a_job_whose_peer_never_came_rests(
+    recipes: Recipes, recipe: str, exchange: str
+) -> None:
+    flags = ["--init_h2", "donor"] if exchange == "head" else []
+    job = recipes(recipe, *FLAGS, "--exchange", exchange, *flags)
     role = "receiver" if recipe == RECEIVER else "donor"
     wait_until(recipes.path("mine", "bridge", role, "heartbeat").exists, "its heart")
     time.sleep(QUIET_SECONDS + 4)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from toolkit.bridge import control, inbox, liveness, polling, resting
+from toolkit.bridge import control, inbox, liveness, polling, resting, teachers
 
 _BY_NAME = (
     "open", "stat", "lstat", "listdir", "scandir", "rename", "replace", "unlink", "remove", "link",
@@ -49,7 +49,7 @@ class SimulatedTime:
         self.now = 1000.0
         self._planned: list[tuple[float, Callable[[], object]]] = []
         clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep)
-        for module in (control, inbox, liveness, polling, resting):
+        for module in (control, inbox, liveness, polling, resting, teachers):
             monkeypatch.setattr(module, "time", clock)
 
     def sleep(self, seconds: float) -> None:

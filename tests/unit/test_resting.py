@@ -249,3 +249,24 @@ def test_that_a_record_without_a_heartbeat_is_found(
         job.receiver._publish_weights()
         time.after(at, lambda: job.donate(job.constant(1.0)))
     assert waiting.decide() <= at + LOOK_SECONDS + 0.6
+
+
+@pytest.mark.parametrize("exchange", ["distill", "head"])
+@pytest.mark.parametrize("last_beat", [0, 30])
+def test_that_the_wait_before_the_first_step_ends_in_time(
+    tmp_path: Path, time: SimulatedTime, exchange: str, last_beat: int
+) -> None:
+    transport = DirectoryTransport(tmp_path / "runs" / "0001" / "bridge")
+    for beat in range(2, last_beat + 1):
+        if beat == 2:
+            time.after(1, lambda: transport.open_stream("donor"))
+        time.after(beat, partial(transport.beat, "donor", beat))
+    start, patience = time.now, 60.0
+    settings: Any = {"init_h2": "donor"} if exchange == "head" else {}
+    job = ReceiverAlone(tmp_path / "runs", exchange=exchange, peer_wait=patience, **settings)
+    Waiting(job.receiver, time)
+    if exchange == "head":
+        job.receiver.config.peer_wait = patience
+        job.receiver._take_heads()
+    expected = patience + (last_beat if exchange == "head" else 0)
+    assert expected <= time.now - start <= expected + 1.5

@@ -91,7 +91,8 @@ class Lessons:
         teachers, config = self.teachers, self._config
 
         def poll() -> tuple[Offer | None] | None:
-            if not teachers.is_looking and rest.lasts([wait]):
+            is_due = wait.seconds >= config.peer_wait and not config.require_peer
+            if not is_due and not teachers.is_looking and rest.lasts([wait]):
                 return None
             if (offer := teachers.poll()) is not None:
                 return (offer,)
@@ -101,7 +102,7 @@ class Lessons:
                     "GradientReceiver a teacher_factory that makes the donor's model"
                 )
             reason = wait.gave_up()
-            if reason is None and wait.seconds >= config.peer_wait and not config.require_peer:
+            if reason is None and is_due:
                 reason = f"the {name} brought no weights for {config.peer_wait:g} s"
             if reason is not None:
                 logger.warning("TRAINING ALONE: %s. No teacher, until one comes", reason)

@@ -54,7 +54,8 @@ class Stream:
         present: records that are there; the others were deleted, or refused and moved.
         num_bytes: of all its files, those with two names counted once.
         acknowledged: its reader needs nothing below this number.
-        rejected: records that a reader refused, counted by the reason.
+        rejected: records that a reader refused, as far as they still lie aside (the newest do),
+            counted by the reason.
         kept: records with a second name that nobody deletes.
         alien: names among the records that are no record.
     """

@@ -43,9 +43,9 @@ class Publisher:
         self._transport, self.stream = transport, stream
         self._run_id, self._record_bytes = run_id, record_bytes
         transport.open_stream(stream)
-        # A number is never used twice, not even one whose record and note are deleted.
+        # The newest of all may lie aside, and what was before it be deleted, with its note.
         known = [*transport.sequences(stream), *transport.rejected(stream)]
-        self.next_sequence = max([n + 1 for n in known] + [transport.acknowledged(stream)])
+        self.next_sequence = max(known, default=-1) + 1
         self._next_clearing = 0
         self.num_records = self.num_bytes = 0
 

@@ -17,12 +17,13 @@ from toolkit.bridge.donor import GradientDonor
 from toolkit.bridge.errors import Interrupted
 from toolkit.bridge.liveness import BEAT_SECONDS, RESTING_BEATS, Heartbeat
 from toolkit.bridge.receiver import GradientReceiver
-from toolkit.bridge.resting import GLANCE_SECONDS, LOOK_SECONDS
+from toolkit.bridge.resting import GLANCE_SECONDS
 from toolkit.bridge.transport import DirectoryTransport
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
 
 PEER_WAIT = 3600.0
+LOOK_SECONDS = 60.0  # between two whole looks, for one peer
 QUIET_SECONDS = 10 * BEAT_SECONDS  # ten usual intervals between two signs of life
 WINDOW = 120.0  # seconds over which operations are counted
 PER_SECOND = 2.0  # operations of a job whose peer has long been silent, at most

@@ -126,8 +126,9 @@ def test_that_a_scale_that_has_changed_for_good_becomes_the_usual_one(
     for _ in range(WARM_UP - 1):
         assert look(watch, huge) == ("norm",)
     assert look(watch, record()) == (), "in a row"
-    watch.load_state(json.loads(json.dumps(watch.state())))
-    for _ in range(WARM_UP):
+    for number in range(WARM_UP):
+        if number == WARM_UP // 2:
+            watch.load_state(json.loads(json.dumps(watch.state())))  # a resume in between
         assert "theirs is the usual one" not in caplog.text
         assert look(watch, huge) == ("norm",)
     assert caplog.text.count("theirs is the usual one") == 1

@@ -10,7 +10,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from tests.unit.jobs import DonorAlone
+from tests.unit.run_files import Inspect
 from tests.unit.starts import SCHEMAS, Jobs
+from toolkit import cli
 from toolkit.bridge.config import BridgeConfig
 from toolkit.bridge.errors import ClassMismatchError, OtherKeyError
 from toolkit.bundled import load_task
@@ -141,3 +143,15 @@ def test_that_named_labels_are_numbers_as_others_are() -> None:
     assert rows.features["h3"] == Value("int64")
     assert rows[:]["h2"].tolist() == [2, 0, 1]
     assert rows[:]["h2"].dtype == rows[:]["h3"].dtype
+
+
+def test_that_inspect_tells_them(
+    jobs: Jobs, inspect: Inspect, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads = jobs.start("receiver", naming(CAT_FIRST)).run_dir / "bridge" / "heads"
+    (heads / "heads.h3.classes").write_text('{"names": [1]}')
+    (heads / "heads.h4.classes").write_text("[")
+    _, run = inspect(jobs.runs_dir / "0001")
+    assert run["class_names"] == {"heads.h2": CAT_FIRST}
+    cli.main(["inspect", str(jobs.runs_dir / "0001"), "--seconds", "0.02"])
+    assert "classes of heads.h2, from 0 on: cat, dog, horse" in capsys.readouterr().out

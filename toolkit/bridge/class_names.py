@@ -7,6 +7,8 @@ that does writes them down, in ``bridge/heads/heads.h2.classes``, signed as the 
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
@@ -14,6 +16,7 @@ from toolkit.bridge.agreement import create_or_read
 from toolkit.bridge.errors import ClassMismatchError
 from toolkit.bridge.signed_files import SignedFiles
 
+_SUFFIX = ".classes"
 _LISTED = 20  # differing classes in an error, at most
 
 
@@ -31,7 +34,7 @@ def agree_on_classes(
     Raises:
         ClassMismatchError: naming each class that differs; nothing is stated then.
     """
-    files = {head: f"heads/{head}.classes" for head in class_names}
+    files = {head: f"heads/{head}{_SUFFIX}" for head in class_names}
     known = [head for head, name in files.items() if (small.root / name).exists()]
     for head in (*known, *class_names):
         mine = list(class_names[head])
@@ -39,6 +42,19 @@ def agree_on_classes(
         if found["names"] != mine:
             founder = found["founder"] if found["founder"] != job else f"earlier {job}"
             _refuse(small.root.parent.name, head, (job, mine), (founder, found["names"]))
+
+
+def stated_classes(small: SignedFiles) -> dict[str, list[str]]:
+    """By head, the names that were stated; without those that cannot be read or believed."""
+    stated = {}
+    for path in sorted((small.root / "heads").glob(f"*{_SUFFIX}")):
+        content = small.read(f"heads/{path.name}")
+        names = None
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            names = json.loads(content or b"")["names"]
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            stated[path.name.removesuffix(_SUFFIX)] = names
+    return stated
 
 
 def _refuse(

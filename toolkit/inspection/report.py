@@ -151,6 +151,7 @@ class Run:
         name: of the run.
         run_id: None if it cannot be read.
         exchange: what crosses; None if it cannot be read.
+        class_names: by head, the names of its classes, where a job has stated them.
         jobs: the receiver first.
         streams: in the order of their names.
         fates: of each donor's payloads; none if the ledger cannot be read.
@@ -164,6 +165,7 @@ class Run:
     name: str
     run_id: str | None
     exchange: str | None
+    class_names: dict[str, list[str]]
     jobs: list[Job]
     streams: list[Stream]
     fates: list[Fates]

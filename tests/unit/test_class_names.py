@@ -88,6 +88,14 @@ def test_that_a_job_fits_its_earlier_start(jobs: Jobs) -> None:
     assert jobs.start("donor", naming(CAT_FIRST), run="mine").attempt == 2
 
 
+@pytest.mark.parametrize("content", ["{}", '{"names": 1, "founder": "east"}'])
+def test_that_a_damaged_statement_is_no_traceback(jobs: Jobs, content: str) -> None:
+    run = jobs.start("receiver", naming(CAT_FIRST)).run_dir
+    (run / "bridge" / "heads" / "heads.h2.classes").write_text(content)
+    with pytest.raises(ClassMismatchError, match=r"class 0: donor 'cat', (\?|east) absent"):
+        jobs.start("donor", naming(CAT_FIRST))
+
+
 def test_that_they_are_signed(jobs: Jobs) -> None:
     run = jobs.start("receiver", naming(CAT_FIRST), key=KEY).run_dir
     stated = run / "bridge" / "heads" / "heads.h2.classes"

@@ -39,9 +39,10 @@ def agree_on_classes(
     for head in (*known, *class_names):
         mine = list(class_names[head])
         found = create_or_read(small, files[head], {"founder": job, "names": mine})
-        if found["names"] != mine:
-            founder = found["founder"] if found["founder"] != job else f"earlier {job}"
-            _refuse(small.root.parent.name, head, (job, mine), (founder, found["names"]))
+        if (theirs := found.get("names")) != mine:
+            founder = f"earlier {job}" if found.get("founder") == job else found.get("founder", "?")
+            names = theirs if isinstance(theirs, list) else []
+            _refuse(small.root.parent.name, head, (job, mine), (founder, names))
 
 
 def stated_classes(small: SignedFiles) -> dict[str, list[str]]:

@@ -148,6 +148,7 @@ def main() -> None:
             args,
             run=None if checkpoint else args.run,
             resume_from_checkpoint=checkpoint,
+            class_names={f"heads.{h}": n for h, n in task.class_names_of([args.head]).items()},
         ),
         head=f"heads.{args.head}",
     )

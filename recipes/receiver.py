@@ -156,6 +156,7 @@ def main() -> None:
             args,
             run=None if checkpoint else args.run,
             resume_from_checkpoint=checkpoint,
+            class_names={f"heads.{h}": n for h, n in task.class_names_of(args.donor_heads).items()},
             checkpoint_interval=checkpointing_steps,
             checkpoints_kept=args.checkpoints_total_limit,
         ),

@@ -17,6 +17,9 @@ from toolkit.text import text_task
 
 TASKS = ("digits", "overlap", "text")
 
+# What the classes are called.
+_DIGITS = [str(digit) for digit in range(10)]
+_PAIRS = [f"{2 * pair} or {2 * pair + 1}" for pair in range(5)]
 # digits: images with a label for h1 and for h2; the rest is for evaluation.
 _NUM_DIGITS_H1, _NUM_DIGITS_H2 = 80, 1200
 # overlap: source images, and what is composed of them, for h1, h2 and evaluation.
@@ -60,20 +63,24 @@ def load_task(name: str, *, seed: int = 0) -> Task:
             (images[part, None], {head: column[part] for head, column in labels.items()})
             for part in parts
         ]
-        num_classes = {"h1": 10, "h2": 5, "h3": 2}
+        names = {"h1": _DIGITS, "h2": _PAIRS, "h3": ["even", "odd"]}
     else:
         pools = np.split(order, np.cumsum(_OVERLAP_POOLS)[:-1])
         samples = [
             _overlay(images, digits, rng.choice(pool, size=(num_pairs, 2)))
             for pool, num_pairs in zip(pools, _OVERLAP_PAIRS, strict=True)
         ]
-        num_classes = {"h1": 10, "h2": 10}
+        names = {"h1": _DIGITS, "h2": _DIGITS}
+    num_classes = {head: len(classes) for head, classes in names.items()}
     for head, size in num_classes.items():
         for _, columns in samples:
             check_labels(columns[head], size, head)
     (own_images, own), (donor_images, donor), (evaluation_images, evaluation) = samples
-    train = {"h1": make_dataset(own_images, {"h1": own["h1"]})}
-    train |= {h: make_dataset(donor_images, {h: donor[h]}) for h in num_classes if h != "h1"}
+    train = {
+        head: make_dataset(donor_images, {head: donor[head]}, {head: classes})
+        for head, classes in names.items()
+    }
+    train["h1"] = make_dataset(own_images, {"h1": own["h1"]}, {"h1": names["h1"]})
     return Task(
         name=name,
         build_model=partial(build_model, own_images.shape[1:]),

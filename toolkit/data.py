@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Protocol
 
+import datasets
 import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, SeedableRandomSampler
-from datasets import Array3D, Dataset, Features, Sequence, Value
+from datasets import Array3D, ClassLabel, Dataset, Features, Value
 from torch import Tensor
 from torch.utils.data import BatchSampler, TensorDataset
 
@@ -61,6 +62,15 @@ class Task:
     train: dict[str, Dataset]
     evaluation: Dataset
 
+    def class_names_of(self, heads: Collection[str]) -> dict[str, list[str]]:
+        """By head, the names of its classes, for those of these heads whose data name them."""
+        features = {head: self.train[head].features[head] for head in heads if head in self.train}
+        return {
+            head: list(feature.names)
+            for head, feature in features.items()
+            if isinstance(feature, ClassLabel)
+        }
+
     def classes_of(self, heads: Collection[str]) -> dict[str, int]:
         """``num_classes`` of these heads only.
 
@@ -76,7 +86,9 @@ class Task:
 
 
 def make_dataset(
-    inputs: FloatArray | IntArray, labels: Mapping[str, FloatArray | IntArray]
+    inputs: FloatArray | IntArray,
+    labels: Mapping[str, FloatArray | IntArray],
+    class_names: Mapping[str, Sequence[str]] | None = None,
 ) -> Dataset:
     """A ``Dataset`` in this package's columns, giving torch tensors.
 
@@ -84,11 +96,16 @@ def make_dataset(
         inputs: images (N, C, H, W), float32 in [0, 1]; or token numbers (N, T), int64, with
             ``toolkit.models.PADDING`` after the end of a text.
         labels: by head, (N,).
+        class_names: by head, where the classes have names.
     """
     kind: Any = Array3D(inputs.shape[1:], "float32")
     if inputs.ndim == 2:
-        kind = Sequence(Value("int64"), length=inputs.shape[1])
-    label_features = {head: Value(str(column.dtype)) for head, column in labels.items()}
+        kind = datasets.Sequence(Value("int64"), length=inputs.shape[1])
+    label_features: dict[str, Any] = {
+        head: Value(str(column.dtype)) for head, column in labels.items()
+    }
+    for head, names in (class_names or {}).items():
+        label_features[head] = ClassLabel(names=list(names))
     columns: dict[str, Any] = {"inputs": list(inputs), **labels}
     features = Features({"inputs": kind, **label_features})
     return Dataset.from_dict(columns, features=features).with_format("torch")

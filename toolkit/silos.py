@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 from PIL import Image
 
 from toolkit.bundled import load_task
@@ -121,6 +121,8 @@ def load_silo(
 ) -> Dataset:
     """One split of a silo in this package's columns: ``inputs`` and ``head``.
 
+    Where the data name their classes (``ClassLabel``), so does ``head``.
+
     Args:
         source: where it lies.
         split: which rows of it.
@@ -153,7 +155,9 @@ def load_silo(
         except (ValueError, OSError) as error:
             raise ValueError(f"image in row {row} of {source.dataset_name}: {error}") from error
         image_shape = image_shape or images[0].shape
-    return make_dataset(np.stack(images), {head: np.array(labels, dtype=np.int64)})
+    feature = rows.features[source.label_column]
+    names = {head: feature.names} if isinstance(feature, ClassLabel) else None
+    return make_dataset(np.stack(images), {head: np.array(labels, dtype=np.int64)}, names)
 
 
 def _open(source: SiloSource, split: str) -> Dataset:

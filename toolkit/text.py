@@ -67,14 +67,15 @@ def text_task(seed: int, directory: Path | None = None) -> Task:
         row[: len(text)] = text
     order = rng.permutation(len(texts))
     own_rows, donor_rows, rest = np.split(order, [_NUM_H1, len(texts) - _NUM_EVALUATION])
+    names = {"h1": modules, "h2": list(CHAPTERS)}
     columns: dict[str, IntArray] = {"h1": np.array(labels), "h2": np.array(labels) // 2}
     return Task(
         name="text",
         build_model=partial(build_text_model, NUM_TOKENS, MAX_WORDS),
         num_classes={"h1": len(modules), "h2": len(CHAPTERS)},
         train={
-            "h1": make_dataset(tokens[own_rows], {"h1": columns["h1"][own_rows]}),
-            "h2": make_dataset(tokens[donor_rows], {"h2": columns["h2"][donor_rows]}),
+            head: make_dataset(tokens[rows], {head: columns[head][rows]}, {head: names[head]})
+            for head, rows in {"h1": own_rows, "h2": donor_rows}.items()
         },
         evaluation=make_dataset(
             tokens[rest], {head: column[rest] for head, column in columns.items()}

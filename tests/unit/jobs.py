@@ -72,7 +72,7 @@ class ReceiverAlone:
         accelerator.native_amp = init_scale is not None
         optimizer = torch.optim.AdamW(network.parameters(), lr=0.01, fused=fused)
         self.optimizer = accelerator.prepare(optimizer)
-        config = BridgeConfig(runs_dir=runs_dir, peer_wait=0.2, **settings)
+        config = BridgeConfig(**{"runs_dir": runs_dir, "peer_wait": 0.2, **settings})
         self.receiver = GradientReceiver(
             accelerator, self.model, self.optimizer, config, teacher_factory=teacher_factory
         )

@@ -284,8 +284,8 @@ def test_that_the_shape_of_the_json_stays(small: SmallRun, inspect: Inspect) -> 
     _, run = inspect(small.run_dir, "--verify")
 
     assert set(run) == {
-        "ok", "directory", "name", "run_id", "exchange", "jobs", "streams", "fates", "num_bytes",
-        "temporary_files", "verified", "problems",
+        "ok", "directory", "name", "run_id", "exchange", "class_names", "jobs", "streams", "fates",
+        "num_bytes", "temporary_files", "verified", "problems",
     }  # fmt: skip
     assert set(run["jobs"][0]) == {
         "name", "role", "heads", "start", "state", "receiver_step", "donor_step", "host", "pid",

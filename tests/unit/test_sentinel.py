@@ -90,7 +90,9 @@ def test_that_a_norm_out_of_the_usual_range_raises_an_alarm() -> None:
     assert look(watch, record()) == ("norm",)
 
 
-@pytest.mark.parametrize(("slope", "raises"), [(0.0, True), (1e-4, True), (-1e-3, False)])
+@pytest.mark.parametrize(
+    ("slope", "raises"), [(0.0, True), (1e-4, True), (-5e-4, True), (-2e-3, False)]
+)
 def test_that_a_loss_that_does_not_fall_raises_an_alarm(slope: float, raises: bool) -> None:
     watch = sentinel()
     raised = [
@@ -112,6 +114,43 @@ def test_that_its_state_goes_through_json() -> None:
     assert found == expected
     assert second.state() == whole.state()
     assert "norm" in whole.counts
+
+
+def test_that_a_scale_that_has_changed_for_good_becomes_the_usual_one(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    watch = sentinel()
+    huge = record(backbone=100 * NORM_FACTOR)
+    for _ in range(MEMORY):
+        look(watch, record())
+    for _ in range(WARM_UP - 1):
+        assert look(watch, huge) == ("norm",)
+    assert look(watch, record()) == (), "in a row"
+    for number in range(WARM_UP):
+        if number == WARM_UP // 2:
+            watch.load_state(json.loads(json.dumps(watch.state())))  # a resume in between
+        assert "theirs is the usual one" not in caplog.text
+        assert look(watch, huge) == ("norm",)
+    assert caplog.text.count("theirs is the usual one") == 1
+    assert look(watch, huge) == ()
+    assert look(watch, record(backbone=4e3 * NORM_FACTOR)) == ("norm",)
+
+
+@pytest.mark.parametrize("rejects", [False, True])
+def test_that_an_alarm_counts_whether_its_payload_is_applied_or_not(
+    tmp_path: Path, rejects: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    bridge = Bridge(DirectoryTransport(tmp_path), rejects_alarms=rejects)
+    watch = bridge.inbox.sentinel
+    for number in range(PATIENCE + 3):
+        bridge.donate(at=bridge.step, tensors={"w": torch.zeros(3)})
+        if rejects and number >= PATIENCE - 1:
+            assert bridge.look() is None
+        else:
+            bridge.take()
+    assert watch.counts == {"zero": 4}
+    assert watch.alarms == ("zero",)
+    assert caplog.text.count("ALARM: the donor") == 1
 
 
 @pytest.mark.parametrize("rejects", [False, True])

@@ -4,6 +4,7 @@
 
     runs/0001/bridge/run.json                      what all jobs agreed on; the first one wrote it
     runs/0001/bridge/heads/heads.h2.json           the same for each head
+    runs/0001/bridge/heads/heads.h2.classes        the names of its classes, see ``class_names``
     runs/0001/bridge/donor/attempts/0001.json      what a start of a job says of itself: its claim
 
 Each of these files is created once, by one job, and never replaced. With a key all are signed:
@@ -125,7 +126,7 @@ def agree(bridge: Path, job: str, terms: dict[str, Any], signer: Signer) -> str:
     mine: dict[str, Any] = {"run_id": uuid.uuid4().hex, "founder": job}
     mine |= {"format_version": FORMAT_VERSION, "schema": schemas.pop("backbone")}
     mine |= {key: terms[key] for key in TERMS}
-    found = _create_or_read(SignedFiles(bridge, signer), "run.json", mine)
+    found = create_or_read(SignedFiles(bridge, signer), "run.json", mine)
     founder = found["founder"] if found["founder"] != job else f"earlier {job}"
     differences = [
         f"{key}: {job} {mine[key]!r}, {founder} {found.get(key)!r}"
@@ -139,7 +140,7 @@ def agree(bridge: Path, job: str, terms: dict[str, Any], signer: Signer) -> str:
     small = SignedFiles(bridge, signer.of_run(str(found["run_id"])))
     for head in (*known, *schemas):
         if head in known or not differences:  # a job that does not fit founds nothing
-            theirs = _create_or_read(small, names[head], {"founder": job, "schema": schemas[head]})
+            theirs = create_or_read(small, names[head], {"founder": job, "schema": schemas[head]})
             name = theirs["founder"] if theirs["founder"] != job else f"earlier {job}"
             lines = schema_differences(schemas[head], theirs["schema"], job, name)
             differences += [line for line in lines if line not in differences]
@@ -153,7 +154,7 @@ def agree(bridge: Path, job: str, terms: dict[str, Any], signer: Signer) -> str:
     return str(found["run_id"])
 
 
-def _create_or_read(small: SignedFiles, name: str, mine: dict[str, Any]) -> dict[str, Any]:
+def create_or_read(small: SignedFiles, name: str, mine: dict[str, Any]) -> dict[str, Any]:
     """What the file holds: mine, if this job is the first to write it."""
     try:
         small.create(name, to_json(mine))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -69,6 +69,8 @@ class BridgeConfig:
     rescale: RescaleRule = "match"  # how the donor's sum meets the receiver's batch
     donor_weight: float | Mapping[str, float] = 1.0  # lambda of the donors' losses, or by head
     donor_name: str = "donor"  # donor: its name in the run; several donors have different ones
+    # The names of a head's classes, by number: two jobs that both state them must state the same.
+    class_names: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     num_donors: int = 1  # receiver: how many it waits for before its first step
     max_donor_norm: float | None = None  # receiver: bound of each donor's part of the gradient
     on_alarm: AlarmRule = "warn"  # receiver: what of payloads that are valid and strange (sentinel)
@@ -123,6 +125,9 @@ class BridgeConfig:
                 f"donor_name {self.donor_name!r} must begin with a letter and have letters, "
                 f"digits, _ and - only; {' and '.join(TAKEN_NAMES)} are taken"
             )
+        for head, names in self.class_names.items():
+            if isinstance(names, str) or not names or {type(name) for name in names} != {str}:
+                raise ValueError(f"class_names of {head!r} must be a list of names: {names!r}")
         if self.num_donors < 1:
             raise ValueError(f"num_donors must be at least 1, got {self.num_donors}")
         for name in ("peer_wait", "payload_budget_files", "payload_budget_gib"):

@@ -323,6 +323,8 @@ class GradientDonor(BridgeJob):
         """On the main process: what the next window is for, or None to wait."""
         if self._wait is None:
             self._wait = self._open_wait(self.receiver, "the receiver's next weights")
+        if self._rest.lasts([self._wait]):
+            return None
         decision = self._look()
         if decision is not None:
             self._wait.is_over()

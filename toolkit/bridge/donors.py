@@ -19,7 +19,7 @@ from toolkit.bridge.config import JOB_NAME, BridgeConfig
 from toolkit.bridge.errors import PayloadError, PeerError
 from toolkit.bridge.inbox import Inbox, Verdict
 from toolkit.bridge.ledger import Entry
-from toolkit.bridge.liveness import PeerWatch, Wait
+from toolkit.bridge.liveness import ArrivalWatch, PeerWatch, Wait
 from toolkit.bridge.own_weights import stream_of
 from toolkit.bridge.payload import Record
 from toolkit.bridge.sentinel import Sentinel
@@ -156,6 +156,14 @@ class Donors:
         lively = {d.head for d in self._donors.values() if not d.is_away}
         return frozenset(d.head for d in self._donors.values()) - lively
 
+    def waits(self) -> list[Wait]:
+        """The waits of this step that are not over; none before its first look."""
+        waits = [donor.wait for donor in self._donors.values() if donor.verdict is None]
+        if len(self._donors) < self._num_expected:
+            waits.append(self._missing)
+        begun = [wait for wait in waits if wait is not None]
+        return begun if len(begun) == len(waits) else []
+
     def look(self, receiver_step: int, without: Collection[str] = ()) -> tuple[Verdict, ...] | None:
         """One look at every stream that has no answer yet.
 
@@ -208,7 +216,7 @@ class Donors:
         """Whether donors that were never found are waited for no longer."""
         if self._missing is None:
             name = "donor" if "donor" not in self._donors else "further donor"
-            watch = PeerWatch(self._transport, name)
+            watch = ArrivalWatch(self._transport, name)
             what = f"the {name}'s gradient at receiver step {step}"
             self._missing = self._open_wait(watch, what)
         reason = self._missing.gave_up()

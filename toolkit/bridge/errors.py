@@ -7,6 +7,10 @@ class BridgeError(RuntimeError):
     """The bridge cannot go on: a wrong setting, a taken run, a partner that never came."""
 
 
+class ClassMismatchError(BridgeError):
+    """The jobs number the classes of a head in different ways."""
+
+
 class SchemaMismatchError(BridgeError):
     """The two jobs do not share the same parameters; the message lists the tensors that differ."""
 

@@ -160,16 +160,26 @@ def link(source: Path, target: Path) -> None:
     fsync_path(target.parent)
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes, directory_mode: int | None = None) -> None:
     """Give ``path`` a new content; a reader sees the old one or the new one, never a mixture.
 
     Not synced to the disk: for a state that is worth nothing after a power cut.
+
+    Args:
+        path: the file.
+        content: that it has afterwards.
+        directory_mode: of its directory, where that is known: those who may not use that may not
+            use the file. Two names are looked up then, the temporary one and ``path``.
     """
+    if directory_mode is None:
+        directory_mode = path.parent.stat().st_mode
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}-{path.name}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
-        temporary.write_bytes(content)
-        restrict(temporary)
+        with open(os.open(temporary, flags, directory_mode & 0o666), "wb") as file:
+            file.write(content)
         temporary.replace(path)
-    finally:
+    except BaseException:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+        raise

@@ -269,6 +269,7 @@ class Inbox:
             return "skipped", "", record
         alarms = [alarm for alarm in self.sentinel.judge(record) if alarm in OF_ONE_PAYLOAD]
         if alarms and self._rejects_alarms:
+            self.sentinel.raise_alarms(tuple(alarms))
             raise PayloadError("alarm", f"{' and '.join(alarms)}, and on_alarm is 'reject'")
         return "applied", "", record
 
@@ -290,8 +291,11 @@ class Inbox:
         """Whether a number was passed over: later payloads are there, and it stays away."""
         now = time.monotonic()
         if sequence != self._missing:
-            self._missing, self._missing_looks = sequence, 0
-        elif now < self._next_missing_look:
+            # Mostly it will come in a moment: the listing, of all that the donor keeps, can wait.
+            self._missing, self._missing_looks = sequence, 1
+            self._next_missing_look = now + MISSING_SECONDS
+            return False
+        if now < self._next_missing_look:
             return False
         self._next_missing_look = now + MISSING_SECONDS
         later = [number for number in self._transport.sequences(self._donor) if number > sequence]

@@ -32,6 +32,7 @@ from toolkit.bridge.payload import (
     payload_dtype,
 )
 from toolkit.bridge.publisher import Publisher
+from toolkit.bridge.resting import Rest
 from toolkit.bridge.runs import CHECKPOINT_FILE, attach, read_checkpoint
 from toolkit.bridge.transport import READ_SECONDS, DirectoryTransport
 from toolkit.configuration import check_configuration
@@ -109,6 +110,7 @@ class BridgeJob:
             "local_steps": config.local_steps if config.exchange == "delta" else None,
             "scope": config.scope,
             "unit": config.unit,
+            "class_names": self._class_names(),
         }
         claim = {
             "record_bytes": self._record_bytes(),
@@ -142,6 +144,7 @@ class BridgeJob:
             self._heartbeat = Heartbeat(self.transport, self.job, self.attempt)
             signs = ", which signs with a key" if self._signer.has_key else ""
             logger.info("%s of run %s%s", self.job, self.run_dir, signs)
+        self._rest = Rest(self._heartbeat)
 
     def _schemas(self) -> dict[str, dict[str, list[Any]]]:
         """What all jobs must have alike: tensors, or in exchange ``distill`` heads by name only.
@@ -150,6 +153,15 @@ class BridgeJob:
         """
         schemas = self.shared.schemas()
         return {part: {} for part in schemas} if self.config.exchange == "distill" else schemas
+
+    def _class_names(self) -> dict[str, list[str]]:
+        stated = self.config.class_names
+        if unknown := sorted(set(stated) - set(self.shared.heads)):
+            raise ValueError(
+                f"class_names has {unknown[0]!r}, which this job does not share; it shares "
+                f"{', '.join(self.shared.heads)}"
+            )
+        return {head: list(names) for head, names in stated.items()}
 
     def _open_on_main(self) -> None:
         self._publisher = self._open_stream(self.job)

@@ -20,6 +20,7 @@ from toolkit.bridge.accumulation import Window
 from toolkit.bridge.config import BridgeConfig
 from toolkit.bridge.errors import SchemaMismatchError
 from toolkit.bridge.liveness import Wait
+from toolkit.bridge.resting import Rest
 from toolkit.bridge.teacher import TeacherFactory
 from toolkit.bridge.teachers import Offer, Teachers
 from toolkit.distillation import kl_loss, mse_loss
@@ -75,12 +76,13 @@ class Lessons:
 
     # -- who teaches --------------------------------------------------------------------------
 
-    def begin(self, wait: Wait, name: str) -> None:
+    def begin(self, wait: Wait, name: str, rest: Rest) -> None:
         """Before the first step, and never again: give donors ``peer_wait`` to teach. A collective.
 
         Args:
             wait: for a donor, on the main process.
             name: of that donor.
+            rest: of this job.
 
         Raises:
             SchemaMismatchError: if the newest weights are of another model.
@@ -89,6 +91,9 @@ class Lessons:
         teachers, config = self.teachers, self._config
 
         def poll() -> tuple[Offer | None] | None:
+            is_due = wait.seconds >= config.peer_wait and not config.require_peer
+            if not is_due and not teachers.is_looking and rest.lasts([wait]):
+                return None
             if (offer := teachers.poll()) is not None:
                 return (offer,)
             if teachers.misfit is not None:
@@ -97,7 +102,7 @@ class Lessons:
                     "GradientReceiver a teacher_factory that makes the donor's model"
                 )
             reason = wait.gave_up()
-            if reason is None and wait.seconds >= config.peer_wait and not config.require_peer:
+            if reason is None and is_due:
                 reason = f"the {name} brought no weights for {config.peer_wait:g} s"
             if reason is not None:
                 logger.warning("TRAINING ALONE: %s. No teacher, until one comes", reason)

@@ -19,6 +19,7 @@ from toolkit.bridge.transport import DirectoryTransport
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
+RESTING_BEATS = 2  # so many of them between two of a job whose peers have long been silent
 SILENT_BEATS = 5  # without which a job does not live, where nothing says to wait for longer
 STATUS_SECONDS = 5.0
 # A peer whose heart beats but that brings nothing (a long evaluation, a hung rank) gets this many
@@ -27,11 +28,16 @@ STALL_FACTOR = 10
 
 
 class Heartbeat:
-    """Moves a job's counter from a thread of its own, so that a long step is no silence."""
+    """Moves a job's counter from a thread of its own, so that a long step is no silence.
+
+    Attributes:
+        rests: whether it beats more slowly, which may be set at any time.
+    """
 
     def __init__(self, transport: DirectoryTransport, job: str, attempt: int = 0) -> None:
         self._transport, self._job = transport, job
         self._stop = threading.Event()
+        self.rests = False
         # With a key a smaller value is no life: a restart goes on above those of earlier ones,
         # even where the last one cannot be read.
         self._counter = max(int(transport.heartbeat(job) or 0), attempt << 32)
@@ -44,7 +50,7 @@ class Heartbeat:
             # A disk that fails for a while is silence, which the peer's deadline covers.
             with contextlib.suppress(OSError):
                 self._transport.beat(self._job, self._counter)
-            if self._stop.wait(BEAT_SECONDS):
+            if self._stop.wait(BEAT_SECONDS * (RESTING_BEATS if self.rests else 1)):
                 return
 
     def stop(self) -> None:
@@ -65,20 +71,27 @@ class PeerWatch:
         self,
         transport: DirectoryTransport,
         job: str,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        self._transport, self.job, self._clock = transport, job, clock
+        self._transport, self.job = transport, job
+        self._clock = clock or time.monotonic
         self._counter = transport.heartbeat(job)
-        self._last_sign = clock()
+        self._last_sign = self._clock()
         self.seen = False
         self.longest_round = 0.0
 
-    def observe(self) -> None:
-        """Look at the counter once; a change is a sign of life, a value is not."""
+    def observe(self) -> bool:
+        """Look at the counter once; whether it moved, which is a sign of life, as no value is."""
         counter = self._transport.heartbeat(self.job)
-        if counter and counter != self._counter:  # empty: it cannot be read just now
-            self._counter = counter
-            self.sign_of_life()
+        if not counter or counter == self._counter:  # empty: it cannot be read just now
+            return False
+        self._counter = counter
+        self.sign_of_life()
+        return True
+
+    def glance(self) -> bool:
+        """Look up one name; whether there is a reason to look closer."""
+        return self.observe()
 
     def sign_of_life(self) -> None:
         """Note that the job did something that only a living job does."""
@@ -100,6 +113,26 @@ class PeerWatch:
             time.sleep(0.05)
             self.observe()
         return self.seen
+
+
+class ArrivalWatch(PeerWatch):
+    """Observes one other job that may not be there yet, and may come under another name."""
+
+    def __init__(
+        self,
+        transport: DirectoryTransport,
+        job: str,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        super().__init__(transport, job, clock)
+        self._mark = transport.arrival_mark()
+
+    def glance(self) -> bool:
+        """Look up one name; whether there is a reason to look closer: somebody has come."""
+        if self.seen:
+            return self.observe()
+        before, self._mark = self._mark, self._transport.arrival_mark()
+        return self._mark != before
 
 
 def some_heart_beats(bridge: Path, timeout_seconds: float) -> bool:
@@ -155,6 +188,14 @@ class Wait:
         """What was waited for has come."""
         self._peer.longest_round = max(self._peer.longest_round, self.seconds)
 
+    def is_quiet(self, seconds: float) -> bool:
+        """Whether the peer has been silent for so long, and the wait is not to be given up yet."""
+        return self._silent_seconds >= seconds and self._reason() is None
+
+    def glance(self) -> bool:
+        """Look up one name of the peer; whether there is a reason to look closer."""
+        return self._peer.glance()
+
     def gave_up(self) -> str | None:
         """Observe the peer, say how things stand, and the reason for giving up once there is one.
 
@@ -162,26 +203,40 @@ class Wait:
             PeerError: in place of the reason, if the peer is required.
         """
         self._peer.observe()
-        stall_limit = STALL_FACTOR * max(self._peer_wait, self._peer.longest_round)
-        silent = min(self._peer.silent_seconds, self.seconds)
-        reason = None
-        if silent >= self._patience:
-            state = "fell silent" if self._peer.seen else "did not come"
-            reason = f"the {self._peer.job} {state} for {self._patience:g} s"
-        elif self.seconds >= stall_limit:
-            reason = f"the {self._peer.job} lives but brought nothing for {stall_limit:.0f} s"
+        reason = self._reason()
         if reason and self._require_peer:
             raise PeerError(f"{reason}, and --require_peer is set: waited for {self._what}")
-        if not reason and self.seconds >= self._next_status:
-            self._next_status = self.seconds + STATUS_SECONDS
-            self._say_status(silent, stall_limit)
+        if not reason:
+            self.say_status()
         return reason
 
-    def _say_status(self, silent: float, stall_limit: float) -> None:
+    @property
+    def _silent_seconds(self) -> float:
+        return min(self._peer.silent_seconds, self.seconds)
+
+    @property
+    def _stall_limit(self) -> float:
+        return STALL_FACTOR * max(self._peer_wait, self._peer.longest_round)
+
+    def _reason(self) -> str | None:
+        """Why the wait is to be given up; None if it is not."""
+        if self._silent_seconds >= self._patience:
+            state = "fell silent" if self._peer.seen else "did not come"
+            return f"the {self._peer.job} {state} for {self._patience:g} s"
+        if self.seconds >= self._stall_limit:
+            return f"the {self._peer.job} lives but brought nothing for {self._stall_limit:.0f} s"
+        return None
+
+    def say_status(self) -> None:
+        """Log how things stand, every few seconds."""
+        if self.seconds < self._next_status:
+            return
+        self._next_status = self.seconds + STATUS_SECONDS
+        silent = self._silent_seconds
         if not self._peer.seen:
             state = f"no {self._peer.job} yet, at most {self._patience:g} s. {self._hint}"
         elif silent < STATUS_SECONDS:
-            state = f"the {self._peer.job} lives, at most {stall_limit:.0f} s"
+            state = f"the {self._peer.job} lives, at most {self._stall_limit:.0f} s"
         else:
             state = f"the {self._peer.job} is silent, for {silent:.0f} of {self._patience:g} s"
         logger.info("waiting for %s since %.0f s: %s", self._what, self.seconds, state)

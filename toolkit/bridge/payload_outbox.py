@@ -34,6 +34,7 @@ class PayloadOutbox:
         self._transport, self._publisher = transport, publisher
         self._inbox, self._config = inbox, config
         self._largest = 0  # bytes
+        self._acknowledged, self._num_kept = -1, 0  # when payloads were deleted last, and since
 
     def publish(self, header: Header, tensors: Mapping[str, Tensor]) -> int:
         """Publish a payload or a skip record; its size in bytes.
@@ -45,15 +46,18 @@ class PayloadOutbox:
         size = self._publisher.publish(header, tensors)
         self._inbox.note_answer(header, self._publisher.next_sequence - 1)
         self._largest = max(self._largest, size)
+        self._num_kept += 1
         return size
 
     def _prune(self) -> None:
         """Delete what will never be asked for again; refuse to grow beyond the budget."""
         transport, config, stream = self._transport, self._config, self._publisher.stream
         acknowledged = transport.acknowledged(stream)
-        transport.prune(stream, acknowledged)
-        self._inbox.forget_below(acknowledged)
-        kept = len(transport.sequences(stream))
+        if acknowledged != self._acknowledged:  # what is kept is listed then, and not at every step
+            self._publisher.prune(acknowledged)
+            self._inbox.forget_below(acknowledged)
+            self._acknowledged, self._num_kept = acknowledged, len(transport.sequences(stream))
+        kept = self._num_kept
         gib = kept * self._largest / 2**30
         if kept > config.payload_budget_files or gib > config.payload_budget_gib:
             raise BridgeError(

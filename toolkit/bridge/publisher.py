@@ -15,6 +15,7 @@ from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
 
+_REFUSED_KEPT = 100  # of the records that a reader has put aside, and looks at them so often
 _WEIGHTS_KEPT = 2  # the newest, and the ones that another job may be reading
 
 
@@ -42,8 +43,10 @@ class Publisher:
         self._transport, self.stream = transport, stream
         self._run_id, self._record_bytes = run_id, record_bytes
         transport.open_stream(stream)
-        own = transport.sequences(stream)
-        self.next_sequence = own[-1] + 1 if own else 0
+        # The newest of all may lie aside, and what was before it be deleted, with its note.
+        known = [*transport.sequences(stream), *transport.rejected(stream)]
+        self.next_sequence = max(known, default=-1) + 1
+        self._next_clearing = 0
         self.num_records = self.num_bytes = 0
 
     def publish(self, header: Header, tensors: Mapping[str, Tensor]) -> int:
@@ -86,7 +89,14 @@ class Publisher:
         Files in the place of older ones go too.
         """
         self.publish(header, tensors)
-        self._transport.prune(self.stream, self.next_sequence - _WEIGHTS_KEPT)
+        self.prune(self.next_sequence - _WEIGHTS_KEPT)
+
+    def prune(self, sequence: int) -> None:
+        """Delete records below ``sequence`` but the newest, and of those refused all but some."""
+        self._transport.prune(self.stream, sequence)
+        if self.next_sequence >= self._next_clearing:
+            self._next_clearing = self.next_sequence + _REFUSED_KEPT
+            self._transport.prune_rejected(self.stream, sequence, keep=_REFUSED_KEPT)
 
     @property
     def last_rejection(self) -> str | None:

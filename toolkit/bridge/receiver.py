@@ -34,7 +34,7 @@ from toolkit.bridge.lessons import (
     obstacle_to_teachers,
     sharded_head,
 )
-from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS, PeerWatch, Wait
+from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS, ArrivalWatch, PeerWatch, Wait
 from toolkit.bridge.outer import OuterOptimizer
 from toolkit.bridge.own_weights import newest_own_weights, stream_of
 from toolkit.bridge.payload import Header, Record, digest_tensors
@@ -331,9 +331,8 @@ class GradientReceiver(BridgeJob):
         if self.config.exchange == "auto":
             teachers.at_work = frozenset()
             return lessons
-        name = next(iter(self._donors.names if self._donors is not None else ()), "donor")
-        wait = self._open_wait(PeerWatch(self.transport, name), "a teacher")
-        lessons.begin(wait, name)
+        watch = self._watch_for_first()
+        lessons.begin(self._open_wait(watch, "a teacher"), watch.job, self._rest)
         return lessons
 
     def _change_lessons(self, lessons: Lessons, found: _Findings) -> None:
@@ -352,6 +351,13 @@ class GradientReceiver(BridgeJob):
             lessons.end()
             self._lessons = None
 
+    def _watch_for_first(self) -> PeerWatch:
+        """A watch over the first donor that has come, or over who will be."""
+        names = self._donors.names if self._donors is not None else []
+        if not names:
+            return ArrivalWatch(self.transport, "donor")
+        return PeerWatch(self.transport, names[0])
+
     def _open_donor_wait(self, peer: PeerWatch, what: str) -> Wait:
         patience, may_teach = None, self._lessons is not None and not self.config.require_peer
         if may_teach and peer.seen:  # a teacher takes over: do not stall
@@ -366,6 +372,8 @@ class GradientReceiver(BridgeJob):
         wait: list[Wait] = []  # main process
 
         def find() -> dict[str, tuple[int, str]] | None:
+            if self._rest.lasts(wait):
+                return None
             self._on_main.discover()
             found = {}
             for donor in self._on_main.names:
@@ -373,8 +381,7 @@ class GradientReceiver(BridgeJob):
                 if record is not None:
                     found[donor] = (record.header.sequence, record.header.tensors_digest)
             if not wait:
-                watch = PeerWatch(self.transport, "donor")
-                wait.append(self._open_wait(watch, "the donor's head"))
+                wait.append(self._open_wait(self._watch_for_first(), "the donor's head"))
             if len(found) >= self.config.num_donors:
                 return found
             if (reason := wait[0].gave_up()) is None:
@@ -456,8 +463,10 @@ class GradientReceiver(BridgeJob):
     def _poll(self) -> _Findings | None:
         """On the main process: one look at the donors' streams."""
         assert self._outbox is not None
-        self._outbox.look()
         donors, num_away = self._on_main, self._on_main.num_away
+        if self._rest.lasts(donors.waits()):
+            return None
+        self._outbox.look()
         verdicts = donors.look(self.completed_steps, self.taught_heads)
         if self._interruption.signal and donors.num_away > num_away:  # by the same signal, maybe
             raise Interrupted(self._interruption.signal)  # sooner than a step without its part

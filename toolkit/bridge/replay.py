@@ -17,6 +17,7 @@ from toolkit.bridge.authentication import UNSIGNED, Signer
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.inbox import Verdict
 from toolkit.bridge.ledger import Entry, read_path
+from toolkit.bridge.liveness import Wait
 from toolkit.bridge.payload import Record, check_identity, parse_record
 
 
@@ -123,6 +124,10 @@ class Replay:
 
     def begin(self) -> None:
         """There is nobody to ask."""
+
+    def waits(self) -> list[Wait]:
+        """None: what a step takes is there."""
+        return []
 
     def remember(self, receiver_step: int, digest: str) -> None:
         """Note the digest of the weights after ``receiver_step`` steps."""

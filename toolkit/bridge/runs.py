@@ -41,6 +41,7 @@ from toolkit.bridge.authentication import (
     run_mode,
     warn_of_others,
 )
+from toolkit.bridge.class_names import agree_on_classes
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.errors import BridgeError, OtherKeyError
 from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS, PeerWatch, some_heart_beats
@@ -76,7 +77,8 @@ def attach(
         role: ``donor`` or ``receiver``.
         config: names the runs directory and, maybe, a run or a checkpoint.
         terms: what jobs must agree on: ``agreement.TERMS``, and ``schemas``: that of the
-            ``backbone`` and of each head that this job shares.
+            ``backbone`` and of each head that this job shares. And ``class_names`` by head, where
+            this job states them.
         claim: what other jobs may want to know of this one; fit for JSON.
         signer: of this job.
 
@@ -85,6 +87,7 @@ def attach(
         BridgeError: if a named run is over or its role is taken by a living job, the checkpoint
             is of no run in this directory, or the directory cannot be written.
         SchemaMismatchError: if the other job's terms differ.
+        ClassMismatchError: if another job states other classes of a head.
     """
     runs_dir = Path(config.runs_dir).absolute()
     job = config.job_of(role)
@@ -295,6 +298,7 @@ def _join(
     make_bridge_directory(bridge, signer)
     run_id = agree(bridge, job, terms, signer)
     transport = DirectoryTransport(bridge, signer.of_run(run_id))
+    agree_on_classes(transport.small, job, terms.get("class_names", {}))
     for name in (job, f"{job}/attempts"):
         files.make_directory(bridge / name)
     heads = sorted(set(terms["schemas"]) - {"backbone"})

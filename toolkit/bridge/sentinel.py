@@ -21,10 +21,15 @@ logger = logging.getLogger(__name__)
 Alarm = Literal["zero", "idle head", "idle backbone", "norm", "flat loss"]
 
 PATIENCE = 3  # payloads in a row that a part of the gradient may be exactly zero
-WARM_UP = 20  # payloads before a norm is compared with those before
+# Payloads before a norm is compared with those before; and so many applied in a row that raise an
+# alarm are the usual ones from then on.
+WARM_UP = 20
 MEMORY = 64  # of which these many are kept
 NORM_FACTOR = 30.0  # times their median
 LOSS_SPAN = 100  # payloads whose mean loss is compared with that of the first so many
+# Of which it must have fallen by this part. With labels that say nothing it falls too, by a few
+# percent, as the head learns to say nothing.
+LOSS_FALL = 0.05
 # Those that say something against the payload itself.
 OF_ONE_PAYLOAD: tuple[Alarm, ...] = ("zero", "idle head", "idle backbone", "norm")
 
@@ -33,7 +38,8 @@ _MEANING: dict[Alarm, str] = {
     "idle head": "its gradients for its own head are exactly zero: is the head frozen?",
     "idle backbone": "its gradients for the backbone are exactly zero: is it frozen or detached?",
     "norm": f"the norm of its gradient is over {NORM_FACTOR:g} times the usual",
-    "flat loss": "its loss does not fall: are these the labels, and the data, of this head?",
+    "flat loss": f"its loss has fallen by less than {LOSS_FALL:.0%} since its first payloads: are "
+    "these the labels, and the data, of this head?",
 }
 
 
@@ -45,13 +51,14 @@ class Sentinel:
         backbone: names of the backbone's tensors.
 
     Attributes:
-        alarms: those that the newest payload applied has raised.
-        counts: how many of those applied have raised which, since the run began.
+        alarms: those that the newest payload raised, of those applied and those refused for it.
+        counts: how many payloads have raised which, since the run began.
     """
 
     def __init__(self, donor: str, backbone: Collection[str]) -> None:
         self._donor, self._backbone = donor, frozenset(backbone)
         self._norms: deque[float] = deque(maxlen=MEMORY)
+        self._unusual: list[float] = []  # norms of the newest payloads, if they raised an alarm
         self._idle: dict[Alarm, int] = {"zero": 0, "idle head": 0, "idle backbone": 0}
         self._first_losses: list[float] = []
         self._last_losses: deque[float] = deque(maxlen=LOSS_SPAN)
@@ -80,17 +87,34 @@ class Sentinel:
         norm, parts = self._measure(record)
         for alarm, is_idle in parts.items():
             self._idle[alarm] = self._idle[alarm] + 1 if is_idle else 0
-        if "norm" not in alarms:
-            self._norms.append(norm)
+        self._remember_norm(norm, is_usual="norm" not in alarms)
         if (loss := record.header.loss) is not None:
             is_early = len(self._first_losses) < LOSS_SPAN
             (self._first_losses if is_early else self._last_losses).append(loss)
+        self.raise_alarms(alarms)
+        self._measured = None  # keeps a record
+
+    def _remember_norm(self, norm: float, is_usual: bool) -> None:
+        if is_usual:
+            self._norms.append(norm)
+            self._unusual.clear()
+            return
+        self._unusual.append(norm)
+        if len(self._unusual) == WARM_UP:  # it is no outlier, the scale has changed
+            self._norms = deque(self._unusual, maxlen=MEMORY)
+            self._unusual.clear()
+            logger.warning(
+                "the %s: %d payloads in a row were over %g times the usual norm: from here on "
+                "theirs is the usual one", self._donor, WARM_UP, NORM_FACTOR,
+            )  # fmt: skip
+
+    def raise_alarms(self, alarms: tuple[Alarm, ...]) -> None:
+        """A payload is applied in spite of these, or refused for them: count and log them."""
         for alarm in alarms:
             self.counts[alarm] = self.counts.get(alarm, 0) + 1
             if alarm not in self.alarms:
                 logger.warning("ALARM: the %s: %s", self._donor, _MEANING[alarm])
         self.alarms = alarms
-        self._measured = None  # keeps a record
 
     def _measure(self, record: Record) -> tuple[float, dict[Alarm, bool]]:
         """The norm of the mean over samples, and which parts of it are exactly zero."""
@@ -110,15 +134,19 @@ class Sentinel:
         return measured
 
     def _is_flat(self, loss: float | None) -> bool:
-        """Whether the newest losses, with this one, are no lower on average than the first."""
+        """Whether the newest losses, with this one, are hardly lower on average than the first."""
         newest = [*self._last_losses, *([] if loss is None else [loss])][-LOSS_SPAN:]
         is_full = loss is not None and len(newest) == LOSS_SPAN
-        return is_full and statistics.fmean(newest) >= statistics.fmean(self._first_losses)
+        if not is_full:
+            return False
+        first = statistics.fmean(self._first_losses)
+        return statistics.fmean(newest) > first - LOSS_FALL * abs(first)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold; fit for JSON."""
         return {
             "norms": list(self._norms),
+            "unusual": list(self._unusual),
             "idle": dict(self._idle),
             "first_losses": list(self._first_losses),
             "last_losses": list(self._last_losses),
@@ -128,6 +156,7 @@ class Sentinel:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state`."""
         self._norms = deque(state["norms"], maxlen=MEMORY)
+        self._unusual = list(state["unusual"])
         self._idle = dict(state["idle"])
         self._first_losses = list(state["first_losses"])
         self._last_losses = deque(state["last_losses"], maxlen=LOSS_SPAN)

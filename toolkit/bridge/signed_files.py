@@ -31,6 +31,7 @@ class SignedFiles:
         self.root, self.signer = root, signer
         self._highest: dict[str, int] = {}  # counter seen, by name
         self._ignored: set[str] = set()  # names that a warning was given for
+        self._modes: dict[Path, int] = {}  # of directories, looked up once: a heart beats for ever
 
     def create(self, name: str, content: bytes) -> None:
         """Create a file; durable when it returns.
@@ -43,7 +44,10 @@ class SignedFiles:
 
     def replace(self, name: str, content: bytes) -> None:
         """Give a file a new content; not durable."""
-        files.replace(self.root / name, self.signer.seal(name, content))
+        path = self.root / name
+        if path.parent not in self._modes:
+            self._modes[path.parent] = path.parent.stat().st_mode
+        files.replace(path, self.signer.seal(name, content), self._modes[path.parent])
 
     def read(self, name: str, max_bytes: int = files.MAX_SMALL_BYTES) -> bytes | None:
         """What a file holds; None if it is not there or, with a warning, not to be believed."""

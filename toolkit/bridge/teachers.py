@@ -162,6 +162,11 @@ class Teachers:
         for working in self.working.values():
             working.age += 1
 
+    @property
+    def is_looking(self) -> bool:
+        """Whether a look is under way whose end :meth:`poll` has not seen."""
+        return self._looking is not None
+
     def poll(self) -> Offer | None:
         """On the main process: weights that it has read and that are newer. Never waits."""
         if self._looking is None:

@@ -4,7 +4,7 @@ A stream is the sequence of records that one job publishes; ``transport`` knows 
 not gradients. Layout below its root, with ``J`` the name of the publishing job::
 
     J/records/0000000012.safetensors   record 12 of J, created once, never replaced
-    J/rejected/0000000012.safetensors  a record that a reader refused, kept aside
+    J/rejected/0000000012.safetensors  a record that a reader refused, kept aside, as the newest are
     J/rejected/0000000012.json         why
     J/kept/0000000012.safetensors      a second name of record 12, which pruning leaves alone
     J/acknowledged                     J's reader needs no record below this number again
@@ -84,6 +84,10 @@ class DirectoryTransport:
         """Where record ``sequence`` of ``job`` lies once it is kept for good."""
         return self.root / job / "kept" / f"{sequence:010d}.safetensors"
 
+    def aside_path(self, job: str, sequence: int) -> Path:
+        """Where record ``sequence`` of ``job`` lies once a reader has refused it."""
+        return self.root / job / "rejected" / f"{sequence:010d}.safetensors"
+
     def publish(self, job: str, sequence: int, write: Callable[[Path], object]) -> int:
         """Create record ``sequence`` with what ``write(path)`` writes; durable when it returns.
 
@@ -146,6 +150,22 @@ class DirectoryTransport:
                 with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
                     self.path(job, old).unlink()
 
+    def prune_rejected(self, job: str, sequence: int, keep: int) -> None:
+        """Delete what of ``job``'s records below ``sequence`` was refused, with the notes.
+
+        Args:
+            job: the stream's.
+            sequence: no reader asks for records below it again.
+            keep: of those that were refused, the newest so many stay.
+        """
+        names = self._names(job, "rejected")
+        numbers = {int(found[1]) for name in names if (found := _match(name) or _is_note(name))}
+        for old in sorted(numbers)[:-keep]:
+            if old < sequence:
+                for path in (self.aside_path(job, old), self.root / _note(job, old)):
+                    with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+                        path.unlink()
+
     def keep(self, job: str, sequence: int) -> None:
         """Give a record a name that pruning leaves alone; durable when it returns. May be repeated.
 
@@ -177,7 +197,7 @@ class DirectoryTransport:
                 with contextlib.suppress(IsADirectoryError):
                     self.small.replace(name, note)
         with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            path.rename(self.root / job / "rejected" / path.name)
+            path.rename(self.aside_path(job, sequence))
 
     def rejection(self, job: str, sequence: int) -> str | None:
         """The reason for which record ``sequence`` was refused, or None."""
@@ -203,6 +223,16 @@ class DirectoryTransport:
             return ""
         return "" if counter is None else str(counter)
 
+    def arrival_mark(self) -> int:
+        """What changes when a job comes that was never here; one look-up. Compare for change only.
+
+        A host may show its old value for a while: that nothing changes says nothing.
+        """
+        try:
+            return os.lstat(self.root).st_mtime_ns
+        except OSError:
+            return 0
+
     def streams(self) -> list[str]:
         """The names of the streams that were opened here, at whatever time, in order."""
         names = (path.parent.name for path in self.root.glob("*/records"))
@@ -211,7 +241,7 @@ class DirectoryTransport:
     def rejected(self, job: str) -> list[int]:
         """The numbers of ``job``'s records that were refused, ascending."""
         names = self._names(job, "rejected")
-        numbers = sorted(int(match[1]) for name in names if (match := _NOTE_NAME.fullmatch(name)))
+        numbers = sorted(int(match[1]) for name in names if (match := _is_note(name)))
         return [number for number in numbers if self.rejection(job, number) is not None]
 
     def _open(self, job: str, sequence: int) -> io.BufferedReader:
@@ -252,6 +282,10 @@ def _absent_if_failing(path: Path | str) -> Iterator[None]:
 
 def _note(job: str, sequence: int) -> str:
     return f"{job}/rejected/{sequence:010d}.json"
+
+
+def _is_note(name: str) -> re.Match[str] | None:
+    return _NOTE_NAME.fullmatch(name)
 
 
 def _match(name: str) -> re.Match[str] | None:

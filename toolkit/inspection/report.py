@@ -54,7 +54,8 @@ class Stream:
         present: records that are there; the others were deleted, or refused and moved.
         num_bytes: of all its files, those with two names counted once.
         acknowledged: its reader needs nothing below this number.
-        rejected: records that a reader refused, counted by the reason.
+        rejected: records that a reader refused, as far as they still lie aside (the newest do),
+            counted by the reason.
         kept: records with a second name that nobody deletes.
         alien: names among the records that are no record.
     """
@@ -150,6 +151,7 @@ class Run:
         name: of the run.
         run_id: None if it cannot be read.
         exchange: what crosses; None if it cannot be read.
+        class_names: by head, the names of its classes, where a job has stated them.
         jobs: the receiver first.
         streams: in the order of their names.
         fates: of each donor's payloads; none if the ledger cannot be read.
@@ -163,6 +165,7 @@ class Run:
     name: str
     run_id: str | None
     exchange: str | None
+    class_names: dict[str, list[str]]
     jobs: list[Job]
     streams: list[Stream]
     fates: list[Fates]

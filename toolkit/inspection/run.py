@@ -21,6 +21,7 @@ from toolkit.bridge.agreement import (
     read_claim,
 )
 from toolkit.bridge.authentication import UNSIGNED, Signer
+from toolkit.bridge.class_names import stated_classes
 from toolkit.bridge.config import JOB_NAME
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.ledger import Entry, read_path
@@ -92,6 +93,7 @@ class Look:
             name=self.run_dir.name,
             run_id=_text(terms.get("run_id")),
             exchange=_text(terms.get("exchange")),
+            class_names=self._try("heads", lambda: stated_classes(self.transport.small)) or {},
             jobs=[self._job(job, is_alone) for job in jobs],
             streams=self._streams(),
             fates=fates,

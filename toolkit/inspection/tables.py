@@ -138,6 +138,8 @@ def _streams(run: Run) -> Table:
 
 def _remarks(run: Run) -> Iterator[str]:
     """What the tables do not say, in sentences."""
+    for head, classes in run.class_names.items():
+        yield f"classes of {head}, from 0 on: {_names(classes)}"
     for books in run.fates:
         if books.reasons:
             reasons = [

@@ -112,6 +112,21 @@ def test_that_safetensors_without_metadata_or_a_huge_header_are_malformed(tmp_pa
         assert caught.value.reason == "malformed"
 
 
+@pytest.mark.parametrize("size", [2**63, 2**64 - 1])
+def test_that_an_impossible_shape_of_no_elements_is_refused(tmp_path: Path, size: int) -> None:
+    # found by mutation: a zero makes any shape fit no bytes, and torch's TypeError ends the job.
+    data = written(tmp_path).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    shapes = json.loads(data[8:end])
+    offsets = [len(data) - end] * 2
+    shapes["c"] = {"dtype": "F32", "shape": [0, size], "data_offsets": offsets}
+    text = json.dumps(shapes).encode()
+
+    with pytest.raises(PayloadError) as caught:
+        parse_record(len(text).to_bytes(8, "little") + text + data[end:])
+    assert caught.value.reason == "truncated"
+
+
 def fields(**changes: Any) -> dict[str, Any]:
     return {**dataclasses.asdict(HEADER), "tensors_digest": digest_tensors({}), **changes}
 

@@ -206,7 +206,8 @@ def parse_record(data: bytes, signer: Signer = UNSIGNED) -> Record:
     header = parse_header(data, signer)
     try:
         tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        # A TypeError is torch's, for a shape of more than 63 bits beside a 0.
         raise PayloadError("truncated", f"not a complete safetensors file: {error}") from None
     if any("|" in name for name in tensors) or digest_tensors(tensors) != header.tensors_digest:
         raise PayloadError("digest", "the tensors' digest does not match the header")

@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from toolkit.bridge.errors import PayloadError
-from toolkit.bridge.payload import Header, Record, digest_tensors, parse_record, write_record
+from toolkit.bridge.payload import (
+    Header,
+    Record,
+    check_sum,
+    digest_tensors,
+    parse_record,
+    write_record,
+)
 
 HEADER = Header(
     kind="gradient", run_id="run", job="donor", sequence=3, attempt=1, receiver_step=7,
@@ -189,3 +196,17 @@ def test_that_a_header_field_of_another_type_is_refused(
     # with a TypeError later on (check_sum, Inbox, metrics).
     with pytest.raises(PayloadError):
         parse_record(crafted(tmp_path, json.dumps(fields(**change))))
+
+
+@pytest.mark.parametrize("value", ["x" * 100_000, [[[["x"] * 100_000]]], {"x" * 100_000: 1}])
+@pytest.mark.parametrize("field", ["kind", "count", "validation", "format_version", "unit"])
+def test_that_a_rejection_says_no_more_than_a_log_can_hold(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    # found by mutation: the value stands in the log, and in a note to the donor that is too large
+    # for it to read: it never hears of the rejection, and the receiver waits for a replacement.
+    crafty = crafted(tmp_path, json.dumps(fields(**{field: value})))
+    with pytest.raises(PayloadError) as caught:
+        check_sum(parse_record(crafty), {}, "samples")
+
+    assert len(str(caught.value)) < 1000

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import reprlib
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -158,7 +159,8 @@ def parse_header(data: bytes, signer: Signer = UNSIGNED) -> Header:
     if fields.get("format_version") != FORMAT_VERSION:
         raise PayloadError(
             "alien",
-            f"format version {fields.get('format_version')!r}, this package reads {FORMAT_VERSION}",
+            f"format version {reprlib.repr(fields.get('format_version'))}, this package reads "
+            f"{FORMAT_VERSION}",
         )
     return _checked_header(fields)
 
@@ -169,12 +171,12 @@ def _checked_header(fields: dict[str, Any]) -> Header:
     for field in dataclasses.fields(Header):
         value = fields.get(field.name)
         if type(value) not in types[str(field.type)]:
-            raise PayloadError("malformed", f"header field {field.name} is {value!r}")
+            raise PayloadError("malformed", f"header field {field.name} is {reprlib.repr(value)}")
     if unknown := set(fields) - {field.name for field in dataclasses.fields(Header)}:
         raise PayloadError("malformed", f"header field {sorted(unknown)[0]!r} is unknown")
     for name, value in fields["validation"].items():
         if type(value) not in types["float"]:
-            raise PayloadError("malformed", f"validation of {name!r} is {value!r}")
+            raise PayloadError("malformed", f"validation of {name!r} is {reprlib.repr(value)}")
     if fields["kind"] not in get_args(Kind):
         raise PayloadError("malformed", f"kind {fields['kind']!r} is unknown")
     return Header(**fields)

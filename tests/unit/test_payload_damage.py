@@ -198,7 +198,7 @@ def test_that_a_header_field_of_another_type_is_refused(
         parse_record(crafted(tmp_path, json.dumps(fields(**change))))
 
 
-@pytest.mark.parametrize("value", ["x" * 100_000, [[[["x"] * 100_000]]], {"x" * 100_000: 1}])
+@pytest.mark.parametrize("value", ["x" * 100_000, [[[["x"] * 100_000]]], {"x" * 100_000: "1"}])
 @pytest.mark.parametrize("field", ["kind", "count", "validation", "format_version", "unit"])
 def test_that_a_rejection_says_no_more_than_a_log_can_hold(
     tmp_path: Path, field: str, value: object
@@ -210,3 +210,17 @@ def test_that_a_rejection_says_no_more_than_a_log_can_hold(
         check_sum(parse_record(crafty), {}, "samples")
 
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**400], ids=["64 bits", "-64 bits", "400"])
+@pytest.mark.parametrize(
+    "field", ["attempt", "receiver_step", "sequence", "donor_step", "count", "loss", "validation"]
+)
+def test_that_a_number_beyond_64_bits_is_refused(tmp_path: Path, field: str, number: int) -> None:
+    # found by mutation: JSON has integers of any size, and the OverflowError of making one a float
+    # (the count; the loss and the validation where they are logged) ends the reading job.
+    change: Any = {"h2": number} if field == "validation" else number
+
+    with pytest.raises(PayloadError) as caught:
+        parse_record(crafted(tmp_path, json.dumps(fields(**{field: change}))))
+    assert caught.value.reason == "malformed"

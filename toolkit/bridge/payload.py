@@ -170,16 +170,21 @@ def _checked_header(fields: dict[str, Any]) -> Header:
     types |= {"float | None": (int, float, type(None)), "dict[str, float]": (dict,)}
     for field in dataclasses.fields(Header):
         value = fields.get(field.name)
-        if type(value) not in types[str(field.type)]:
+        if type(value) not in types[str(field.type)] or not _fits(value):
             raise PayloadError("malformed", f"header field {field.name} is {reprlib.repr(value)}")
     if unknown := set(fields) - {field.name for field in dataclasses.fields(Header)}:
         raise PayloadError("malformed", f"header field {sorted(unknown)[0]!r} is unknown")
     for name, value in fields["validation"].items():
-        if type(value) not in types["float"]:
+        if type(value) not in types["float"] or not _fits(value):
             raise PayloadError("malformed", f"validation of {name!r} is {reprlib.repr(value)}")
     if fields["kind"] not in get_args(Kind):
         raise PayloadError("malformed", f"kind {fields['kind']!r} is unknown")
     return Header(**fields)
+
+
+def _fits(value: object) -> bool:
+    """Whether a number can be computed with: JSON has integers that are beyond any float."""
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
 
 
 def read_header(read_head: Callable[[int], bytes], signer: Signer = UNSIGNED) -> Header:

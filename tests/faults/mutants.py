@@ -215,13 +215,15 @@ def offset_lie(of: Originals, rng: random.Random) -> bytes:
     key = rng.choice(["data_offsets", "data_offsets", "shape", "dtype"])
     if key == "data_offsets":
         begin, end = entry[key]
-        lies: list[Any] = [[begin, end + 4], [begin + 4, end], [end, begin], [0, len(body)],
-                           [-4, end], [begin, 2**64 - 1], [begin, 2**64], [begin], [begin + .5, end]]  # fmt: skip
+        lies: list[Any] = [
+            [begin, end + 4], [begin + 4, end], [end, begin], [0, len(body)], [-4, end],
+            [begin, 2**64 - 1], [begin, 2**64], [begin], [begin + 0.5, end],
+        ]  # fmt: skip
     elif key == "shape":
         lies = [[], [0], [-1], [1] * 65, [2**63, 0], [0, 2**64 - 1], [2**32, 2**32], [2048.0], "a"]
     else:
         lies = ["F16", "F64", "I32", "F8_E8M0", "F4", "C64", "BOOL", "X", None, 1]
-    entry[key] = rng.choice(lies)
+    entry[key] = rng.choice([lie for lie in lies if lie != entry[key]])
     return join(json.dumps(fields).encode(), body)
 
 
@@ -267,9 +269,12 @@ def duplicate_key(of: Originals, rng: random.Random) -> bytes:
     text, body = split(of.data)
     fields = json.loads(text)
     key = rng.choice([*fields])
-    lies: list[Any] = [{}, None, fields["a"], fields["b"], dict(reversed(fields["__metadata__"].items())),
-            {**fields["a"], "data_offsets": [0, 0], "shape": [0]},
-            {**fields["__metadata__"], "gradient_bridge": "{}"}]  # fmt: skip
+    metadata = fields["__metadata__"]
+    lies: list[Any] = [
+        {}, None, fields["a"], fields["b"], dict(reversed(metadata.items())),
+        {**fields["a"], "data_offsets": [0, 0], "shape": [0]},
+        {**metadata, "gradient_bridge": "{}"},
+    ]  # fmt: skip
     more = json.dumps({key: rng.choice(lies)}).encode()[1:-1]
     inner = text.strip()[1:-1]
     parts = [inner, more] if rng.random() < 0.5 else [more, inner]
@@ -310,11 +315,12 @@ def another_number(of: Originals, rng: random.Random) -> bytes:
 
 
 def wrong_place(of: Originals, rng: random.Random) -> bytes:
-    change: dict[str, Any] = rng.choice(
-        [{"run_id": "another run"}, {"run_id": ""}, {"job": "receiver"}, {"job": "east"},
-         {"sequence": -1}, {"sequence": rng.choice(HUGE)}, {"sequence": SEQUENCE + rng.randint(1, 9)}]
-    )  # fmt: skip
-    return of.craft(rng, tensors(), **change)
+    changes: list[dict[str, Any]] = [
+        {"run_id": "another run"}, {"run_id": ""}, {"job": "receiver"}, {"job": "east"},
+        {"sequence": -1}, {"sequence": rng.choice(HUGE)},
+        {"sequence": SEQUENCE + rng.randint(1, 9)},
+    ]  # fmt: skip
+    return of.craft(rng, tensors(), **rng.choice(changes))
 
 
 def wrong_field(of: Originals, rng: random.Random) -> bytes:
@@ -389,14 +395,9 @@ CHANGES: list[Change] = [
 ]  # fmt: skip
 # Those that may leave the content as it is; see `test_mutated_payloads`.
 MAY_BE_EQUAL = {
-    "white_space",
-    "flipped_header",
-    "duplicate_key",
-    "swapped_pages",
-    "spliced",
-    "other_encoding",
+    "white_space", "flipped_header", "duplicate_key", "swapped_pages", "spliced", "other_encoding",
     "zeroed",
-}
+}  # fmt: skip
 
 
 def mutant(of: Originals, number: int) -> tuple[str, bytes]:

@@ -212,7 +212,9 @@ def test_that_a_rejection_says_no_more_than_a_log_can_hold(
     assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**400], ids=["64 bits", "-64 bits", "400"])
+@pytest.mark.parametrize(
+    "number", [2**63, -(2**63) - 1, 10**400], ids=["64 bits", "-64 bits", "400"]
+)
 @pytest.mark.parametrize(
     "field", ["attempt", "receiver_step", "sequence", "donor_step", "count", "loss", "validation"]
 )
@@ -224,3 +226,12 @@ def test_that_a_number_beyond_64_bits_is_refused(tmp_path: Path, field: str, num
     with pytest.raises(PayloadError) as caught:
         parse_record(crafted(tmp_path, json.dumps(fields(**{field: change}))))
     assert caught.value.reason == "malformed"
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Header)])
+def test_that_a_header_without_a_field_is_refused(tmp_path: Path, field: str) -> None:
+    # found by mutation: without its loss it was taken for one without a loss.
+    left = {name: value for name, value in fields().items() if name != field}
+
+    with pytest.raises(PayloadError):
+        parse_record(crafted(tmp_path, json.dumps(left)))

@@ -168,12 +168,15 @@ def parse_header(data: bytes, signer: Signer = UNSIGNED) -> Header:
 def _checked_header(fields: dict[str, Any]) -> Header:
     types = {"str": (str,), "int": (int,), "float": (int, float), "Kind": (str,)}
     types |= {"float | None": (int, float, type(None)), "dict[str, float]": (dict,)}
+    known = {field.name for field in dataclasses.fields(Header)}
+    if missing := known - set(fields):
+        raise PayloadError("malformed", f"header field {min(missing)!r} is missing")
+    if unknown := set(fields) - known:
+        raise PayloadError("malformed", f"header field {min(unknown)!r} is unknown")
     for field in dataclasses.fields(Header):
-        value = fields.get(field.name)
+        value = fields[field.name]
         if type(value) not in types[str(field.type)] or not _fits(value):
             raise PayloadError("malformed", f"header field {field.name} is {reprlib.repr(value)}")
-    if unknown := set(fields) - {field.name for field in dataclasses.fields(Header)}:
-        raise PayloadError("malformed", f"header field {sorted(unknown)[0]!r} is unknown")
     for name, value in fields["validation"].items():
         if type(value) not in types["float"] or not _fits(value):
             raise PayloadError("malformed", f"validation of {name!r} is {reprlib.repr(value)}")

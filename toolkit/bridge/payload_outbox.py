@@ -51,7 +51,7 @@ class PayloadOutbox:
         """Delete what will never be asked for again; refuse to grow beyond the budget."""
         transport, config, stream = self._transport, self._config, self._publisher.stream
         acknowledged = transport.acknowledged(stream)
-        transport.prune(stream, acknowledged)
+        self._publisher.prune(acknowledged)
         self._inbox.forget_below(acknowledged)
         kept = len(transport.sequences(stream))
         gib = kept * self._largest / 2**30

@@ -42,8 +42,10 @@ class Publisher:
         self._transport, self.stream = transport, stream
         self._run_id, self._record_bytes = run_id, record_bytes
         transport.open_stream(stream)
-        own = transport.sequences(stream)
-        self.next_sequence = own[-1] + 1 if own else 0
+        self._newest = self._find_newest()
+        # The newest of all may lie aside, and what was before it be deleted.
+        refused = transport.rejected(stream)
+        self.next_sequence = max([self._newest, *refused]) + 1
         self.num_records = self.num_bytes = 0
 
     def publish(self, header: Header, tensors: Mapping[str, Tensor]) -> int:
@@ -75,6 +77,7 @@ class Publisher:
                 self._refuse_rival(sequence)
                 self.next_sequence += 1
                 continue
+            self._newest = sequence
             self.next_sequence += 1
             self.num_records += 1
             self.num_bytes += size
@@ -86,12 +89,35 @@ class Publisher:
         Files in the place of older ones go too.
         """
         self.publish(header, tensors)
-        self._transport.prune(self.stream, self.next_sequence - _WEIGHTS_KEPT)
+        self.prune(self.next_sequence - _WEIGHTS_KEPT)
+
+    def prune(self, sequence: int) -> None:
+        """Delete the records below ``sequence``, but never the newest.
+
+        Its number is what a restarted job continues after, whatever an alien file is called.
+        """
+        self._transport.prune(self.stream, min(sequence, self._newest))
 
     @property
     def last_rejection(self) -> str | None:
         """The reason for which a reader refused the newest record, or None."""
         return self._transport.rejection(self.stream, self.next_sequence - 1)
+
+    def _find_newest(self) -> int:
+        """The number of this stream's newest record; -1 if there is none.
+
+        An alien file with a high number must not lead to numbers that no reader comes to.
+        """
+        for sequence in reversed(self._transport.sequences(self.stream)):
+            try:
+                header = self._transport.read_header(self.stream, sequence)
+            except PayloadError:
+                continue
+            except FileNotFoundError:  # moved aside just now, or the disk fails: it may be ours
+                return sequence
+            if header.run_id == self._run_id:
+                return sequence
+        return -1
 
     def _refuse_rival(self, sequence: int) -> None:
         path = self._transport.path(self.stream, sequence)

@@ -38,6 +38,7 @@ from toolkit.bridge.signed_files import SignedFiles
 
 READ_SECONDS = 5.0  # a network file system may show a new file to one host before another
 _RECORD_NAME = re.compile(r"([0-9]{10})\.safetensors")
+_BEING_WRITTEN = ".tmp"  # what begins so, here (files.TEMPORARY_PREFIX) and in safetensors
 _NOTE_NAME = re.compile(r"([0-9]{10})\.json")
 
 
@@ -56,6 +57,8 @@ class DirectoryTransport:
     def open_stream(self, job: str) -> None:
         """Make the directories of ``job``'s own stream. Called once, by the job that publishes.
 
+        What an earlier start of the job had not finished to write when it was killed is deleted.
+
         Raises:
             BridgeError: if the directory cannot be written, or has no hard links.
         """
@@ -65,6 +68,9 @@ class DirectoryTransport:
             probe = self.root / job / f"probe-{uuid.uuid4().hex}"
             files.create(probe, lambda path: path.write_bytes(b""))
             probe.unlink()
+            for name in self._names(job):
+                if name.startswith(_BEING_WRITTEN):
+                    _delete(self.root / job / "records" / name)
         except OSError as error:
             raise BridgeError(
                 f"cannot publish below {self.root / job}: {error}. The runs directory must be on a "
@@ -99,7 +105,7 @@ class DirectoryTransport:
         return sorted(
             name
             for name in self._names(job)
-            if not _match(name) and not name.startswith((".tmp", files.TEMPORARY_PREFIX))
+            if not _match(name) and not name.startswith(_BEING_WRITTEN)
         )
 
     def read(self, job: str, sequence: int, *, max_bytes: int) -> bytes:
@@ -137,9 +143,7 @@ class DirectoryTransport:
         """Delete ``job``'s records below ``sequence``, but never its newest one."""
         for old in self.sequences(job)[:-1]:
             if old < sequence:
-                # Something that is no file is not ours to delete.
-                with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
-                    self.path(job, old).unlink()
+                _delete(self.path(job, old))
 
     def keep(self, job: str, sequence: int) -> None:
         """Give a record a name that pruning leaves alone; durable when it returns. May be repeated.
@@ -243,6 +247,12 @@ def _absent_if_failing(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
+
+
+def _delete(path: Path) -> None:
+    """Delete a file; something that is no file is not ours to delete."""
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+        path.unlink()
 
 
 def _note(job: str, sequence: int) -> str:

@@ -170,12 +170,17 @@ class DirectoryTransport:
         if not (self._is_inside(job) and self._is_inside(job, "rejected")):
             return
         try:
+            files.make_directory(self.root / job / "rejected")  # a stranger's stream may lack it
+        except NotADirectoryError:
+            self.small.ignore(f"{job}/rejected", "it is no directory")
+            return
+        try:
             self.small.create(name, note)
         except FileExistsError:
             if self.rejection(job, sequence) is None:  # it is no note of this run
                 with contextlib.suppress(IsADirectoryError):
                     self.small.replace(name, note)
-        with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        with contextlib.suppress(OSError):  # what cannot be moved stays; its note says enough
             path.rename(self.root / job / "rejected" / path.name)
 
     def rejection(self, job: str, sequence: int) -> str | None:
@@ -204,7 +209,7 @@ class DirectoryTransport:
 
     def streams(self) -> list[str]:
         """The names of the streams that were opened here, at whatever time, in order."""
-        names = (path.parent.name for path in self.root.glob("*/records"))
+        names = (path.parent.name for path in self.root.glob("*/records") if path.is_dir())
         return sorted(name for name in names if self._is_inside(name))
 
     def rejected(self, job: str) -> list[int]:
@@ -236,7 +241,7 @@ class DirectoryTransport:
             return []
         try:
             return os.listdir(self.root / job / directory)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
 

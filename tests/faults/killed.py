@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from safetensors.torch import save_file
+
 from toolkit.bridge import payload
 
 # Of one publish: the record is written, made readable, synced; linked; its temporary name goes; the
@@ -42,19 +44,18 @@ def killed_after(num_changes: int) -> Iterator[None]:
         return call
 
     def write_half(tensors: Any, path: Path, metadata: Any) -> None:
-        payload_save(tensors, path, metadata=metadata)
+        save_file(tensors, path, metadata=metadata)
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2])
         # safetensors writes under a name of its own first
         path.with_name(".tmpA1b2C3").write_bytes(data[: len(data) // 2])
 
-    payload_save = payload.save_file
     with contextlib.ExitStack() as stack:
         for owner, name in (
             (os, "fsync"), (os, "link"),
             (Path, "chmod"), (Path, "unlink"), (Path, "rename"), (Path, "replace"),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, name, bounded(getattr(owner, name))))
-        save = bounded(payload_save, write_half)
+        save = bounded(save_file, write_half)
         stack.enter_context(mock.patch.object(payload, "save_file", save))
         yield

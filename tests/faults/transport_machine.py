@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ NEAR_NAMES = (
 )  # fmt: skip
 ALIENS: dict[str, Callable[[Path], object]] = {
     "junk": lambda path: path.write_bytes(b"junk"),
-    "directory": lambda path: (path.mkdir(), (path / "file").write_bytes(b"")),
+    "directory": lambda path: (path / "below").mkdir(parents=True),
     "link": lambda path: path.symlink_to(path.parent.parent),
     "fifo": os.mkfifo,
 }
@@ -91,6 +92,11 @@ class Stream:
         self.newest = max(self.there, default=-1)
         self.first = max([self.newest, *self.notes]) + 1
 
+    def pick(self, index: int) -> int:
+        """Some number that has a name here, or the next."""
+        known = sorted({*self.names, self.next()})
+        return known[index % len(known)]
+
     def next(self) -> int:
         """The number that the writer's next record gets."""
         number = self.first
@@ -102,9 +108,12 @@ class Stream:
 class TransportMachine(RuleBasedStateMachine):
     """Two jobs publish, two readers read both; a stranger and kills come between."""
 
-    def __init__(self, directory: Path) -> None:
+    directory: Path
+    covered: Counter[str]  # what has happened, in all examples
+
+    def __init__(self) -> None:
         super().__init__()
-        self.root = Path(tempfile.mkdtemp(dir=directory))
+        self.root = Path(tempfile.mkdtemp(dir=self.directory))
         self.streams = {job: Stream() for job in JOBS}
         self.value = 0.0
 
@@ -134,35 +143,40 @@ class TransportMachine(RuleBasedStateMachine):
         left = [n for n in os.listdir(self.root / job / "records") if n.startswith(".tmp")]
         assert left == [], "half-written files of a killed writer fill the disk"
 
-    @rule(job=jobs, after=deaths)
-    def publish(self, job: str, after: int | None) -> None:
-        """A new number; or the writer dies on the way, and starts again."""
-        stream, number = self.streams[job], self.streams[job].next()
+    @rule(job=jobs, count=st.integers(1, 4))
+    def publish(self, job: str, count: int) -> None:
+        for _ in range(count):
+            stream, number = self.streams[job], self.streams[job].next()
+            self.publish_next(job)
+            assert self.writers[job].next_sequence == number + 1
+            self.note_published(job, number)
+            record = parse_record(stream.published[number], self.signer)
+            assert record.header.count == self.value
+            assert torch.equal(record.tensors["w"], torch.full((3,), self.value))
+
+    def publish_next(self, job: str) -> None:
         self.value += 1
         header = Header(
             kind="gradient", run_id="run", job=job, attempt=1, receiver_step=0, weights_digest="",
             head="h", count=self.value,
         )  # fmt: skip
-        tensors = {"w": torch.full((3,), self.value)}
+        self.writers[job].publish(header, {"w": torch.full((3,), self.value)})
+
+    @rule(job=jobs, after=st.integers(0, NUM_CHANGES))
+    def die_while_publishing(self, job: str, after: int) -> None:
+        """The record appears at the link, or never; the writer starts again."""
+        stream, number = self.streams[job], self.streams[job].next()
         path = self.readers[0].path(job, number)
-        if after is None:
-            self.writers[job].publish(header, tensors)
-            assert self.writers[job].next_sequence == number + 1
-        else:
-            try:
-                with killed_after(after):
-                    self.writers[job].publish(header, tensors)
-                assert after >= NUM_CHANGES
-            except Killed:
-                assert path.exists() == (after > LINK), "it appears at the link and nowhere else"
-            if after > LINK:
-                self.note_published(job, number)
-            self.restart_writer(job)
-            return
-        self.note_published(job, number)
-        record = parse_record(stream.published[number], self.signer)
-        assert record.header.count == self.value
-        assert torch.equal(record.tensors["w"], tensors["w"])
+        try:
+            with killed_after(after):
+                self.publish_next(job)
+        except Killed:
+            self.covered["killed"] += 1
+        if not stream.aliens.keys() & set(range(stream.first, number)):  # they cost changes too
+            assert path.exists() == (after > LINK)
+        if path.exists():
+            self.note_published(job, number)
+        self.restart_writer(job)
 
     def note_published(self, job: str, number: int) -> None:
         stream = self.streams[job]
@@ -182,6 +196,7 @@ class TransportMachine(RuleBasedStateMachine):
         try:
             self.transports[job].publish(job, number, lambda path: path.write_bytes(content))
         except FileExistsError:
+            self.covered["refused again"] += 1
             return
         raise AssertionError(f"number {number} of {job} was published twice")
 
@@ -201,6 +216,7 @@ class TransportMachine(RuleBasedStateMachine):
                 self.writers[job].prune(self.transports[job].acknowledged(job))
         for number in may_go:
             if not os.path.lexists(self.readers[0].path(job, number)):
+                self.covered["pruned"] += 1
                 stream.there.discard(number)
                 stream.aliens.pop(number, None)
         if after is not None:
@@ -212,6 +228,8 @@ class TransportMachine(RuleBasedStateMachine):
         stream.beat += 1
         self.transports[job].beat(job, stream.beat)
         self.remember(job, "heartbeat", stream.beat)
+        for reader in range(NUM_READERS):
+            self.look_at_counters(reader, job)
 
     # -- readers ----------------------------------------------------------------------------------
 
@@ -226,6 +244,7 @@ class TransportMachine(RuleBasedStateMachine):
     @rule(reader=readers, job=jobs, number=numbers)
     def read(self, reader: int, job: str, number: int) -> None:
         stream = self.streams[job]
+        number = stream.pick(number)
         try:
             data = self.readers[reader].read(job, number, max_bytes=LIMIT)
         except FileNotFoundError:
@@ -246,7 +265,7 @@ class TransportMachine(RuleBasedStateMachine):
     @rule(reader=readers, job=jobs, number=numbers, reason=st.sampled_from("ab"), after=deaths)
     def reject(self, reader: int, job: str, number: int, reason: str, after: int | None) -> None:
         stream = self.streams[job]
-        number = min(number, stream.next())
+        number = stream.pick(number)
         if after is None:
             self.readers[reader].reject(job, number, reason, "")
         else:
@@ -267,6 +286,7 @@ class TransportMachine(RuleBasedStateMachine):
             # A directory never takes the place of anything, nor anything its place.
             if number in stream.aside and (is_directory or stream.aside[number]):
                 return
+            self.covered["put aside"] += 1
             stream.aside[number] = is_directory
             stream.there.discard(number)
             stream.aliens.pop(number, None)
@@ -274,6 +294,7 @@ class TransportMachine(RuleBasedStateMachine):
     @rule(reader=readers, job=jobs, number=numbers)
     def keep(self, reader: int, job: str, number: int) -> None:
         stream = self.streams[job]
+        number = stream.pick(number)
         if number in stream.aliens:
             return
         try:
@@ -282,6 +303,7 @@ class TransportMachine(RuleBasedStateMachine):
             assert number not in stream.there
         else:
             assert number in stream.there or number in stream.kept
+            self.covered["kept"] += 1
             stream.kept.add(number)
 
     @rule(reader=readers, job=jobs)
@@ -297,6 +319,7 @@ class TransportMachine(RuleBasedStateMachine):
         if not self.signer.has_key:
             return value
         if value < self.seen.get(key, 0):
+            self.covered["replay refused"] += 1
             return 0
         self.seen[key] = value
         return value
@@ -320,6 +343,8 @@ class TransportMachine(RuleBasedStateMachine):
             stream.acknowledged = value
         else:
             stream.beat = value
+        for reader in range(NUM_READERS):
+            self.look_at_counters(reader, job)
 
     @rule(job=jobs, name=st.sampled_from(NEAR_NAMES), kind=st.sampled_from(sorted(ALIENS)))
     def put_near_name(self, job: str, name: str, kind: str) -> None:

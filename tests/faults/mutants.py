@@ -249,16 +249,9 @@ def deep_json(of: Originals, rng: random.Random) -> bytes:
 
 def wide_json(of: Originals, rng: random.Random) -> bytes:
     """As much JSON as fits: a little text that becomes many objects."""
-    pieces = [
-        b"[],",
-        b"{},",
-        b"9,",
-        b'"",',
-        b'"\xc3\xbf",',
-        b"[[]],",
-        b"[" * 400 + b"]" * 400 + b",",
-    ]
-    piece = rng.choice(pieces)
+    depth = rng.choice([1, 2, 100, 400])
+    nested = b"[" * depth + b"]" * depth + b","
+    piece = rng.choice([nested, b"{},", b"9,", b'"",', b'"\xc3\xbf",', b'{"a":{}},'])
     room = LIMIT - len(of.data) - 100 if rng.random() < 0.05 else 10_000
     many = b"[" + piece * (room // len(piece)) + b"0]"
     text, body = split(of.data)

@@ -133,8 +133,6 @@ def test_that_a_file_in_the_place_of_the_records_is_no_stream(
     (transport.root / "notes" / "records").write_bytes(b"of last week")
 
     assert transport.streams() == ["donor"]
-    assert transport.sequences("notes") == []
-    assert transport.alien_names("notes") == []
 
 
 def test_that_a_record_is_refused_in_a_stream_that_a_stranger_made(

@@ -241,7 +241,7 @@ class DirectoryTransport:
             return []
         try:
             return os.listdir(self.root / job / directory)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return []
 
 

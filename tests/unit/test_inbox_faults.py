@@ -138,6 +138,19 @@ def test_that_a_number_is_not_lost_because_of_an_alien_file(bridge: Bridge) -> N
     assert bridge.fates() == {"applied": 1}
 
 
+def test_that_a_donor_comes_back_below_the_number_of_an_alien_file(bridge: Bridge) -> None:
+    # all of its payloads counted as published before this start of the receiver: one that had
+    # been given up was never waited for again.
+    bridge.transport.path("donor", 9).write_bytes(b"no payload")
+    bridge.start()
+    assert bridge.inbox.give_up(bridge.step, bridge.peer) is not None
+    bridge.donate(at=0)
+    bridge.take()
+
+    assert not bridge.inbox.donor_is_away
+    assert bridge.peer.seen
+
+
 def test_that_a_number_that_comes_late_is_read(bridge: Bridge) -> None:
     bridge.donate(at=0)
     late = bridge.transport.path("donor", 0).rename(bridge.transport.root / "late")

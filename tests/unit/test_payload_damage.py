@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from toolkit.bridge.errors import PayloadError
-from toolkit.bridge.payload import Header, Record, digest_tensors, parse_record, write_record
+from toolkit.bridge.payload import (
+    Header,
+    Record,
+    check_sum,
+    digest_tensors,
+    parse_record,
+    write_record,
+)
 
 HEADER = Header(
     kind="gradient", run_id="run", job="donor", sequence=3, attempt=1, receiver_step=7,
@@ -112,6 +119,21 @@ def test_that_safetensors_without_metadata_or_a_huge_header_are_malformed(tmp_pa
         assert caught.value.reason == "malformed"
 
 
+@pytest.mark.parametrize("size", [2**63, 2**64 - 1])
+def test_that_an_impossible_shape_of_no_elements_is_refused(tmp_path: Path, size: int) -> None:
+    # found by mutation: a zero makes any shape fit no bytes, and torch's TypeError ends the job.
+    data = written(tmp_path).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    shapes = json.loads(data[8:end])
+    offsets = [len(data) - end] * 2
+    shapes["c"] = {"dtype": "F32", "shape": [0, size], "data_offsets": offsets}
+    text = json.dumps(shapes).encode()
+
+    with pytest.raises(PayloadError) as caught:
+        parse_record(len(text).to_bytes(8, "little") + text + data[end:])
+    assert caught.value.reason == "truncated"
+
+
 def fields(**changes: Any) -> dict[str, Any]:
     return {**dataclasses.asdict(HEADER), "tensors_digest": digest_tensors({}), **changes}
 
@@ -174,3 +196,42 @@ def test_that_a_header_field_of_another_type_is_refused(
     # with a TypeError later on (check_sum, Inbox, metrics).
     with pytest.raises(PayloadError):
         parse_record(crafted(tmp_path, json.dumps(fields(**change))))
+
+
+@pytest.mark.parametrize("value", ["x" * 100_000, [[[["x"] * 100_000]]], {"x" * 100_000: "1"}])
+@pytest.mark.parametrize("field", ["kind", "count", "validation", "format_version", "unit"])
+def test_that_a_rejection_says_no_more_than_a_log_can_hold(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    # found by mutation: the value stands in the log, and in a note to the donor that is too large
+    # for it to read: it never hears of the rejection, and the receiver waits for a replacement.
+    crafty = crafted(tmp_path, json.dumps(fields(**{field: value})))
+    with pytest.raises(PayloadError) as caught:
+        check_sum(parse_record(crafty), {}, "samples")
+
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "number", [2**63, -(2**63) - 1, 10**400], ids=["64 bits", "-64 bits", "400"]
+)
+@pytest.mark.parametrize(
+    "field", ["attempt", "receiver_step", "sequence", "donor_step", "count", "loss", "validation"]
+)
+def test_that_a_number_beyond_64_bits_is_refused(tmp_path: Path, field: str, number: int) -> None:
+    # found by mutation: JSON has integers of any size, and the OverflowError of making one a float
+    # (the count; the loss and the validation where they are logged) ends the reading job.
+    change: Any = {"h2": number} if field == "validation" else number
+
+    with pytest.raises(PayloadError) as caught:
+        parse_record(crafted(tmp_path, json.dumps(fields(**{field: change}))))
+    assert caught.value.reason == "malformed"
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Header)])
+def test_that_a_header_without_a_field_is_refused(tmp_path: Path, field: str) -> None:
+    # found by mutation: without its loss it was taken for one without a loss.
+    left = {name: value for name, value in fields().items() if name != field}
+
+    with pytest.raises(PayloadError):
+        parse_record(crafted(tmp_path, json.dumps(left)))

@@ -53,17 +53,16 @@ def test_that_a_killed_jobs_probe_is_in_nobodys_way(transport: DirectoryTranspor
     transport.open_stream("donor")
 
 
-def test_that_what_a_killed_job_was_writing_is_deleted_when_it_is_started_again(
-    transport: DirectoryTransport,
-) -> None:
+def test_that_what_a_killed_job_had_not_finished_is_deleted(transport: DirectoryTransport) -> None:
+    # every kill left up to two files of a payload's size, beyond any budget
     publish(transport, 0)
-    directory = transport.path("donor", 0).parent
-    (directory / ".tmp-1234-0000000001.safetensors").write_bytes(b"half of it")
-    (directory / ".tmp-of-somebody").mkdir()
+    for name in (".tmp-abc-0000000001.safetensors", ".tmpAbC123", "alien"):
+        (transport.root / "donor" / "records" / name).write_bytes(b"half")
+    (transport.root / "donor" / "records" / ".tmp-directory").mkdir()
 
     transport.open_stream("donor")
 
-    assert records(transport) == [".tmp-of-somebody", "0000000000.safetensors"]
+    assert records(transport) == [".tmp-directory", "0000000000.safetensors", "alien"]
 
 
 def test_that_a_published_record_is_read_back(transport: DirectoryTransport) -> None:

@@ -123,3 +123,51 @@ def test_that_what_is_no_file_is_kept_aside_too(
 
     assert transport.sequences("donor") == []
     assert os.listdir(transport.root / "donor" / "rejected").count("0000000000.safetensors") == 1
+
+
+def test_that_a_file_in_the_place_of_the_records_is_no_stream(
+    transport: DirectoryTransport,
+) -> None:
+    # NotADirectoryError ended the receiver that looked for donors.
+    (transport.root / "notes").mkdir()
+    (transport.root / "notes" / "records").write_bytes(b"of last week")
+
+    assert transport.streams() == ["donor"]
+
+
+def test_that_a_record_is_refused_in_a_stream_that_a_stranger_made(
+    transport: DirectoryTransport,
+) -> None:
+    # a copy of some records without what lies beside them: FileNotFoundError ended the receiver.
+    (transport.root / "copy" / "records").mkdir(parents=True)
+    transport.path("copy", 0).write_bytes(b"content")
+
+    transport.reject("copy", 0, "alien", "")
+
+    assert transport.rejection("copy", 0) == "alien"
+    assert transport.sequences("copy") == []
+
+
+def test_that_a_record_may_be_refused_where_it_cannot_be_put_aside(
+    transport: DirectoryTransport,
+) -> None:
+    (transport.root / "copy" / "records").mkdir(parents=True)
+    (transport.root / "copy" / "rejected").write_bytes(b"a file")
+    transport.path("copy", 0).write_bytes(b"content")
+
+    transport.reject("copy", 0, "alien", "")
+
+    assert transport.rejection("copy", 0) is None
+    assert transport.sequences("copy") == [0]
+
+
+def test_that_a_second_directory_in_a_records_place_stays_there(
+    transport: DirectoryTransport,
+) -> None:
+    # "Directory not empty" ended the reader.
+    for _ in range(2):
+        (transport.path("donor", 0) / "below").mkdir(parents=True)
+        transport.reject("donor", 0, "not_a_file", "")
+
+    assert transport.sequences("donor") == [0]
+    assert transport.rejection("donor", 0) == "not_a_file"

@@ -38,6 +38,9 @@ class Interrupted(BridgeError):
         return type(self), (self.signal,)
 
 
+_MAX_DETAIL = 500  # characters, of a sentence that may quote a stranger's file
+
+
 class PayloadError(Exception):
     """A file that must not reach a gradient.
 
@@ -45,10 +48,12 @@ class PayloadError(Exception):
         reason: a short code, one of ``truncated``, ``malformed``, ``digest``, ``alien``,
             ``schema``, ``nonfinite``, ``count``, ``unit``, ``too_large``, ``not_a_file``,
             ``missing``, ``unreadable``, ``alarm``, ``unauthenticated``.
-        detail: a sentence with the offending value.
+        detail: a sentence with the offending value; cut short where that fills the log.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
+        if len(detail) > _MAX_DETAIL:
+            detail = f"{detail[:_MAX_DETAIL]} ..."
         super().__init__(f"{detail} [{reason}]")
         self.reason = reason
         self.detail = detail

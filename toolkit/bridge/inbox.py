@@ -102,12 +102,12 @@ class Inbox:
         known = [] if is_new else transport.sequences(donor)
         # Numbers below it were published before this start and say nothing about the donor's life.
         # A stream that is never waited for is taken as it comes: it is over where its end is read.
-        self._first_unseen = max(known, default=-1) + 1 if self.is_waited_for else 0
+        self._first_unseen = self._newest_of(known) + 1 if self.is_waited_for else 0
         self._judged: dict[int, tuple[Outcome, str, Record | None]] = {}  # since the cursor moved
         self._missing, self._missing_looks, self._next_missing_look = -1, 0, 0.0
         # A receiver that starts without a checkpoint begins with what the donor still keeps.
         self._pruned_below = transport.acknowledged(donor)
-        self.cursor = min(known, default=self._pruned_below)
+        self.cursor = self._oldest_of(known)
         self._start = self.cursor
         self._num_ends = 0  # numbers below the cursor that are ends, and no payloads
         self.donor_is_away = False
@@ -302,6 +302,16 @@ class Inbox:
         passed_over = any(map(self._is_record, later))
         self._missing_looks = self._missing_looks + 1 if passed_over else 0
         return self._missing_looks >= MISSING_LOOKS
+
+    def _oldest_of(self, known: list[int]) -> int:
+        """Where to begin: an alien file may lie before or after what the donor keeps."""
+        if known and self._is_record(known[0]):
+            return known[0]
+        return min([*known[:1], self._pruned_below])
+
+    def _newest_of(self, known: list[int]) -> int:
+        """The highest number that the donor wrote a record under; -1 for none."""
+        return next((number for number in reversed(known) if self._is_record(number)), -1)
 
     def _is_record(self, sequence: int) -> bool:
         """Whether the donor wrote it: an alien file says nothing about the numbers before it."""

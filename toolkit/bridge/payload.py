@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import reprlib
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -158,7 +159,8 @@ def parse_header(data: bytes, signer: Signer = UNSIGNED) -> Header:
     if fields.get("format_version") != FORMAT_VERSION:
         raise PayloadError(
             "alien",
-            f"format version {fields.get('format_version')!r}, this package reads {FORMAT_VERSION}",
+            f"format version {reprlib.repr(fields.get('format_version'))}, this package reads "
+            f"{FORMAT_VERSION}",
         )
     return _checked_header(fields)
 
@@ -166,18 +168,26 @@ def parse_header(data: bytes, signer: Signer = UNSIGNED) -> Header:
 def _checked_header(fields: dict[str, Any]) -> Header:
     types = {"str": (str,), "int": (int,), "float": (int, float), "Kind": (str,)}
     types |= {"float | None": (int, float, type(None)), "dict[str, float]": (dict,)}
+    known = {field.name for field in dataclasses.fields(Header)}
+    if missing := known - set(fields):
+        raise PayloadError("malformed", f"header field {min(missing)!r} is missing")
+    if unknown := set(fields) - known:
+        raise PayloadError("malformed", f"header field {min(unknown)!r} is unknown")
     for field in dataclasses.fields(Header):
-        value = fields.get(field.name)
-        if type(value) not in types[str(field.type)]:
-            raise PayloadError("malformed", f"header field {field.name} is {value!r}")
-    if unknown := set(fields) - {field.name for field in dataclasses.fields(Header)}:
-        raise PayloadError("malformed", f"header field {sorted(unknown)[0]!r} is unknown")
+        value = fields[field.name]
+        if type(value) not in types[str(field.type)] or not _fits(value):
+            raise PayloadError("malformed", f"header field {field.name} is {reprlib.repr(value)}")
     for name, value in fields["validation"].items():
-        if type(value) not in types["float"]:
-            raise PayloadError("malformed", f"validation of {name!r} is {value!r}")
+        if type(value) not in types["float"] or not _fits(value):
+            raise PayloadError("malformed", f"validation of {name!r} is {reprlib.repr(value)}")
     if fields["kind"] not in get_args(Kind):
         raise PayloadError("malformed", f"kind {fields['kind']!r} is unknown")
     return Header(**fields)
+
+
+def _fits(value: object) -> bool:
+    """Whether a number can be computed with: JSON has integers that are beyond any float."""
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
 
 
 def read_header(read_head: Callable[[int], bytes], signer: Signer = UNSIGNED) -> Header:
@@ -206,7 +216,8 @@ def parse_record(data: bytes, signer: Signer = UNSIGNED) -> Record:
     header = parse_header(data, signer)
     try:
         tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        # A TypeError is torch's, for a shape of more than 63 bits beside a 0.
         raise PayloadError("truncated", f"not a complete safetensors file: {error}") from None
     if any("|" in name for name in tensors) or digest_tensors(tensors) != header.tensors_digest:
         raise PayloadError("digest", "the tensors' digest does not match the header")

@@ -43,9 +43,10 @@ class Publisher:
         self._transport, self.stream = transport, stream
         self._run_id, self._record_bytes = run_id, record_bytes
         transport.open_stream(stream)
+        self._newest = self._find_newest()
         # The newest of all may lie aside, and what was before it be deleted, with its note.
-        known = [*transport.sequences(stream), *transport.rejected(stream)]
-        self.next_sequence = max(known, default=-1) + 1
+        refused = transport.rejected(stream)
+        self.next_sequence = max([self._newest, *refused]) + 1
         self._next_clearing = 0
         self.num_records = self.num_bytes = 0
 
@@ -78,6 +79,7 @@ class Publisher:
                 self._refuse_rival(sequence)
                 self.next_sequence += 1
                 continue
+            self._newest = sequence
             self.next_sequence += 1
             self.num_records += 1
             self.num_bytes += size
@@ -92,8 +94,12 @@ class Publisher:
         self.prune(self.next_sequence - _WEIGHTS_KEPT)
 
     def prune(self, sequence: int) -> None:
-        """Delete records below ``sequence`` but the newest, and of those refused all but some."""
-        self._transport.prune(self.stream, sequence)
+        """Delete the records below ``sequence`` but the newest, and of those refused all but some.
+
+        The newest one's number is what a restarted job continues after, whatever an alien file is
+        called.
+        """
+        self._transport.prune(self.stream, min(sequence, self._newest))
         if self.next_sequence >= self._next_clearing:
             self._next_clearing = self.next_sequence + _REFUSED_KEPT
             self._transport.prune_rejected(self.stream, sequence, keep=_REFUSED_KEPT)
@@ -102,6 +108,22 @@ class Publisher:
     def last_rejection(self) -> str | None:
         """The reason for which a reader refused the newest record, or None."""
         return self._transport.rejection(self.stream, self.next_sequence - 1)
+
+    def _find_newest(self) -> int:
+        """The number of this stream's newest record; -1 if there is none.
+
+        An alien file with a high number must not lead to numbers that no reader comes to.
+        """
+        for sequence in reversed(self._transport.sequences(self.stream)):
+            try:
+                header = self._transport.read_header(self.stream, sequence)
+            except PayloadError:
+                continue
+            except FileNotFoundError:  # moved aside just now, or the disk fails: it may be ours
+                return sequence
+            if header.run_id == self._run_id:
+                return sequence
+        return -1
 
     def _refuse_rival(self, sequence: int) -> None:
         path = self._transport.path(self.stream, sequence)

@@ -38,6 +38,7 @@ from toolkit.bridge.signed_files import SignedFiles
 
 READ_SECONDS = 5.0  # a network file system may show a new file to one host before another
 _RECORD_NAME = re.compile(r"([0-9]{10})\.safetensors")
+_BEING_WRITTEN = ".tmp"  # what begins so, here (files.TEMPORARY_PREFIX) and in safetensors
 _NOTE_NAME = re.compile(r"([0-9]{10})\.json")
 
 
@@ -56,7 +57,7 @@ class DirectoryTransport:
     def open_stream(self, job: str) -> None:
         """Make the directories of ``job``'s own stream. Called once, by the job that publishes.
 
-        What an earlier start of it was writing when it was killed is deleted.
+        What an earlier start of the job had not finished to write when it was killed is deleted.
 
         Raises:
             BridgeError: if the directory cannot be written, or has no hard links.
@@ -67,9 +68,9 @@ class DirectoryTransport:
             probe = self.root / job / f"probe-{uuid.uuid4().hex}"
             files.create(probe, lambda path: path.write_bytes(b""))
             probe.unlink()
-            for leftover in (self.root / job / "records").glob(f"{files.TEMPORARY_PREFIX}*"):
-                with contextlib.suppress(OSError):  # something else of that name
-                    leftover.unlink()
+            for name in self._names(job):
+                if name.startswith(_BEING_WRITTEN):
+                    _delete(self.root / job / "records" / name)
         except OSError as error:
             raise BridgeError(
                 f"cannot publish below {self.root / job}: {error}. The runs directory must be on a "
@@ -108,7 +109,7 @@ class DirectoryTransport:
         return sorted(
             name
             for name in self._names(job)
-            if not _match(name) and not name.startswith((".tmp", files.TEMPORARY_PREFIX))
+            if not _match(name) and not name.startswith(_BEING_WRITTEN)
         )
 
     def read(self, job: str, sequence: int, *, max_bytes: int) -> bytes:
@@ -146,9 +147,7 @@ class DirectoryTransport:
         """Delete ``job``'s records below ``sequence``, but never its newest one."""
         for old in self.sequences(job)[:-1]:
             if old < sequence:
-                # Something that is no file is not ours to delete.
-                with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
-                    self.path(job, old).unlink()
+                _delete(self.path(job, old))
 
     def prune_rejected(self, job: str, sequence: int, keep: int) -> None:
         """Delete what of ``job``'s records below ``sequence`` was refused, with the notes.
@@ -162,9 +161,8 @@ class DirectoryTransport:
         numbers = {int(found[1]) for name in names if (found := _match(name) or _is_note(name))}
         for old in sorted(numbers)[:-keep]:
             if old < sequence:
-                for path in (self.aside_path(job, old), self.root / _note(job, old)):
-                    with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
-                        path.unlink()
+                _delete(self.aside_path(job, old))
+                _delete(self.root / _note(job, old))
 
     def keep(self, job: str, sequence: int) -> None:
         """Give a record a name that pruning leaves alone; durable when it returns. May be repeated.
@@ -191,12 +189,17 @@ class DirectoryTransport:
         if not (self._is_inside(job) and self._is_inside(job, "rejected")):
             return
         try:
+            files.make_directory(self.root / job / "rejected")  # a stranger's stream may lack it
+        except NotADirectoryError:
+            self.small.ignore(f"{job}/rejected", "it is no directory")
+            return
+        try:
             self.small.create(name, note)
         except FileExistsError:
             if self.rejection(job, sequence) is None:  # it is no note of this run
                 with contextlib.suppress(IsADirectoryError):
                     self.small.replace(name, note)
-        with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        with contextlib.suppress(OSError):  # what cannot be moved stays; its note says enough
             path.rename(self.aside_path(job, sequence))
 
     def rejection(self, job: str, sequence: int) -> str | None:
@@ -235,7 +238,7 @@ class DirectoryTransport:
 
     def streams(self) -> list[str]:
         """The names of the streams that were opened here, at whatever time, in order."""
-        names = (path.parent.name for path in self.root.glob("*/records"))
+        names = (path.parent.name for path in self.root.glob("*/records") if path.is_dir())
         return sorted(name for name in names if self._is_inside(name))
 
     def rejected(self, job: str) -> list[int]:
@@ -278,6 +281,12 @@ def _absent_if_failing(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
+
+
+def _delete(path: Path) -> None:
+    """Delete a file; something that is no file is not ours to delete."""
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+        path.unlink()
 
 
 def _note(job: str, sequence: int) -> str:

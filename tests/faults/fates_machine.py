@@ -230,7 +230,7 @@ class FatesMachine(RuleBasedStateMachine):
             max_staleness=0,
             peer_wait=60.0,
         )
-        self.retention = CheckpointCursors(self.transport, "run")
+        self.retention = CheckpointCursors(self.transport, "run", will_save=False)
         self.retention.saved_below(self.root / "checkpoints")
         self.begin_step()
 

@@ -319,7 +319,7 @@ def test_that_a_checkpoint_says_who_taught_and_a_resume_takes_the_newest(
     taught = content["teachers"]["donor"]
     assert (taught["sequence"], taught["donor_step"], taught["head"]) == (0, 10, HEAD)
     weight = job.network.get_parameter("heads.h2.weight").detach().clone()
-    job.receiver._stop(publish_end=False)
+    job.receiver._stop()
     donor.teach(1, weights(2))
     again = start({"resume_from_checkpoint": checkpoint})
     again.accelerator.load_state(str(checkpoint))

@@ -90,6 +90,12 @@ class DirectoryTransport:
         """
         return files.create(self.path(job, sequence), write)
 
+    def complete(self, job: str, sequence: int) -> int:
+        """Make a record durable that was there when publishing it failed; its size in bytes."""
+        path = self.path(job, sequence)
+        files.fsync_path(path.parent)
+        return path.stat().st_size
+
     def sequences(self, job: str) -> list[int]:
         """The numbers of the records that are there, ascending; a listing that pruning bounds."""
         return sorted(int(match[1]) for name in self._names(job) if (match := _match(name)))
@@ -134,18 +140,22 @@ class DirectoryTransport:
         return self.small.counter(f"{job}/acknowledged") or 0
 
     def prune(self, job: str, sequence: int) -> None:
-        """Delete ``job``'s records below ``sequence``, but never its newest one."""
+        """Delete ``job``'s records below ``sequence``, but never its newest one.
+
+        What cannot be deleted just now is left for the next time.
+        """
         for old in self.sequences(job)[:-1]:
             if old < sequence:
                 # Something that is no file is not ours to delete.
-                with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+                with contextlib.suppress(OSError):
                     self.path(job, old).unlink()
 
     def keep(self, job: str, sequence: int) -> None:
         """Give a record a name that pruning leaves alone; durable when it returns. May be repeated.
 
         Raises:
-            BridgeError: if the record is gone, or the disk refuses.
+            BridgeError: if the record is gone.
+            OSError: if the disk fails.
         """
         target = self.kept_path(job, sequence)
         try:
@@ -156,7 +166,7 @@ class DirectoryTransport:
                 raise NotADirectoryError(errno.ENOTDIR, "is outside of the run", str(target.parent))
             with contextlib.suppress(FileExistsError):  # kept before a resume: the same bytes
                 files.link(self.path(job, sequence), target)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise BridgeError(f"cannot keep payload {sequence} as {target}: {error}") from error
 
     def reject(self, job: str, sequence: int, reason: str, detail: str) -> None:

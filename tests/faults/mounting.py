@@ -1,0 +1,87 @@
+"""File systems and networks of a test's own, in namespaces that vanish with its process.
+
+The test's main thread moves into a private mount namespace, which the jobs that it launches
+inherit: nobody else sees the mounts, and they end with the last process in it, whatever ends that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_CLONE_NEWNS = 0x00020000
+_MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def _run(*command: object) -> str:
+    return subprocess.run(
+        [str(word) for word in command], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+@contextlib.contextmanager
+def private_mounts() -> Iterator[None]:
+    """What is mounted meanwhile is seen by this thread and what it starts only.
+
+    Where the machine does not allow it, the test is skipped.
+    """
+    before = os.open("/proc/thread-self/ns/mnt", os.O_RDONLY)
+    try:
+        try:
+            _check(_LIBC.unshare(_CLONE_NEWNS), "unshare(CLONE_NEWNS)")
+        except OSError as error:
+            pytest.skip(f"needs the right to make a mount namespace (root): {error}")
+        here = os.getcwd()
+        try:
+            _check(_LIBC.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None), "private /")
+            yield
+        finally:
+            _check(_LIBC.setns(before, _CLONE_NEWNS), "setns")
+            os.chdir(here)
+    finally:
+        os.close(before)
+
+
+@contextlib.contextmanager
+def mounted(target: Path, *options: object) -> Iterator[Path]:
+    """Mount something at ``target``, in private mounts; skip where that is not allowed."""
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        _run("mount", *options, target)
+    except (subprocess.CalledProcessError, FileNotFoundError) as error:
+        pytest.skip(f"needs the right to mount {options}: {getattr(error, 'stderr', error)}")
+    try:
+        yield target
+    finally:
+        _run("umount", "-l", target)
+
+
+@contextlib.contextmanager
+def small_disk(target: Path, mib: int) -> Iterator[Path]:
+    """A memory file system of so many MiB."""
+    with private_mounts(), mounted(target, "-t", "tmpfs", "-o", f"size={mib}m", "none") as path:
+        yield path
+
+
+def fill(directory: Path) -> Path:
+    """Take all the space that is left there; the file that takes it."""
+    ballast = directory / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        for size in (2**20, 2**12):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+    return ballast

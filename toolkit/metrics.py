@@ -38,9 +38,9 @@ def start_tracking(
         metrics: tags of the scalars that the hparams table shows.
     """
     accelerator.project_configuration.logging_dir = str(output_dir.parent)
+    patient = PatientTensorBoard(output_dir.name, output_dir.parent)
     accelerator.log_with = [
-        PatientTensorBoard(output_dir.name, output_dir.parent) if str(name) == "tensorboard" else name
-        for name in accelerator.log_with
+        patient if str(name) == "tensorboard" else name for name in accelerator.log_with
     ]
     accelerator.init_trackers(output_dir.name)
     if not accelerator.is_main_process or not accelerator.trackers:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
 from tests.launching import Job, Launcher
+from tests.oracle import largest_difference
 from tests.recipes.running import DONOR, RECEIVER, TIMEOUT, Recipes, wait_until
 
 FAULTY_JOB = Path(__file__).with_name("faulty_job.py")
@@ -29,14 +31,22 @@ class FaultyRecipes(Recipes):
         path.mkdir(exist_ok=True)
         return path
 
-    def start(self, role: Role, *flags: object, num_processes: int = 1) -> Job:
-        """Launch one side of a run of ``NUM_STEPS`` steps in lockstep."""
+    def start(
+        self,
+        role: Role,
+        *flags: object,
+        num_processes: int = 1,
+        env: Mapping[str, str] | None = None,
+        options: Sequence[object] = (),
+        log: Path | None = None,
+    ) -> Job:
+        """Launch one side of a run of ``NUM_STEPS`` steps in lockstep; see ``launch``."""
         common = ["--dtype", "float64", "--eval_steps", "1000", *LOCKSTEP]
         if role == "receiver":
             common += ["--max_train_steps", NUM_STEPS]
         return self._launcher(
             FAULTY_JOB, self.faults(role), ROOT / RECIPE[role], *common, *flags,
-            num_processes=num_processes, cwd=self.cwd, log=self.cwd / f"{role}.log",
+            num_processes=num_processes, env=env, cwd=self.cwd, log=log, options=options,
         )  # fmt: skip
 
     def disturb(self, role: Role, what: str) -> None:
@@ -73,6 +83,16 @@ class FaultyRecipes(Recipes):
         return fates
 
 
+def await_output(job: Job, text: str) -> None:
+    """Wait until a job has said something."""
+    wait_until(lambda: text in job.output(), text)
+
+
+def await_end(job: Job) -> None:
+    """Wait until no process of a job is left, the launcher's children included."""
+    wait_until(lambda: not job.processes(), "the end of all its processes")
+
+
 def undisturbed_weights(directory: Path) -> dict[str, Tensor]:
     """The receiver's weights after a run that nothing disturbs."""
     with Launcher(directory) as launcher:
@@ -80,3 +100,13 @@ def undisturbed_weights(directory: Path) -> dict[str, Tensor]:
         for job in [recipes.start("donor"), recipes.start("receiver")]:
             job.wait(TIMEOUT)
     return recipes.weights("0001", "receiver")
+
+
+def check_undisturbed(recipes: FaultyRecipes, undisturbed: dict[str, Tensor]) -> None:
+    """The run ended as if nothing had been."""
+    assert largest_difference(recipes.weights("0001", "receiver"), undisturbed) == 0.0
+    fates = recipes.check_ledger()
+    assert fates["applied"] == NUM_STEPS
+    assert (fates["dropped"], fates["rejected"], fates["skipped"]) == (0, 0, 0)
+    results = recipes.results("0001", "receiver")
+    assert results["steps_alone"] == results["steps_taught"] == 0

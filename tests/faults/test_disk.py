@@ -5,24 +5,13 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from tests.faults.mounting import fill, small_disk
-from tests.faults.running import NUM_STEPS, FaultyRecipes, Role
-from tests.oracle import largest_difference
+from tests.faults.namespaces import fill, small_disk
+from tests.faults.running import NUM_STEPS, FaultyRecipes, Role, await_output, check_undisturbed
 from tests.recipes.running import TIMEOUT, wait_until
 
 pytestmark = pytest.mark.faults
 
 STAYS_FULL_SECONDS = 3
-
-
-def check_undisturbed(recipes: FaultyRecipes, undisturbed: dict[str, Tensor]) -> None:
-    """The run ended as if nothing had been."""
-    assert largest_difference(recipes.weights("0001", "receiver"), undisturbed) == 0.0
-    fates = recipes.check_ledger()
-    assert fates["applied"] == NUM_STEPS
-    assert (fates["dropped"], fates["rejected"], fates["skipped"]) == (0, 0, 0)
-    results = recipes.results("0001", "receiver")
-    assert results["steps_alone"] == results["steps_taught"] == 0
 
 
 def test_a_disk_that_is_full_for_a_while_changes_nothing(
@@ -57,7 +46,6 @@ def test_a_disk_that_stays_full_ends_both_jobs_with_the_remedy(recipes: FaultyRe
         assert f"error: the disk has failed for {STAYS_FULL_SECONDS} s (--peer_wait)" in output
         assert "No space left on device" in output
         assert f"cannot go on without {recipes.path('0001')}: free some space" in output
-        assert "Traceback" not in output.replace("Traceback (most recent call last)", "", 0)
 
 
 @pytest.mark.parametrize("error", ["EDQUOT", "EIO", "EROFS", "ESTALE", "EACCES"])
@@ -68,7 +56,7 @@ def test_errors_of_either_side_that_pass_change_nothing(
     for number, role in enumerate(roles(), 1):
         recipes.await_payload(80 * number)
         recipes.disturb(role, f"error {error}")
-        wait_until(lambda role=role: "DISK FAILS" in jobs[role].output(), "a failing disk")  # type: ignore[misc]
+        await_output(jobs[role], "DISK FAILS")
         recipes.mend(role)
     for job in jobs.values():
         job.wait(TIMEOUT)

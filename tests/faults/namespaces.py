@@ -11,11 +11,12 @@ import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-_CLONE_NEWNS = 0x00020000
+_CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 _MS_REC, _MS_PRIVATE = 0x4000, 1 << 18
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -85,3 +86,76 @@ def fill(directory: Path) -> Path:
                 while True:
                     file.write(bytes(size))
     return ballast
+
+
+@dataclass(frozen=True)
+class Host:
+    """A network of its own, with one link to the other host.
+
+    Args:
+        namespace: an open descriptor, which keeps it alive.
+        address: of its end of the link.
+        interface: the name of that end.
+    """
+
+    namespace: int
+    address: str
+    interface: str
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        """What this thread starts meanwhile is on that host."""
+        before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+        try:
+            _check(_LIBC.setns(self.namespace, _CLONE_NEWNET), "setns")
+            yield
+        finally:
+            _check(_LIBC.setns(before, _CLONE_NEWNET), "setns")
+            os.close(before)
+
+    def cut_off(self) -> None:
+        """Take its link down: nothing arrives any more, and nobody is told."""
+        with self.here():
+            _run("ip", "link", "set", self.interface, "down")
+
+
+def _new_network() -> int:
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    try:
+        _check(_LIBC.unshare(_CLONE_NEWNET), "unshare(CLONE_NEWNET)")
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    finally:
+        _check(_LIBC.setns(before, _CLONE_NEWNET), "setns")
+        os.close(before)
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[tuple[Host, Host]]:
+    """Two hosts on one wire; they are gone when no process of theirs is left.
+
+    Where the machine does not allow it, the test is skipped.
+    """
+    opened: list[int] = []
+    try:
+        try:
+            opened += [_new_network() for _ in range(2)]
+            hosts = [Host(ns, f"10.77.0.{n}", f"host{n}") for n, ns in enumerate(opened, 1)]
+            with hosts[1].here(), subprocess.Popen(["cat"], stdin=subprocess.PIPE) as inside:
+                with hosts[0].here():
+                    _run(
+                        *("ip", "link", "add", hosts[0].interface, "type", "veth"),
+                        *("peer", "name", hosts[1].interface, "netns", inside.pid),
+                    )
+                assert inside.stdin is not None
+                inside.stdin.close()
+            for host in hosts:
+                with host.here():
+                    _run("ip", "address", "add", f"{host.address}/24", "dev", host.interface)
+                    _run("ip", "link", "set", "lo", "up")
+                    _run("ip", "link", "set", host.interface, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"needs the right to make network namespaces (root) and ip: {error}")
+        yield hosts[0], hosts[1]
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.faults.running import FaultyRecipes, undisturbed_weights
 from tests.launching import Launcher
+from tests.unit.conftest import fresh_state, jobs  # noqa: F401
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import errno
 import functools
 import io
 import os
+import re
 import runpy
 import sys
 import time
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_RECORD = re.compile(r"/[0-9]{10}\.safetensors$")
 WRITES_ONLY = {"ENOSPC", "EDQUOT", "EROFS"}
 _WRITES = ("link", "replace", "rename", "unlink", "mkdir")
 _READS = ("listdir", "scandir")
@@ -54,7 +56,7 @@ class Faults:
         kind, _, value = self._read("disk").partition(" ")
         if kind == "slow":
             time.sleep(float(value))
-        if kind == "late" and not writes and path.endswith(".safetensors"):
+        if kind == "late" and not writes and _RECORD.search(path):
             self._looks[path] += 1
             if self._looks[path] <= int(value):
                 self._fail(errno.ENOENT, name, path)

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,43 @@ def small_disk(target: Path, mib: int) -> Iterator[Path]:
     """A memory file system of so many MiB."""
     with private_mounts(), mounted(target, "-t", "tmpfs", "-o", f"size={mib}m", "none") as path:
         yield path
+
+
+@contextlib.contextmanager
+def loop_disk(target: Path, mib: int) -> Iterator[Path]:
+    """An ext4 file system in a file."""
+    image = target.with_name(f"{target.name}.ext4")
+    with image.open("wb") as file:
+        file.truncate(mib * 2**20)
+    try:
+        _run("mkfs.ext4", "-q", image)
+    except (subprocess.CalledProcessError, FileNotFoundError) as error:
+        pytest.skip(f"needs mkfs.ext4: {error}")
+    with private_mounts(), mounted(target, "-o", "loop", image) as path:
+        yield path
+
+
+def freeze(directory: Path, seconds: float) -> None:
+    """Let every write to a file system stand still for so long.
+
+    A process of its own thaws it, so that it does not stay frozen if this one is killed.
+    """
+    script = 'fsfreeze -f "$1" && sleep "$2"; fsfreeze -u "$1"'
+    command = ["sh", "-c", script, "sh", str(directory), str(seconds)]
+    subprocess.run(command, check=True, start_new_session=True)
+
+
+def remount(directory: Path, mode: str) -> None:
+    """Make a file system read-only (``ro``), which waits for open files, or writable (``rw``)."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            _run("mount", "-o", f"remount,{mode}", directory)
+        except subprocess.CalledProcessError:
+            if time.monotonic() > deadline:
+                raise
+            continue
+        return
 
 
 def fill(directory: Path) -> Path:

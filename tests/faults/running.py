@@ -59,6 +59,12 @@ class FaultyRecipes(Recipes):
         """From now on the role's disk works."""
         (self.faults(role) / "disk").unlink()
 
+    def set_clock(self, role: Role, offset: float) -> None:
+        """From now on the role's wall clock is off by so many seconds."""
+        temporary = self.faults(role) / "next"
+        temporary.write_text(str(offset))
+        temporary.replace(self.faults(role) / "clock")
+
     def num_failed(self, role: Role) -> int:
         """How many of the role's calls have failed."""
         calls = self.faults(role) / "calls"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from tests.faults.namespaces import fill, small_disk
+from tests.faults.namespaces import fill, freeze, loop_disk, remount, small_disk
 from tests.faults.running import NUM_STEPS, FaultyRecipes, Role, await_output, check_undisturbed
 from tests.recipes.running import TIMEOUT, wait_until
 
 pytestmark = pytest.mark.faults
 
-STAYS_FULL_SECONDS = 3
+STAYS_FULL_SECONDS = 15  # more than the jobs need to find each other
+FROZEN_SECONDS = 7
 
 
 def test_a_disk_that_is_full_for_a_while_changes_nothing(
@@ -95,3 +96,46 @@ def test_a_disk_that_fails_for_good_on_one_side_ends_that_job_alone(
         assert 0 < results["steps_alone"] == NUM_STEPS - fates["applied"]
     else:
         assert 0 < results["windows_alone"] == 2 * NUM_STEPS - results["published"]
+
+
+def test_a_disk_that_is_read_only_for_a_while_changes_nothing(
+    recipes: FaultyRecipes, undisturbed: dict[str, Tensor]
+) -> None:
+    with small_disk(recipes.path(), mib=8):
+        # TensorBoard's open file would keep the system from making the disk read-only.
+        jobs = [recipes.start(role, "--report_to", "none") for role in roles()]
+        recipes.await_payload(50)
+        remount(recipes.path(), "ro")
+        wait_until(lambda: any("DISK FAILS" in job.output() for job in jobs), "a failing disk")
+        remount(recipes.path(), "rw")
+        for job in jobs:
+            job.wait(TIMEOUT)
+        output = "".join(job.output() for job in jobs)
+        assert "Read-only file system" in output
+        assert "TRAINING ALONE" not in output
+        check_undisturbed(recipes, undisturbed)
+
+
+def test_a_disk_that_is_frozen_for_a_while_changes_nothing(
+    recipes: FaultyRecipes, undisturbed: dict[str, Tensor]
+) -> None:
+    with loop_disk(recipes.path(), mib=64):
+        jobs = [recipes.start(role) for role in roles()]
+        recipes.await_payload(50)
+        freeze(recipes.path(), FROZEN_SECONDS)
+        for job in jobs:
+            job.wait(TIMEOUT)
+            assert "TRAINING ALONE" not in job.output()
+        check_undisturbed(recipes, undisturbed)
+
+
+def test_a_slow_disk_and_files_that_are_seen_late_change_nothing(
+    recipes: FaultyRecipes, undisturbed: dict[str, Tensor]
+) -> None:
+    recipes.disturb("donor", "late 3")
+    recipes.disturb("receiver", "slow 0.005")
+    jobs = [recipes.start(role) for role in roles()]
+    for job in jobs:
+        job.wait(TIMEOUT)
+    assert recipes.num_failed("donor") >= 3 * NUM_STEPS
+    check_undisturbed(recipes, undisturbed)

@@ -10,7 +10,7 @@ from tests.recipes.running import TIMEOUT
 
 pytestmark = pytest.mark.faults
 
-RANK_SECONDS, PEER_SECONDS = 10, 3
+RANK_SECONDS, PEER_SECONDS = 30, 15  # more than the jobs need to start
 PORT = 29511  # in networks of their own
 
 

@@ -26,7 +26,7 @@ from tests.recipes.running import TIMEOUT, wait_until
 
 pytestmark = pytest.mark.faults
 
-GIVEN_UP_SECONDS = 3  # of silence, where a test wants it to be too long
+GIVEN_UP_SECONDS = 15  # of silence; more than the jobs need to find each other
 ROLES: tuple[Role, Role] = ("donor", "receiver")
 OTHER: dict[Role, Role] = {"donor": "receiver", "receiver": "donor"}
 
@@ -70,7 +70,7 @@ def test_both_jobs_suspended_for_longer_than_peer_wait_go_on_together(
     """As by a scheduler that suspends a whole allocation: nobody was silent, nobody looked."""
     jobs = [recipes.start(role, "--peer_wait", GIVEN_UP_SECONDS) for role in ROLES]
     recipes.await_payload(80)
-    asleep = subprocess.Popen(["sleep", str(2.5 * GIVEN_UP_SECONDS)])
+    asleep = subprocess.Popen(["sleep", str(1.5 * GIVEN_UP_SECONDS)])
     with stopped(jobs[0]), stopped(jobs[1]):
         asleep.wait()  # there is nothing to see of a time in which nobody looks
     for job in jobs:

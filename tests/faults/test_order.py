@@ -52,6 +52,7 @@ class Rhythm:
     def step(self) -> None:
         """One step of the receiver, which waits, and gives the donor up in the end."""
         bridge = self.bridge
+        bridge.now += MISSING_SECONDS
         for _ in range(8):
             if (verdict := bridge.look()) is not None:
                 bridge.settle(verdict)
@@ -92,12 +93,10 @@ def test_the_ledger_adds_up_in_every_rhythm(
         check(bridge)
     bridge.donate(bridge.step, kind="end")
     while bridge.inbox.cursor < bridge.published:
-        bridge.now += MISSING_SECONDS
         rhythm.step()
     fates = check(bridge)
     assert sum(fates.values()) == bridge.published - 1, "and the end"
     assert bridge.inbox.pending() == 0
-    # Losses cost looks: in lockstep a donor that is far too fast gets ever later.
-    assert fates["applied"] > 0 or per_step > 3
+    assert fates["applied"] > 0
     assert fates["rejected"] > 0 or per_step < 1
     assert len(bridge.transport.alien_names("donor")) == NUM_ALIENS

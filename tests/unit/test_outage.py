@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from tests.oracle import Case, build_dataset
+from tests.unit.full_disk import no_file_above
 from tests.unit.jobs import DonorAlone, ReceiverAlone
 from toolkit.bridge import outage
 from toolkit.bridge.errors import BridgeError, DiskError
@@ -111,17 +111,6 @@ def test_that_other_errors_end_a_job_at_once() -> None:
 
 
 # -- what is tried again --------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def no_file_above(num_bytes: int) -> Iterator[None]:
-    """Writes beyond so many bytes of a file fail in the middle, as on a disk that gets full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def break_once(monkeypatch: pytest.MonkeyPatch, name: str, is_hit: Callable[..., bool]) -> None:

@@ -172,6 +172,23 @@ def test_that_a_record_whose_publishing_failed_is_there_once(
     assert publisher.num_bytes == sum(sizes)
 
 
+@pytest.mark.parametrize("name", ["unlink", "listdir"])
+def test_that_weights_are_published_once_where_older_ones_cannot_be_deleted(
+    publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    records = tmp_path / "donor" / "records"
+    for _ in range(3):
+        publisher.publish(HEADER, TENSORS)
+    with monkeypatch.context() as patch:
+        break_once(
+            patch, name, lambda path: Path(path).name in ("records", f"{0:010d}.safetensors")
+        )
+        publisher.publish_weights(HEADER, TENSORS)
+    assert len(os.listdir(records)) == (3 if name == "unlink" else 4)
+    publisher.publish_weights(HEADER, TENSORS)
+    assert sorted(os.listdir(records)) == [f"{n:010d}.safetensors" for n in (3, 4)]
+
+
 def test_that_another_jobs_record_is_no_leftover_of_a_failed_try(
     publisher: Publisher, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -144,11 +144,12 @@ class DirectoryTransport:
 
         What cannot be deleted just now is left for the next time.
         """
-        for old in self.sequences(job)[:-1]:
-            if old < sequence:
-                # Something that is no file is not ours to delete.
-                with contextlib.suppress(OSError):
-                    self.path(job, old).unlink()
+        with contextlib.suppress(OSError):
+            for old in self.sequences(job)[:-1]:
+                if old < sequence:
+                    # Something that is no file is not ours to delete.
+                    with contextlib.suppress(OSError):
+                        self.path(job, old).unlink()
 
     def keep(self, job: str, sequence: int) -> None:
         """Give a record a name that pruning leaves alone; durable when it returns. May be repeated.

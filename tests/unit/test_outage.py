@@ -160,9 +160,18 @@ def test_that_a_record_whose_publishing_failed_is_there_once(
     publisher: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     publisher.publish(HEADER, TENSORS)
+    synced: list[bool] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(is_directory(descriptor))
+        fsync(descriptor)
+
     with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", note)
         break_once(patch, *FAULTS[fault])
         assert publish_again(publisher) == 1
+    assert synced[-1], "what was there already is durable when publishing succeeds"
     publisher.publish(HEADER, TENSORS)
 
     names = [name for name in os.listdir(tmp_path / "donor" / "records") if name[0] != "."]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from torch import Tensor
 
@@ -13,6 +15,7 @@ pytestmark = pytest.mark.faults
 
 STAYS_FULL_SECONDS = 15  # more than the jobs need to find each other
 FROZEN_SECONDS = 7
+RANK_SECONDS = 30
 
 
 def test_a_disk_that_is_full_for_a_while_changes_nothing(
@@ -70,6 +73,31 @@ def test_errors_of_either_side_that_pass_change_nothing(
 
 def roles() -> tuple[Role, Role]:
     return ("donor", "receiver")
+
+
+@pytest.mark.parametrize("role", roles())
+def test_ranks_that_wait_for_a_failing_disk_do_not_time_out(
+    recipes: FaultyRecipes, role: Role
+) -> None:
+    """The main process alone meets the disk; the others must hear from it meanwhile."""
+    jobs = {
+        each: recipes.start(each, "--rank_timeout", RANK_SECONDS, num_processes=1 + (each == role))
+        for each in roles()
+    }
+    recipes.await_payload(50)
+    recipes.disturb(role, "error EROFS")
+
+    def failing_seconds() -> int:
+        found = re.findall(r"DISK FAILS since ([0-9]+) of", jobs[role].output())
+        return max(map(int, found), default=0)
+
+    wait_until(lambda: failing_seconds() > RANK_SECONDS, "longer than a rank waits")
+    recipes.mend(role)
+    for job in jobs.values():
+        job.wait(TIMEOUT)
+        assert "TRAINING ALONE" not in job.output()
+    assert recipes.results("0001", role)["num_processes"] == 2
+    assert recipes.check_ledger()["applied"] == NUM_STEPS
 
 
 @pytest.mark.parametrize("role", roles())

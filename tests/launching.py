@@ -7,6 +7,7 @@ environment, wherever they have been re-parented to.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -87,7 +88,10 @@ class Job:
                     process.kill()
                 except psutil.NoSuchProcess:
                     continue
-            psutil.wait_procs(alive, timeout=1)
+            # Who waits for the launcher gets its status, which must not be psutil.
+            psutil.wait_procs([p for p in alive if p.pid != self.process.pid], timeout=1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)
         if alive:
             raise AssertionError(self._report(f"survived SIGKILL: {alive}"))
         self.process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from pathlib import Path
 
@@ -104,6 +105,7 @@ def test_that_a_hanging_job_is_killed_with_its_children(tmp_path: Path, how: str
             assert bystander.is_running()
     assert not job.processes()
     assert not bystander.processes()
+    assert job.process.returncode == bystander.process.returncode == -signal.SIGKILL
     for process in processes:
         assert not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 

@@ -97,10 +97,8 @@ def steps_of(output: Path) -> list[dict[str, int]]:
     return steps
 
 
-@pytest.mark.parametrize(
-    "rescale",
-    ["match", *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("append", "pool"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("rescale", ["match", "append", "pool"])
 def test_donors_that_come_and_go_equal_joint_training(tmp_path: Path, rescale: str) -> None:
     settings = json.dumps({"rescale": rescale, "num_donors": 2, "peer_wait": 200.0})
     with Launcher(tmp_path) as launch:

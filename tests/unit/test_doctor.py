@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -305,7 +306,13 @@ def test_that_a_directory_that_nobody_may_write_to_is_refused(
 def test_that_ctrl_c_leaves_nothing_behind(shared: Path) -> None:
     command = [sys.executable, "-m", "toolkit.cli", "doctor", str(shared)]
     command += ["--seconds", "600", "--payload_mib", "1500"]  # it does not end before the signal
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell that starts the tests in the background lets them ignore it.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     while not list(shared.glob(".gradient-bridge-doctor-*/link-*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)

@@ -23,7 +23,7 @@ def save(directory: Path, cursor: int, **changes: Any) -> Path:
 
 @pytest.fixture
 def cursors(tmp_path: Path) -> CheckpointCursors:
-    return CheckpointCursors(DirectoryTransport(tmp_path / "bridge"), "mine")
+    return CheckpointCursors(DirectoryTransport(tmp_path / "bridge"), "mine", will_save=False)
 
 
 def oldest(cursors: CheckpointCursors, cursor: int) -> int:
@@ -34,6 +34,16 @@ def oldest(cursors: CheckpointCursors, cursor: int) -> int:
 def test_that_without_a_checkpoint_nothing_is_needed_again(cursors: CheckpointCursors) -> None:
     assert oldest(cursors, 7) == 7
     assert oldest(cursors, 8) == 8
+
+
+def test_that_all_is_needed_until_the_first_of_the_checkpoints_to_come(tmp_path: Path) -> None:
+    transport = DirectoryTransport(tmp_path / "bridge")
+    cursors = CheckpointCursors(transport, "mine", will_save=True)
+    assert oldest(cursors, 7) == 0
+
+    save(tmp_path / "step_5", 5)
+    cursors.saved_below(tmp_path)
+    assert oldest(cursors, 7) == 5
 
 
 def test_that_the_oldest_checkpoint_counts(tmp_path: Path, cursors: CheckpointCursors) -> None:

@@ -53,6 +53,19 @@ def test_that_a_killed_jobs_probe_is_in_nobodys_way(transport: DirectoryTranspor
     transport.open_stream("donor")
 
 
+def test_that_what_a_killed_job_was_writing_is_deleted_when_it_is_started_again(
+    transport: DirectoryTransport,
+) -> None:
+    publish(transport, 0)
+    directory = transport.path("donor", 0).parent
+    (directory / ".tmp-1234-0000000001.safetensors").write_bytes(b"half of it")
+    (directory / ".tmp-of-somebody").mkdir()
+
+    transport.open_stream("donor")
+
+    assert records(transport) == [".tmp-of-somebody", "0000000000.safetensors"]
+
+
 def test_that_a_published_record_is_read_back(transport: DirectoryTransport) -> None:
     assert publish(transport, 3, b"12345") == 5
 

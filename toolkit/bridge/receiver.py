@@ -152,7 +152,9 @@ class GradientReceiver(BridgeJob):
             )
         self._ages = [0, 0]  # of the payloads applied in this start: their sum, and how many
         self._to_keep: list[Verdict] = []  # main process: applied, to be kept for good
-        self._retention = CheckpointCursors(self.transport, self.run_id)
+        self._retention = CheckpointCursors(
+            self.transport, self.run_id, will_save=self.config.checkpoint_interval is not None
+        )
         self._outer: OuterOptimizer | None = None
         if self.config.exchange == "delta":
             config = self.config

@@ -1,8 +1,9 @@
 """Which payloads of a donor a resume may ask for again.
 
 Without checkpoints none: a payload is never needed again once its step is committed. With them,
-those from the oldest retained checkpoint on. Accelerate syncs nothing, so a checkpoint counts
-only once it is complete and synced here.
+those from the oldest retained checkpoint on, and all until there is one: a receiver that dies
+before begins anew. Accelerate syncs nothing, so a checkpoint counts only once it is complete and
+synced here.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ class CheckpointCursors:
     Args:
         transport: the run's transport.
         run_id: checkpoints of other runs beside them are no concern.
+        will_save: whether there will be checkpoints.
     """
 
-    def __init__(self, transport: DirectoryTransport, run_id: str) -> None:
-        self._transport, self._run_id = transport, run_id
+    def __init__(self, transport: DirectoryTransport, run_id: str, *, will_save: bool) -> None:
+        self._transport, self._run_id, self._will_save = transport, run_id, will_save
         self._acknowledged: dict[str, int] = {}
         self._parents: set[Path] = set()
         self._cursors: list[dict[str, int]] = []  # of each checkpoint, by donor
@@ -61,6 +63,8 @@ class CheckpointCursors:
                 cursor for parent in self._parents for cursor in self._synced_cursors(parent)
             ]
             self._is_stale = False
+        if self._will_save and not self._cursors:
+            return dict.fromkeys(cursors, 0)
         return {
             # A donor that a checkpoint does not know joined after it: all of it may be needed.
             donor: min([cursor, *(saved.get(donor, 0) for saved in self._cursors)])

@@ -56,6 +56,8 @@ class DirectoryTransport:
     def open_stream(self, job: str) -> None:
         """Make the directories of ``job``'s own stream. Called once, by the job that publishes.
 
+        What an earlier start of it was writing when it was killed is deleted.
+
         Raises:
             BridgeError: if the directory cannot be written, or has no hard links.
         """
@@ -65,6 +67,9 @@ class DirectoryTransport:
             probe = self.root / job / f"probe-{uuid.uuid4().hex}"
             files.create(probe, lambda path: path.write_bytes(b""))
             probe.unlink()
+            for leftover in (self.root / job / "records").glob(f"{files.TEMPORARY_PREFIX}*"):
+                with contextlib.suppress(OSError):  # something else of that name
+                    leftover.unlink()
         except OSError as error:
             raise BridgeError(
                 f"cannot publish below {self.root / job}: {error}. The runs directory must be on a "

@@ -1,0 +1,127 @@
+"""Half an hour in which jobs are killed again and again: the weights come out as without.
+
+    python -m tests.faults.kill_loop --minutes 30
+
+Both recipes are launched as users launch them, with two ranks each. Every few seconds a job, one of
+its ranks or both jobs get SIGKILL, at whatever they are doing, and are started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tests.faults.campaign import JOBS, LaunchedJob, Outcome, Run
+from tests.launching import ROOT, Launcher
+
+STEPS = 400  # of a round
+SECONDS = (8.0, 30.0)  # between two kills; a start takes about as long as the least
+
+
+class KilledRun(Run):
+    """A run whose jobs are killed until a deadline.
+
+    Args:
+        deadline: on the monotonic clock; kills come before it.
+        rng: chooses who is killed, and when.
+    """
+
+    steps, checkpointing_steps = STEPS, 25
+
+    def __init__(
+        self, directory: Path, launcher: Launcher, deadline: float, rng: random.Random
+    ) -> None:
+        super().__init__(directory, launcher, [])
+        self._deadline, self._rng = deadline, rng
+        self.kills = dict.fromkeys(JOBS, 0)
+        self._next = time.monotonic() + rng.uniform(*SECONDS)
+
+    def _launch(self, name: str, log: Path, flags: Sequence[str]) -> LaunchedJob:
+        assert self._launcher is not None
+        return LaunchedJob(self._launcher, log, ROOT / "recipes" / f"{name}.py", *flags)
+
+    def _num_ending(self, name: str) -> int:
+        return self.kills[name]
+
+    def _look(self) -> bool:
+        now = time.monotonic()
+        if now >= self._next and now < self._deadline:
+            self._next = now + self._rng.uniform(*SECONDS)
+            for name in self._rng.choice([("receiver",), ("donor",), JOBS]):
+                self._kill(name)
+        return super()._look()
+
+    def _kill(self, name: str) -> None:
+        handle = self._handles[name]
+        assert isinstance(handle, LaunchedJob)
+        if handle.poll() is not None:
+            return
+        self.kills[name] += 1
+        ranks = [p for p in handle.job.processes() if p.pid != handle.job.process.pid]
+        if len(ranks) == 2 and self._rng.random() < 0.5:
+            self._rng.choice(ranks).kill()  # its launcher ends the other one
+        else:
+            handle.kill()
+
+
+def kill_loop(minutes: float, seed: int, output: Path) -> tuple[list[Outcome], int]:
+    """Rounds of ``STEPS`` steps until the time is over; the first one is left in peace.
+
+    Returns:
+        What each round came to, and how many jobs were killed in all.
+    """
+    rng, outcomes, kills = random.Random(seed), [], 0
+    with Launcher(output) as launcher, tqdm(total=round(60 * minutes), unit="s") as bar:
+        peace = KilledRun(output / "peace", launcher, 0.0, rng)
+        peace.finish(None)
+        outcomes.append(peace.outcome)
+        start = time.monotonic()
+        deadline = start + 60 * minutes
+        while time.monotonic() < deadline and not outcomes[-1].problems:
+            run = KilledRun(output / f"round-{len(outcomes)}", launcher, deadline, rng)
+            run.finish(peace.weights)
+            outcomes.append(run.outcome)
+            kills += sum(run.kills.values())
+            bar.set_postfix(kills=kills, rounds=len(outcomes) - 1)
+            bar.update(round(time.monotonic() - start) - bar.n)
+            if not run.outcome.problems:
+                shutil.rmtree(run.directory)
+    return outcomes, kills
+
+
+def main() -> None:
+    """The loop from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="a directory that does not exist")
+    args = parser.parse_args()
+    output = args.output or Path(tempfile.mkdtemp(prefix="kill-loop-"))
+    output.mkdir(parents=True, exist_ok=True)
+    outcomes, kills = kill_loop(args.minutes, args.seed, output)
+    problems = [problem for outcome in outcomes for problem in outcome.problems]
+    report = {
+        "rounds": len(outcomes) - 1,
+        "steps of a round": STEPS,
+        "jobs killed": kills,
+        "starts of jobs": sum(outcome.starts for outcome in outcomes[1:]),
+        "largest difference from joint training": max(o.difference for o in outcomes),
+        "problems": len(problems),
+    }
+    print(json.dumps(report, indent=1))
+    (output / "report.json").write_text(json.dumps(report | {"texts": problems}, indent=1))
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -21,11 +21,12 @@ import argparse
 import math
 import sys
 import time
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -104,6 +105,7 @@ def main() -> None:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.runs_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.rank_timeout))],
     )
     configure_logging(accelerator)
     with clean_errors(ValueError):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -126,11 +126,19 @@ class Launcher:
         cwd: Path | None = None,
         log: Path | None = None,
         config: Path = CPU_CONFIG,
+        options: Sequence[object] = (),
     ) -> Job:
         """``launch``, with a log file in ``directory`` unless ``log`` is given."""
         log = log or self.directory / f"job-{len(self.jobs)}-{Path(script).stem}.log"
         job = launch(
-            script, *args, num_processes=num_processes, env=env, cwd=cwd, log=log, config=config
+            script,
+            *args,
+            num_processes=num_processes,
+            env=env,
+            cwd=cwd,
+            log=log,
+            config=config,
+            options=options,
         )
         self.jobs.append(job)
         return job
@@ -156,6 +164,7 @@ def launch(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     config: Path = CPU_CONFIG,
+    options: Sequence[object] = (),
 ) -> Job:
     """Start ``script`` on the CPU under ``accelerate launch`` and return at once.
 
@@ -169,14 +178,16 @@ def launch(
         env: additions to this process's environment.
         cwd: the working directory; the repository root by default.
         config: the launcher's configuration for more than one rank.
+        options: further ones of the launcher.
     """
     mark = uuid.uuid4().hex
     if num_processes == 1:
-        options = ["--cpu", "--num_processes", "1"]
+        launcher = ["--cpu", "--num_processes", "1"]
     else:
         # This file's `main_process_port: 0` lets the launcher choose a port just before it is used.
-        options = ["--config_file", str(config), "--num_processes", str(num_processes)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(script)]
+        launcher = ["--config_file", str(config), "--num_processes", str(num_processes)]
+    launcher += map(str, options)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(script)]
     search_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker, on_main_process
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 5.0  # from a failure of TensorBoard's disk to the next file
 
 
 def start_tracking(
@@ -29,6 +38,10 @@ def start_tracking(
         metrics: tags of the scalars that the hparams table shows.
     """
     accelerator.project_configuration.logging_dir = str(output_dir.parent)
+    patient = PatientTensorBoard(output_dir.name, output_dir.parent)
+    accelerator.log_with = [
+        patient if str(name) == "tensorboard" else name for name in accelerator.log_with
+    ]
     accelerator.init_trackers(output_dir.name)
     if not accelerator.is_main_process or not accelerator.trackers:
         return
@@ -37,12 +50,50 @@ def start_tracking(
         for name, value in config.items()
     }
     writer = accelerator.get_tracker("tensorboard", unwrap=True)
-    atexit.register(writer.flush)  # a job that is interrupted leaves all its curves
+    # A job that is interrupted leaves all its curves.
+    atexit.register(accelerator.get_tracker("tensorboard").flush)
     rows = [f"| `{name}` | `{value}` |" for name, value in plain.items()]
     writer.add_text("configuration", "\n".join(["| setting | value |", "|---|---|", *rows]))
     for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):
         writer.file_writer.add_summary(summary)
     writer.flush()
+
+
+class PatientTensorBoard(TensorBoardTracker):
+    """TensorBoard's curves, which have a gap where the disk failed: that ends no training.
+
+    TensorBoard's own writer raises for ever what its disk has raised once.
+    """
+
+    writer: SummaryWriter | None
+    _next_try = 0.0
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Record scalars, unless the disk fails."""
+        try:
+            if self.writer is None:
+                if time.monotonic() < self._next_try:
+                    return
+                self.start()
+            super().log(values, step, **kwargs)
+        except OSError as error:
+            logger.warning("TensorBoard's curves have a gap at step %s: %s", step, error)
+            self.writer, self._next_try = None, time.monotonic() + RETRY_SECONDS
+
+    @on_main_process
+    def flush(self) -> None:
+        """Give to the system what was recorded."""
+        if self.writer is not None:
+            with contextlib.suppress(OSError):
+                self.writer.flush()
+
+    @on_main_process
+    def finish(self) -> None:
+        """Close the file."""
+        if self.writer is not None:
+            with contextlib.suppress(OSError):
+                super().finish()
 
 
 def image_grid(images: Tensor, *, zoom: int = 5, gap: int = 8) -> Tensor:

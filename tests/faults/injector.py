@@ -160,7 +160,7 @@ class Injector:
         self._after_unlinking()
         self._around(DirectoryTransport, "acknowledge", "acknowledge")
         self._around(DirectoryTransport, "keep", "keep")
-        self._around(Ledger, "_append", "ledger")
+        self._around(Ledger, "flush", "ledger")
         self._halve_a_line()
         self._follow_steps()
         self._around(BridgeJob, "_read", "read")
@@ -170,7 +170,7 @@ class Injector:
         self._around(GradientInjector, "inject", "inject")
         self._around(AcceleratedOptimizer, "step", "optimizer")
         self._around(GradientReceiver, "commit", "commit")
-        self._around(BridgeJob, "_stop", "end")
+        self._around(BridgeJob, "close", "end")
         # Recipes import this one by name, later.
         self._around(training, "save_checkpoint", "checkpoint", done="checkpoint: complete")
         self._around(BridgeJob, "_on_save_state", "", done="checkpoint: half written")
@@ -254,15 +254,14 @@ class Injector:
         Path.unlink = unlink_record  # type: ignore[method-assign,assignment]
 
     def _halve_a_line(self) -> None:
-        append = Ledger._append
+        flush = Ledger.flush
 
-        def append_half(ledger: Ledger, lines: Iterable[Any]) -> None:
-            lines = list(lines)
-            if lines and ledger._path is not None:
+        def flush_half(ledger: Ledger) -> None:
+            if ledger._unwritten and ledger._path is not None:
                 self.reach("ledger: half a line", ledger._path)
-            append(ledger, lines)
+            flush(ledger)
 
-        Ledger._append = append_half  # type: ignore[method-assign,assignment]
+        Ledger.flush = flush_half  # type: ignore[method-assign,assignment]
 
 
 def _act(fault: Fault, path: Path | None) -> None:

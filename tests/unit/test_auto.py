@@ -269,7 +269,7 @@ def test_that_a_resume_waits_for_a_donor_that_ended_and_has_left_no_weights(
     step(job, donates=True)
     job.accelerator.save_state(str(checkpoint))
     job.donate(None, kind="end")  # interrupted, and resumed like the receiver
-    job.receiver._stop(publish_end=False)
+    job.receiver._stop()
     reset()
     again = start(**settings, resume_from_checkpoint=checkpoint)
     again.accelerator.load_state(str(checkpoint))

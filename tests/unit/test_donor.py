@@ -244,7 +244,7 @@ def test_that_a_resume_takes_the_steps_of_an_unfinished_round_again(
     job.publish_weights(step=2, fill=0.2)
     take_local_steps(job, max_windows=3)
     job.accelerator.save_state(str(tmp_path / "checkpoint"))
-    job.donor._stop(publish_end=False)  # as after an error
+    job.donor._stop()  # as after an error
     reset()
     resumed = start(exchange="delta", local_steps=2, resume_from_checkpoint=tmp_path / "checkpoint")
     resumed.accelerator.load_state(str(tmp_path / "checkpoint"))

@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
-from toolkit.metrics import image_grid
+import pytest
+import torch
+from accelerate import PartialState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.unit.full_disk import no_file_above
+from toolkit import metrics
+from toolkit.metrics import PatientTensorBoard, image_grid
+
+
+# TensorBoard's own thread ends with the error, and says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_that_curves_have_a_gap_where_the_disk_failed_and_go_on(
+    tmp_path: Path,
+    fresh_state: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(metrics, "RETRY_SECONDS", 0.0)
+    PartialState(cpu=True)
+    tracker = PatientTensorBoard("job", tmp_path)
+    tracker.start()
+    tracker.log({"loss": 1.0}, step=1)
+    with no_file_above(0):
+        for step in (2, 3):
+            tracker.log({"loss": 2.0}, step=step)
+            tracker.flush()
+    tracker.log({"loss": 4.0}, step=4)
+    tracker.finish()
+    tracker.flush()
+
+    curve = EventAccumulator(str(tmp_path / "job")).Reload().Scalars("loss")
+    assert {event.step: event.value for event in curve} == {1: 1.0, 4: 4.0}
+    assert caplog.text.count("TensorBoard's curves have a gap at step 2: [Errno 27]") == 1
 
 
 def test_that_a_grid_keeps_rows_and_columns() -> None:

@@ -145,7 +145,7 @@ def test_that_a_resumed_run_is_replayed_from_its_first_step(start: Start, tmp_pa
     take_step(job, 0.3)
     job.accelerator.save_state(str(tmp_path / "checkpoint"))
     take_step(job, -5.0)  # lost: killed after it
-    job.receiver._stop(publish_end=False)
+    job.receiver._stop()
     settings = {"keep_payloads": True, "resume_from_checkpoint": tmp_path / "checkpoint"}
     resumed = start("runs", **settings)
     resumed.accelerator.load_state(str(tmp_path / "checkpoint"))

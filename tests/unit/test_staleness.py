@@ -234,7 +234,7 @@ def test_that_a_checkpoint_is_gone_back_to(
     undisturbed = weights(job.network)
 
     if restarts:
-        job.receiver._stop(publish_end=False)
+        job.receiver._stop()
         published = job.published
         job = start(resume_from_checkpoint=checkpoint, **settings)
         job.published = published

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -110,6 +112,27 @@ def test_that_a_head_rests_again_when_its_teacher_does(start: Start, runs_dir: P
     job.step()  # AdamW's moments must not move it on
     assert torch.equal(job.network.get_parameter("heads.h2.weight"), moved)
     assert not any(p.requires_grad for p in job.network.heads["h2"].parameters())
+
+
+def test_that_a_disk_that_fails_while_weights_are_looked_for_ends_no_step(
+    start: Start, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donor = Donor(runs_dir)
+    donor.teach(0, weights(1))
+    job = start()
+    listdir, failures = os.listdir, []
+
+    def fail(path: Any = ".") -> list[str]:
+        if "donor.weights" in str(path):
+            failures.append(path)
+            raise OSError(errno.EIO, "Input/output error")
+        return listdir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", fail)
+        job.steps_until(lambda: len(failures) >= 2)
+    donor.teach(1, weights(2))
+    job.steps_until(lambda: job.versions() == {"donor": 20})
 
 
 def test_that_weights_that_come_before_they_are_needed_are_taken_later(
@@ -319,7 +342,7 @@ def test_that_a_checkpoint_says_who_taught_and_a_resume_takes_the_newest(
     taught = content["teachers"]["donor"]
     assert (taught["sequence"], taught["donor_step"], taught["head"]) == (0, 10, HEAD)
     weight = job.network.get_parameter("heads.h2.weight").detach().clone()
-    job.receiver._stop(publish_end=False)
+    job.receiver._stop()
     donor.teach(1, weights(2))
     again = start({"resume_from_checkpoint": checkpoint})
     again.accelerator.load_state(str(checkpoint))

@@ -81,6 +81,14 @@ def bridge_arguments() -> argparse.ArgumentParser:
         help="how long the other job may show no sign of life before this one goes on alone",
     )
     group.add_argument(
+        "--rank_timeout",
+        type=positive_float,
+        default=1800.0,
+        metavar="SECONDS",
+        help="how long the ranks of this job wait for one of them that does not come, because its "
+        "host is cut off, say, before the job ends; loading the data must take less",
+    )
+    group.add_argument(
         "--require_peer",
         action="store_true",
         help="end with an error instead of going on alone",

@@ -24,13 +24,18 @@ SLICE_SECONDS = 5.0  # the other ranks stand in a broadcast at most this long at
 class ControlGroup:
     """Decisions and small sums over the ranks of one job.
 
-    Every method is a collective: all ranks call it, in the same order.
+    Every method is a collective: all ranks call it, in the same order. A rank that does not come
+    is an error as late as in the job's other collectives: by default after 30 minutes.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.num_processes = accelerator.num_processes
         self.is_main_process = accelerator.is_main_process
-        self._group = dist.new_group(backend="gloo") if self.num_processes > 1 else None
+        handler = accelerator.init_handler  # of the user, whose timeout holds for all groups
+        timeout = handler.timeout if handler is not None else None
+        self._group = (
+            dist.new_group(backend="gloo", timeout=timeout) if self.num_processes > 1 else None
+        )
 
     def on_main(self, function: Callable[[], T]) -> T:
         """What ``function`` returns on the main process, on every rank; it runs nowhere else.

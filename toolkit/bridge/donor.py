@@ -281,8 +281,7 @@ class GradientDonor(BridgeJob):
             if decision.action == "again":
                 return True
             if decision.action == "skip":
-                if self.accelerator.is_main_process:
-                    self._publish_payload("skip", {}, None)
+                self._publish_payload("skip", {}, None)
                 continue
             if decision.sequence >= 0:
                 mine = self._inbox.fetched if self.accelerator.is_main_process else None
@@ -303,21 +302,21 @@ class GradientDonor(BridgeJob):
             is_due = self.windows_alone > 0 and self.windows_alone % self._publish_every == 0
         if is_due:
             self._publish_own_weights()
-        if self.control.on_main(lambda: self._inbox.look(self.receiver) is False):
+        if self._persist(lambda: self._inbox.look(self.receiver) is False):
             self.stop_reason = "the receiver has ended"
             return False
         self.receiver_step = self.completed_windows
         return True
 
     def _publish_own_weights(self) -> None:
-        """Publish the weights that this donor has trained. A collective where they are sharded."""
+        """Publish the weights that this donor has trained. A collective."""
         if self._own_published == self.completed_windows:
             return
         self._own_published = self.completed_windows
         weights = self._whole_weights()
-        if self.accelerator.is_main_process:
-            header = self._header("weights").of_weights(digest_tensors(weights))
-            self._own_weights.publish_weights(header, weights)
+        digest = digest_tensors(weights) if self.accelerator.is_main_process else ""
+        header = self._header("weights").of_weights(digest)
+        self._persist(lambda: self._own_weights.publish_weights(header, weights))
 
     def _poll(self) -> _Decision | None:
         """On the main process: what the next window is for, or None to wait."""
@@ -390,10 +389,9 @@ class GradientDonor(BridgeJob):
         changes = local.difference()
         finite = self.control.agree(all_finite(changes.values()) and local.count > 0)
         self._published_windows += local.num_windows
-        if self.accelerator.is_main_process:
-            if not finite:
-                logger.warning("no finite weights after the local steps: skip")
-            self._publish_payload("delta" if finite else "skip", changes if finite else {}, local)
+        if self.accelerator.is_main_process and not finite:
+            logger.warning("no finite weights after the local steps: skip")
+        self._publish_payload("delta" if finite else "skip", changes if finite else {}, local)
 
     @torch.no_grad()
     def _publish_window(self, window: Window) -> None:
@@ -417,17 +415,18 @@ class GradientDonor(BridgeJob):
         if self.following and window.count:  # one without samples says nothing about the scale
             self._loss_scale.update(finite, window.scale)
         self._published_windows += 1
+        if self.accelerator.is_main_process and not finite:
+            logger.warning("no finite gradient at receiver step %d: skip", self.receiver_step)
+        kind: Kind = "gradient" if finite else "skip"
+        size = self._publish_payload(kind, sums if finite else {}, window)
         if self.accelerator.is_main_process:
-            if not finite:
-                logger.warning("no finite gradient at receiver step %d: skip", self.receiver_step)
-            kind: Kind = "gradient" if finite else "skip"
-            size = self._publish_payload(kind, sums if finite else {}, window)
             self.metrics[f"bridge/payload {self.job} (MiB)"] = size / 2**20
             self.metrics[f"gradient/{self.job} sum norm"] = math.sqrt(squared_norm(sums.values()))
 
     def _publish_payload(
         self, kind: Kind, sums: dict[str, Tensor], window: Window | LocalRound | None
     ) -> int:
+        """Publish a payload, a collective; its size in bytes."""
         header = dataclasses.replace(
             self._header(kind),
             count=window.count if window else 0.0,
@@ -437,7 +436,7 @@ class GradientDonor(BridgeJob):
         )
         if kind != "skip":
             self._validation = {}
-        return self._outbox.publish(header, sums)
+        return self._persist(lambda: self._outbox.publish(header, sums))
 
     # -- checkpoints and results --------------------------------------------------------------
 

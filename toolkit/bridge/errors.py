@@ -23,6 +23,10 @@ class PeerError(BridgeError):
     """The other job did not come, or went silent, and ``require_peer`` is set."""
 
 
+class DiskError(BridgeError):
+    """The disk has failed for longer than this job waits; the message says what to do."""
+
+
 class Interrupted(BridgeError):
     """Ctrl-C or SIGTERM came while this job waited for the other one.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,9 +22,10 @@ from toolkit.bridge.accumulation import WindowAccumulator
 from toolkit.bridge.authentication import KEY_SOURCES, UNSIGNED, Signer, load_key
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.control import ControlGroup
-from toolkit.bridge.errors import BridgeError, Interrupted, PayloadError
-from toolkit.bridge.interruption import Interruption
+from toolkit.bridge.errors import BridgeError, DiskError, Interrupted, PayloadError
+from toolkit.bridge.interruption import GRACE_SECONDS, Interruption
 from toolkit.bridge.liveness import Heartbeat, PeerWatch, Wait
+from toolkit.bridge.outage import riding_out
 from toolkit.bridge.payload import (
     Header,
     Record,
@@ -222,7 +224,7 @@ class BridgeJob:
         while record is None:
             try:
                 record = self._read(job, sequence)
-            except (FileNotFoundError, PayloadError) as error:
+            except (OSError, PayloadError) as error:
                 if time.monotonic() > deadline:
                     logger.warning("rank cannot read record %d: %s", sequence, error)
                     break
@@ -260,8 +262,31 @@ class BridgeJob:
         self.stop_signal = -int(self.control.min(-self._interruption.signal))
 
     def _decide(self, poll: Callable[[], T | None], grace: float) -> tuple[T, float]:
-        """:meth:`ControlGroup.decide`, which a signal breaks off after ``grace`` seconds."""
-        return self.control.decide(self._interruption.bounding(poll, grace))
+        """:meth:`ControlGroup.decide`, which a signal breaks off after ``grace`` seconds.
+
+        A poll that fails with an ``OSError`` is repeated.
+
+        Raises:
+            DiskError: if the disk fails for ``peer_wait`` seconds.
+        """
+        riding = riding_out(poll, self.run_dir, self.config.peer_wait)
+        return self.control.decide(self._interruption.bounding(riding, grace))
+
+    def _persist(self, action: Callable[[], T], grace: float = math.inf) -> T:
+        """What ``action`` returns on the main process, once the disk lets it. A collective.
+
+        The other ranks follow in slices, as in every wait, so that no collective times out.
+
+        Args:
+            action: may be repeated after an ``OSError``.
+            grace: seconds after a signal at which it is given up. Not within a step: one that is
+                half done is in no checkpoint.
+
+        Raises:
+            DiskError: if the disk fails for ``peer_wait`` seconds.
+        """
+        (outcome,), _ = self._decide(lambda: (action(),), grace)
+        return outcome
 
     def _open_wait(self, peer: PeerWatch, what: str, patience: float | None = None) -> Wait:
         """Begin a wait for something of another job (main process).
@@ -342,20 +367,32 @@ class BridgeJob:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Publish this job's end and leave together. A collective; safe to call twice."""
-        if not self._closed:
-            self._stop(publish_end=True)
-            self.control.close()
+        """Publish this job's end and leave together. A collective; safe to call twice.
 
-    def _stop(self, publish_end: bool) -> None:
+        Where the disk refuses the end for ``peer_wait`` seconds, this job ends without: what it
+        has trained is worth more, and the others wait for it no longer than they say.
+        """
+        if self._closed:
+            return
+        try:
+            self._persist(self._publish_end, GRACE_SECONDS)
+        except (DiskError, Interrupted) as error:
+            self._say_untold(error)
+        finally:
+            self._stop()
+        self.control.close()
+
+    def _publish_end(self) -> None:
+        self._publisher.publish(self._end_header(), {})
+
+    def _say_untold(self, error: Exception) -> None:
+        logger.error("the other jobs are not told that the %s has ended: %s", self.job, error)
+
+    def _stop(self) -> None:
         self._closed = True
         self._interruption.release()
         if self._heartbeat is not None:
-            try:
-                if publish_end:
-                    self._publisher.publish(self._end_header(), {})
-            finally:
-                self._heartbeat.stop()
+            self._heartbeat.stop()
 
     def __enter__(self: T) -> T:
         return self
@@ -371,4 +408,9 @@ class BridgeJob:
         elif not self._closed:
             # No collective: the other ranks may be elsewhere. After an error the stream stays open,
             # as after a crash: the other job waits for a resume as long as its peer_wait.
-            self._stop(publish_end=issubclass(kind, KeyboardInterrupt))
+            if issubclass(kind, KeyboardInterrupt) and self._heartbeat is not None:
+                try:
+                    self._publish_end()
+                except OSError as failure:
+                    self._say_untold(failure)
+            self._stop()

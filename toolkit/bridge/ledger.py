@@ -55,37 +55,52 @@ class Ledger:
 
     def __init__(self, path: Path | None, *, durable: bool = False) -> None:
         self._path, self._durable = path, durable
+        self._unwritten = ""
+        self._torn_at: int | None = None  # where a failed try to write may have left half a line
         self.by_donor: dict[str, dict[str, int]] = {}
 
     def counts(self, donor: str) -> dict[str, int]:
         """How many payloads of one donor met which fate."""
         return self.by_donor.setdefault(donor, dict.fromkeys(get_args(Fate), 0))
 
-    def record(self, entries: Iterable[Entry]) -> None:
-        """Count ``entries`` and append them to the trail."""
-        entries = list(entries)
+    def note(self, entries: Iterable[Entry]) -> None:
+        """Count ``entries``; they are in the trail after the next :meth:`flush`."""
         for entry in entries:
             self.counts(entry.donor)[entry.fate] += 1
-        self._append(entries)
+            self._queue(entry)
+
+    def record(self, entries: Iterable[Entry]) -> None:
+        """Count ``entries`` and append them to the trail."""
+        self.note(entries)
+        self.flush()
 
     def resume(self, resumption: Resumption, by_donor: dict[str, dict[str, int]]) -> None:
         """Go on from a checkpoint and the counts in it."""
         self.by_donor = {donor: dict(counts) for donor, counts in by_donor.items()}
-        self._append([resumption])
+        self._queue(resumption)
+        self.flush()
 
-    def _append(self, lines: Iterable[Entry | Resumption]) -> None:
-        text = "".join(json.dumps(dataclasses.asdict(line)) + "\n" for line in lines)
-        if not text or self._path is None:
+    def _queue(self, line: Entry | Resumption) -> None:
+        if self._path is not None:
+            self._unwritten += json.dumps(dataclasses.asdict(line)) + "\n"
+
+    def flush(self) -> None:
+        """Append to the trail what is not in it yet; after an ``OSError`` it may be repeated."""
+        if not self._unwritten or self._path is None:
             return
         is_new = not self._path.exists()
-        with self._path.open("a") as file:
-            file.write(text)
+        with self._path.open("ab") as file:
+            if self._torn_at is None:
+                self._torn_at = file.tell()
+            file.truncate(self._torn_at)
+            file.write(self._unwritten.encode())
         if is_new:
             files.restrict(self._path)
         if self._durable:
             files.fsync_path(self._path)
             if is_new:
                 files.fsync_path(self._path.parent)
+        self._unwritten, self._torn_at = "", None
 
 
 def trail_path(run_dir: Path, attempt: int) -> Path:

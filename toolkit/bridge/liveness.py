@@ -25,6 +25,9 @@ STATUS_SECONDS = 5.0
 # A peer whose heart beats but that brings nothing (a long evaluation, a hung rank) gets this many
 # times the wait of a silent one, or this many of the longest round seen.
 STALL_FACTOR = 10
+# Of the time between two looks for the other job no more counts as silence. A job that stood still
+# itself, or its disk did, cannot say who was silent meanwhile.
+BLIND_SECONDS = 2 * BEAT_SECONDS
 
 
 class Heartbeat:
@@ -174,15 +177,16 @@ class Wait:
         self._peer, self._what, self._hint = peer, what, hint
         self._peer_wait, self._require_peer = peer_wait, require_peer
         self._patience = peer_wait if patience is None else patience
-        self._start = time.monotonic()
+        self._watched = 0.0  # seconds, up to the last look
+        self._last_look = time.monotonic()
         # A peer that never showed life is most likely not started: say so soon, but give the
         # heart of one that is just here time to beat.
         self._next_status = STATUS_SECONDS if peer.seen else 2 * BEAT_SECONDS
 
     @property
     def seconds(self) -> float:
-        """How long the wait has lasted."""
-        return time.monotonic() - self._start
+        """How long the wait has lasted, but for times in which this job did not look."""
+        return self._watched + min(time.monotonic() - self._last_look, BLIND_SECONDS)
 
     def is_over(self) -> None:
         """What was waited for has come."""
@@ -202,6 +206,7 @@ class Wait:
         Raises:
             PeerError: in place of the reason, if the peer is required.
         """
+        self._watched, self._last_look = self.seconds, time.monotonic()
         self._peer.observe()
         reason = self._reason()
         if reason and self._require_peer:

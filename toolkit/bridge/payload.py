@@ -11,6 +11,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
+import re
 import reprlib
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +31,7 @@ FORMAT_VERSION = 2
 Kind = Literal["gradient", "delta", "weights", "skip", "end"]
 _HEADER_KEY, _DIGEST_KEY, _SIGNATURE_KEY = "gradient_bridge", "digest", "hmac_sha256"
 MAX_HEADER_BYTES = 16 * 2**20
+_OS_ERROR = re.compile(r"\(os error ([0-9]+)\)")  # as Rust tells of it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +110,7 @@ def write_record(
 
     Raises:
         ValueError: for a name with a ``|``, which no reader takes.
+        OSError: if the disk fails.
     """
     if any("|" in name for name in tensors):
         raise ValueError(f"a name of a tensor must have no '|': {sorted(tensors)}")
@@ -116,7 +120,13 @@ def write_record(
         proof = {_SIGNATURE_KEY: signer.sign("record", text.encode())}
     else:
         proof = {_DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
-    save_file(dict(tensors), path, metadata={_HEADER_KEY: text, **proof})
+    try:
+        save_file(dict(tensors), path, metadata={_HEADER_KEY: text, **proof})
+    except SafetensorError as error:
+        if (found := _OS_ERROR.search(str(error))) is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from None
     # safetensors lets only the owner read; who may enter the directory may read what lies in it.
     path.chmod(path.parent.stat().st_mode & 0o666)
     return header

@@ -10,7 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from toolkit.bridge.errors import BridgeError, PayloadError
-from toolkit.bridge.payload import Header, check_identity, parse_header, write_record
+from toolkit.bridge.payload import (
+    Header,
+    check_identity,
+    digest_tensors,
+    parse_header,
+    write_record,
+)
 from toolkit.bridge.transport import DirectoryTransport
 
 logger = logging.getLogger(__name__)
@@ -49,12 +55,13 @@ class Publisher:
         self.next_sequence = max([self._newest, *refused]) + 1
         self._next_clearing = 0
         self.num_records = self.num_bytes = 0
+        self._tried = -1  # the number under which publishing failed last
 
     def publish(self, header: Header, tensors: Mapping[str, Tensor]) -> int:
         """Publish the next record; its size in bytes.
 
         A number that an alien file occupies, or that the reader has refused already, is passed
-        over.
+        over. After an ``OSError`` it may be repeated with the same record, which is there once.
 
         Args:
             header: of the record, whose stream and number are filled in.
@@ -62,6 +69,7 @@ class Publisher:
 
         Raises:
             BridgeError: if another living process publishes in this stream.
+            OSError: if the disk fails.
         """
         while True:
             sequence = self.next_sequence
@@ -76,9 +84,14 @@ class Publisher:
             try:
                 size = self._transport.publish(self.stream, sequence, write)
             except FileExistsError:
-                self._refuse_rival(sequence)
-                self.next_sequence += 1
-                continue
+                if sequence != self._tried or not self._is_there(numbered, tensors):
+                    self._refuse_rival(sequence)
+                    self.next_sequence += 1
+                    continue
+                size = self._transport.complete(self.stream, sequence)
+            except OSError:
+                self._tried = sequence
+                raise
             self._newest = sequence
             self.next_sequence += 1
             self.num_records += 1
@@ -124,6 +137,14 @@ class Publisher:
             if header.run_id == self._run_id:
                 return sequence
         return -1
+
+    def _is_there(self, header: Header, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a record is what a try that failed at its very end has left."""
+        try:
+            found = self._transport.read_header(self.stream, header.sequence)
+        except PayloadError:
+            return False
+        return found == dataclasses.replace(header, tensors_digest=digest_tensors(tensors))
 
     def _refuse_rival(self, sequence: int) -> None:
         path = self._transport.path(self.stream, sequence)

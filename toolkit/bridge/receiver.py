@@ -9,6 +9,7 @@ the gradients are synchronised.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -150,6 +151,7 @@ class GradientReceiver(BridgeJob):
                 self._publisher, self._donors, publishes=self.config.follows
             )
         self._ages = [0, 0]  # of the payloads applied in this start: their sum, and how many
+        self._to_keep: list[Verdict] = []  # main process: applied, to be kept for good
         self._retention = CheckpointCursors(
             self.transport, self.run_id, will_save=self.config.checkpoint_interval is not None
         )
@@ -403,9 +405,8 @@ class GradientReceiver(BridgeJob):
         applied = [verdict for verdict in verdicts if verdict.digest is not None]
         if self._donors is not None:
             if self.config.keep_payloads:
-                for verdict in applied:
-                    self.transport.keep(verdict.donor, verdict.sequence)
-            self.ledger.record(self._donors.settle(verdicts))
+                self._to_keep = applied
+            self.ledger.note(self._donors.settle(verdicts))
             self.metrics |= self._donors.alarm_metrics()
         self.steps_alone += 0 if applied else num_steps
         self._ages[0] += sum(verdict.staleness for verdict in applied)
@@ -453,12 +454,14 @@ class GradientReceiver(BridgeJob):
                 if record is not None:
                     records.append(record)
                     continue
-                if self._donors is not None:
-                    detail = "not every rank could read the same bytes"
-                    self._donors.reject(verdict, PayloadError("unreadable", detail))
+                error = PayloadError("unreadable", "not every rank could read the same bytes")
+                self._persist(functools.partial(self._reject, verdict, error))
                 break
             else:
                 return found, records, waited
+
+    def _reject(self, verdict: Verdict, error: PayloadError) -> None:
+        self._on_main.reject(verdict, error)
 
     def _poll(self) -> _Findings | None:
         """On the main process: one look at the donors' streams."""
@@ -487,14 +490,24 @@ class GradientReceiver(BridgeJob):
         return fell or bool(getattr(self.optimizer, "step_was_skipped", False))
 
     def _publish_weights(self) -> None:
-        """Take the present weights and publish them. A collective where they are sharded."""
+        """Take the present weights and publish them. A collective."""
         self._has_published = True
         if self._outbox is not None:
             self._outbox.forget()  # the last ones, before these take as much memory
         weights = self._whole_weights()
         if self._outbox is not None:
             self._outbox.take(self._header("weights", digest_tensors(weights)), weights)
-            self._retention.acknowledge(self._on_main.cursors())
+        self._persist(self._write_step)
+
+    def _write_step(self) -> None:
+        """On the main process: what the disk must have of a step; may be repeated."""
+        assert self._outbox is not None
+        for verdict in self._to_keep:
+            self.transport.keep(verdict.donor, verdict.sequence)
+        self._to_keep = []
+        self.ledger.flush()
+        self._outbox.offer()
+        self._retention.acknowledge(self._on_main.cursors())
 
     def _header(self, kind: Any, digest: str) -> Header:
         return Header(
@@ -524,10 +537,10 @@ class GradientReceiver(BridgeJob):
             self.steps_alone += steps
         super().close()
 
-    def _stop(self, publish_end: bool) -> None:
+    def _stop(self) -> None:
         if self._lessons is not None:
             self._lessons.teachers.close()
-        super()._stop(publish_end)
+        super()._stop()
 
     # -- checkpoints and results --------------------------------------------------------------
 

@@ -175,7 +175,10 @@ class Teachers:
             return None
         if not self._looking.done():
             return None
-        found = self._looking.result()
+        try:
+            found = self._looking.result()
+        except OSError:  # the disk fails just now
+            found = None
         self._looking, self._next_look = None, time.monotonic() + LOOK_SECONDS
         if found is None:
             return None

@@ -100,6 +100,12 @@ class DirectoryTransport:
         """
         return files.create(self.path(job, sequence), write)
 
+    def complete(self, job: str, sequence: int) -> int:
+        """Make a record durable that was there when publishing it failed; its size in bytes."""
+        path = self.path(job, sequence)
+        files.fsync_path(path.parent)
+        return path.stat().st_size
+
     def sequences(self, job: str) -> list[int]:
         """The numbers of the records that are there, ascending; a listing that pruning bounds."""
         return sorted(int(match[1]) for name in self._names(job) if (match := _match(name)))
@@ -144,31 +150,39 @@ class DirectoryTransport:
         return self.small.counter(f"{job}/acknowledged") or 0
 
     def prune(self, job: str, sequence: int) -> None:
-        """Delete ``job``'s records below ``sequence``, but never its newest one."""
-        for old in self.sequences(job)[:-1]:
-            if old < sequence:
-                _delete(self.path(job, old))
+        """Delete ``job``'s records below ``sequence``, but never its newest one.
+
+        What cannot be deleted just now is left for the next time.
+        """
+        with contextlib.suppress(OSError):
+            for old in self.sequences(job)[:-1]:
+                if old < sequence:
+                    _delete(self.path(job, old))
 
     def prune_rejected(self, job: str, sequence: int, keep: int) -> None:
         """Delete what of ``job``'s records below ``sequence`` was refused, with the notes.
+
+        What cannot be deleted just now is left for the next time.
 
         Args:
             job: the stream's.
             sequence: no reader asks for records below it again.
             keep: of those that were refused, the newest so many stay.
         """
-        names = self._names(job, "rejected")
-        numbers = {int(found[1]) for name in names if (found := _match(name) or _is_note(name))}
-        for old in sorted(numbers)[:-keep]:
-            if old < sequence:
-                _delete(self.aside_path(job, old))
-                _delete(self.root / _note(job, old))
+        with contextlib.suppress(OSError):
+            names = self._names(job, "rejected")
+            found = {int(match[1]) for name in names if (match := _match(name) or _is_note(name))}
+            for old in sorted(found)[:-keep]:
+                if old < sequence:
+                    _delete(self.aside_path(job, old))
+                    _delete(self.root / _note(job, old))
 
     def keep(self, job: str, sequence: int) -> None:
         """Give a record a name that pruning leaves alone; durable when it returns. May be repeated.
 
         Raises:
-            BridgeError: if the record is gone, or the disk refuses.
+            BridgeError: if the record is gone.
+            OSError: if the disk fails.
         """
         target = self.kept_path(job, sequence)
         try:
@@ -179,7 +193,7 @@ class DirectoryTransport:
                 raise NotADirectoryError(errno.ENOTDIR, "is outside of the run", str(target.parent))
             with contextlib.suppress(FileExistsError):  # kept before a resume: the same bytes
                 files.link(self.path(job, sequence), target)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise BridgeError(f"cannot keep payload {sequence} as {target}: {error}") from error
 
     def reject(self, job: str, sequence: int, reason: str, detail: str) -> None:
@@ -284,8 +298,8 @@ def _absent_if_failing(path: Path | str) -> Iterator[None]:
 
 
 def _delete(path: Path) -> None:
-    """Delete a file; something that is no file is not ours to delete."""
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+    """Delete a file, if that can be done; something that is no file is not ours to delete."""
+    with contextlib.suppress(OSError):
         path.unlink()
 
 

@@ -39,23 +39,22 @@ class WeightsOutbox:
         self._tensors = {}
 
     def take(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
-        """Take the present weights, whole and on the CPU, and publish them."""
+        """Take the present weights, whole and on the CPU; :meth:`offer` publishes them."""
         if header.receiver_step == 0:
             self.initial_digest = header.weights_digest
         self._header, self._tensors, self._is_on_disk = header, tensors, False
         self._donors.remember(header.receiver_step, header.weights_digest)
-        self._offer()
 
     def look(self) -> None:
         """Publish the weights again where a donor could not read them, or has come back."""
         if self._publisher.last_rejection is not None:
             logger.warning("a donor could not read the weights; publishing them again")
-            self._offer()
-        elif not self._is_on_disk:  # nobody was there when they were taken
-            self._offer()
+            self._is_on_disk = False
+        self.offer()
 
-    def _offer(self) -> None:
-        if self._publishes and self._donors.want_weights():
+    def offer(self) -> None:
+        """Publish the weights, unless they are or nobody is there; may be repeated."""
+        if not self._is_on_disk and self._publishes and self._donors.want_weights():
             assert self._header is not None
             self._publisher.publish_weights(self._header, self._tensors)
             self._is_on_disk = True

@@ -60,6 +60,8 @@ HANG_SECONDS = 150.0  # without a fault, a record or a start
 PEER_WAIT = 600.0  # longer than any restart takes: nobody may go on alone
 TOLERANCE = 1e-11  # against joint training in one process
 
+_WAITING = "waiting for the receiver's next weights"
+
 
 # -- jobs ---------------------------------------------------------------------------------------
 
@@ -277,7 +279,10 @@ class Run:
                 return True
             if not (name == "donor" and statuses["receiver"] == 0):
                 self._start(name)
-        return statuses["receiver"] == 0 and statuses["donor"] is not None
+        if statuses["receiver"] != 0:
+            return False
+        # A donor that was started again when the receiver had just ended may wait for another.
+        return statuses["donor"] is not None or _WAITING in self._handles["donor"].log.read_text()
 
     def _problem(self, what: str, *names: str) -> None:
         logs = [self._handles[name].log for name in names]

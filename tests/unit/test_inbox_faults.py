@@ -222,6 +222,18 @@ def test_that_a_rejected_payload_is_pending_until_its_step_happened(bridge: Brid
     assert bridge.inbox.pending() == bridge.published == 1
 
 
+def test_that_a_new_receiver_counts_what_an_earlier_start_refused(bridge: Bridge) -> None:
+    # the refused record lies aside, so that the listing begins with the one in its place
+    bridge.damage(bridge.donate(at=0))
+    assert bridge.look() is None
+    bridge.donate(at=0)
+
+    bridge.start()
+
+    bridge.take()
+    assert bridge.fates() == {"rejected": 1, "applied": 1}
+
+
 def test_that_a_new_receiver_does_not_look_for_what_was_pruned(bridge: Bridge) -> None:
     # a receiver that starts again in its run without a checkpoint begins at number 0. All
     # that was acknowledged and pruned counts as rejected, two numbers and two seconds a step, and

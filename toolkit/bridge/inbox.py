@@ -105,9 +105,12 @@ class Inbox:
         self._first_unseen = self._newest_of(known) + 1 if self.is_waited_for else 0
         self._judged: dict[int, tuple[Outcome, str, Record | None]] = {}  # since the cursor moved
         self._missing, self._missing_looks, self._next_missing_look = -1, 0, 0.0
-        # A receiver that starts without a checkpoint begins with what the donor still keeps.
+        # A receiver that starts without a checkpoint begins with what the donor still keeps, or
+        # with what an earlier start refused before it settled anything.
         self._pruned_below = transport.acknowledged(donor)
-        self.cursor = self._oldest_of(known)
+        refused = [] if is_new else transport.rejected(donor)
+        not_settled = [number for number in refused if number >= self._pruned_below]
+        self.cursor = min([self._oldest_of(known), *not_settled])
         self._start = self.cursor
         self._num_ends = 0  # numbers below the cursor that are ends, and no payloads
         self.donor_is_away = False

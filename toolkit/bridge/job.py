@@ -269,7 +269,15 @@ class BridgeJob:
         Raises:
             DiskError: if the disk fails for ``peer_wait`` seconds.
         """
-        riding = riding_out(poll, self.run_dir, self.config.peer_wait)
+
+        def awake() -> T | None:
+            try:
+                return poll()
+            except OSError:
+                self._rest.wake()
+                raise
+
+        riding = riding_out(awake, self.run_dir, self.config.peer_wait)
         return self.control.decide(self._interruption.bounding(riding, grace))
 
     def _persist(self, action: Callable[[], T], grace: float = math.inf) -> T:

@@ -188,6 +188,10 @@ class Wait:
         """How long the wait has lasted, but for times in which this job did not look."""
         return self._watched + min(time.monotonic() - self._last_look, BLIND_SECONDS)
 
+    def note_presence(self) -> None:
+        """This job does not stand still: the time since the last call, or look, is waited time."""
+        self._watched, self._last_look = self.seconds, time.monotonic()
+
     def is_over(self) -> None:
         """What was waited for has come."""
         self._peer.longest_round = max(self._peer.longest_round, self.seconds)
@@ -206,7 +210,7 @@ class Wait:
         Raises:
             PeerError: in place of the reason, if the peer is required.
         """
-        self._watched, self._last_look = self.seconds, time.monotonic()
+        self.note_presence()
         self._peer.observe()
         reason = self._reason()
         if reason and self._require_peer:

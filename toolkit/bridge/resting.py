@@ -38,12 +38,18 @@ class Rest:
         Args:
             waits: those that are not over; none at all means that a look is due.
         """
+        for wait in waits:
+            wait.note_presence()
         rests = self._lasts(waits)
         if self._heart is not None:
             self._heart.rests = rests
         for wait in waits if rests else ():
             wait.say_status()
         return rests
+
+    def wake(self) -> None:
+        """A look has failed: look again soon, however silent the peers."""
+        self._awake_until = time.monotonic() + QUIET_SECONDS
 
     def _lasts(self, waits: Sequence[Wait]) -> bool:
         now, number = time.monotonic(), len(waits)

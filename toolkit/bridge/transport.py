@@ -181,7 +181,7 @@ class DirectoryTransport:
         """Give a record a name that pruning leaves alone; durable when it returns. May be repeated.
 
         Raises:
-            BridgeError: if the record is gone.
+            BridgeError: if the record is gone, or its directory leads out of the run.
             OSError: if the disk fails.
         """
         target = self.kept_path(job, sequence)
@@ -193,7 +193,7 @@ class DirectoryTransport:
                 raise NotADirectoryError(errno.ENOTDIR, "is outside of the run", str(target.parent))
             with contextlib.suppress(FileExistsError):  # kept before a resume: the same bytes
                 files.link(self.path(job, sequence), target)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise BridgeError(f"cannot keep payload {sequence} as {target}: {error}") from error
 
     def reject(self, job: str, sequence: int, reason: str, detail: str) -> None:

@@ -164,6 +164,7 @@ def test_a_receiver_runs_ahead_of_a_slow_donor_by_the_allowed_steps_only(tmp_pat
     assert largest_difference(weights, trained.weights(case, rank=1)) == 0.0
 
 
+@pytest.mark.slow  # the campaign of faults does more of it
 def test_bad_files_are_rejected_and_training_goes_on(tmp_path: Path) -> None:
     case = Case(mutation="bad_files", num_steps=20)
     trained = train(tmp_path, World(2, 2), [case])

@@ -140,6 +140,7 @@ def test_what_happens_without_freezing_and_that_other_optimizers_hold(
     assert moved(results["changes"]) == {"task1": [10, 0, 10], "task2": [0, 10, 10]}
 
 
+@pytest.mark.slow
 def test_bad_input(launcher: Launcher, tmp_path: Path) -> None:
     messages = {
         "--optimizer_args=betas=3": "error: Adam fails with these arguments",

@@ -21,6 +21,7 @@ def check_refused(job: Job, *phrases: str) -> None:
     assert "Traceback" not in ours, output
 
 
+@pytest.mark.slow
 def test_jobs_that_do_not_fit_together_and_a_role_that_is_taken(recipes: Recipes) -> None:
     receiver = recipes(RECEIVER, "--run", "mine")
     wait_until(recipes.path("mine", "bridge", "receiver", "heartbeat").exists, "the receiver")

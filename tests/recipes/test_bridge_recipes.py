@@ -148,7 +148,7 @@ def test_bf16_on_either_side(recipes: Recipes) -> None:
         assert 1e-5 < largest_difference(weights, plain) < 0.1
 
 
-@pytest.mark.parametrize("recipe", [DONOR, RECEIVER])
+@pytest.mark.parametrize("recipe", [pytest.param(DONOR, marks=pytest.mark.slow), RECEIVER])
 def test_one_alone_trains_alone_with_a_loud_warning(recipes: Recipes, recipe: str) -> None:
     job = recipes(recipe, "--peer_wait", 1, "--max_train_steps", 5)
     job.wait(TIMEOUT)
@@ -157,7 +157,7 @@ def test_one_alone_trains_alone_with_a_loud_warning(recipes: Recipes, recipe: st
     assert recipes.results("0001", role)["completed_steps"] == 5
 
 
-@pytest.mark.parametrize("recipe", [DONOR, RECEIVER])
+@pytest.mark.parametrize("recipe", [DONOR, pytest.param(RECEIVER, marks=pytest.mark.slow)])
 def test_one_alone_ends_with_an_error_where_the_peer_is_required(
     recipes: Recipes, recipe: str
 ) -> None:

@@ -29,9 +29,10 @@ def records(recipes: Recipes) -> int:
     return int(names[-1].split(".")[0]) if names and names[-1][0] == "0" else 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_processes", "to_launcher"),
-    [(1, False), pytest.param(2, True, marks=pytest.mark.slow)],
+    [(1, False), (2, True)],
     ids=["every process", "two ranks, by their launcher"],
 )
 def test_both_jobs_end_and_go_on_as_if_nothing_had_been(

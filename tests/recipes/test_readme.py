@@ -87,6 +87,17 @@ def test_few_lines_are_added(role: str) -> None:
     assert 0 < len(added) <= MAX_ADDED_LINES
 
 
+def test_that_each_promise_has_tests() -> None:
+    section = README.split("## What you can rely on")[1].split("\n## ")[0]
+    promises = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(promises) > 10
+    for line in promises:
+        paths = re.findall(r"`([a-z]+/test_\w+\.py)`", line.split(" | ")[1])
+        assert paths, line
+        for path in paths:
+            assert "\ndef test_" in (ROOT / "tests" / path).read_text(), path
+
+
 def test_the_scripts_train_as_one_job(launcher: Launcher, tmp_path: Path) -> None:
     write_scripts(tmp_path)
     jobs = [launcher(tmp_path / f"{role}.py", cwd=tmp_path) for role in ROLES]

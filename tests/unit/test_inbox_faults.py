@@ -138,6 +138,18 @@ def test_that_a_number_is_not_lost_because_of_an_alien_file(bridge: Bridge) -> N
     assert bridge.fates() == {"applied": 1}
 
 
+def test_that_an_alien_file_is_no_news_of_a_donor_that_is_away(bridge: Bridge) -> None:
+    # with its high number it was news for ever, so that no teacher stood in for the donor
+    bridge.donate(at=0, kind="end", weights_digest="")
+    bridge.take()
+    bridge.transport.path("donor", 5000).write_bytes(b"alien")
+    assert not bridge.inbox.has_news()
+
+    bridge.donate(at=1)
+
+    assert bridge.inbox.has_news()
+
+
 def test_that_a_donor_comes_back_below_the_number_of_an_alien_file(bridge: Bridge) -> None:
     # all of its payloads counted as published before this start of the receiver: one that had
     # been given up was never waited for again.

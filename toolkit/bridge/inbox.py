@@ -173,13 +173,16 @@ class Inbox:
 
         The end of one that is away changes nothing.
         """
-        newest = max(self._transport.sequences(self._donor), default=-1)
-        if newest < self._first_unseen:
-            return False
-        try:
-            return self._transport.read_header(self._donor, newest).kind != "end"
-        except (FileNotFoundError, PayloadError):
-            return True  # the next look finds out
+        for sequence in reversed(self._transport.sequences(self._donor)):
+            if sequence < self._first_unseen:
+                break
+            try:
+                return self._transport.read_header(self._donor, sequence).kind != "end"
+            except PayloadError:
+                continue  # an alien file, which stays, or a damaged record, which others follow
+            except FileNotFoundError:
+                return True  # the next look finds out
+        return False
 
     def settle(self, verdict: Verdict) -> tuple[Entry, ...]:
         """The step happened: move the cursor; the fates that are final now."""

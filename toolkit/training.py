@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,6 +31,8 @@ from toolkit.parameters import plain_name
 logger = logging.getLogger(__name__)
 
 _SAVING = ".saving-"  # prefix of a checkpoint that is not complete yet
+# What torch.save says, by a RuntimeError, where the disk refuses.
+_TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream")
 
 
 def evaluate(
@@ -191,23 +194,41 @@ def save_checkpoint(
         output_dir: of the job.
         step: completed optimizer steps.
         total_limit: checkpoints to keep, this one included; None for all.
+
+    Raises:
+        BridgeError: if the disk refuses it, saying what to do.
     """
     target = output_dir / f"step_{step}"
     temporary = output_dir / f"{_SAVING}{target.name}"
-    if accelerator.is_main_process:
-        for leftover in output_dir.glob(f"{_SAVING}*"):
-            shutil.rmtree(leftover)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if target.exists():  # saved before the job was resumed from an older one
-            shutil.rmtree(target)
-        temporary.rename(target)
-        if total_limit is not None:
-            for old in _checkpoints(output_dir)[:-total_limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    with _naming_the_disk("the checkpoint", target):
+        if accelerator.is_main_process:
+            for leftover in output_dir.glob(f"{_SAVING}*"):
+                shutil.rmtree(leftover)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            if target.exists():  # saved before the job was resumed from an older one
+                shutil.rmtree(target)
+            temporary.rename(target)
+            if total_limit is not None:
+                for old in _checkpoints(output_dir)[:-total_limit]:
+                    shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _naming_the_disk(what: str, path: Path) -> Iterator[None]:
+    """Say in one line what a disk refuses that is full, read-only or broken."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(m in str(error) for m in _TORCH_SAVE):
+            raise
+        raise BridgeError(
+            f"cannot write {what} {path}: {error}. Free some space there, or let this user write "
+            "there again, and go on from the newest checkpoint (--resume_from_checkpoint latest)"
+        ) from error
 
 
 def leave_checkpoint(
@@ -292,18 +313,22 @@ def write_results(
         output_dir: is made if there is none.
         results: fit for JSON.
         model_state: as :func:`final_weights` gives it.
+
+    Raises:
+        BridgeError: if the disk refuses them, saying what to do.
     """
     if not PartialState().is_main_process:
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model_state.items()}
     text = json.dumps(dict(results), indent=2) + "\n"
     temporary = output_dir / f".tmp-{os.getpid()}"
-    save_file(tensors, temporary)
-    temporary.chmod(0o666 & ~_umask())  # safetensors lets only the owner read its files
-    temporary.replace(output_dir / "model.safetensors")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(output_dir / "results.json")
+    with _naming_the_disk("the results in", output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary)
+        temporary.chmod(0o666 & ~_umask())  # safetensors lets only the owner read its files
+        temporary.replace(output_dir / "model.safetensors")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(output_dir / "results.json")
 
 
 def _umask() -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 
+from toolkit.bridge.errors import BridgeError
 from toolkit.data import NO_LABEL, make_dataset
 from toolkit.training import (
     CompletedSteps,
@@ -132,3 +135,54 @@ def test_that_final_weights_have_plain_names() -> None:
     accelerator = Accelerator(cpu=True)
     names = list(final_weights(accelerator, accelerator.prepare(model)))
     assert names == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process may grow beyond 20 kB, as on a disk that is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+@pytest.mark.usefixtures("fresh_state", "small_files")
+def test_that_a_checkpoint_that_the_disk_refuses_is_one_line(tmp_path: Path, part: str) -> None:
+    accelerator, model = Accelerator(cpu=True), nn.Linear(100, 100)
+    optimizer = torch.optim.AdamW(model.parameters())
+    if part == "model":
+        accelerator.prepare(model)
+    else:
+        model(torch.ones(100)).sum().backward()
+        optimizer.step()
+        accelerator.prepare(optimizer)
+
+    with pytest.raises(BridgeError, match=r"cannot write the checkpoint .*step_3: .*Free some"):
+        save_checkpoint(accelerator, tmp_path, 3, None)
+
+    assert not (tmp_path / "step_3").exists()
+
+
+@pytest.mark.usefixtures("fresh_state", "small_files")
+def test_that_results_that_the_disk_refuses_are_one_line(tmp_path: Path) -> None:
+    Accelerator(cpu=True)
+
+    with pytest.raises(BridgeError, match="cannot write the results in"):
+        write_results(tmp_path, {}, {"w": torch.zeros(10_000)})
+
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.usefixtures("fresh_state")
+def test_that_an_error_of_the_code_stays_what_it_is(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("in the middle of a window")
+
+    accelerator.register_save_state_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="middle of a window") as caught:
+        save_checkpoint(accelerator, tmp_path, 3, None)
+
+    assert not isinstance(caught.value, BridgeError)

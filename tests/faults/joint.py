@@ -18,14 +18,15 @@ from toolkit.silos import load_data
 
 
 def joint_weights(
-    flags: Sequence[str], num_processes: int, donor_windows: Sequence[int]
+    flags: Sequence[str], num_processes: int, donor_windows: Sequence[int | None]
 ) -> dict[str, Tensor]:
     """The weights after one joint step for each of the donor's windows named.
 
     Args:
         flags: of ``recipes/receiver.py``; the donor's data and batch size are as its own.
         num_processes: ranks of each job.
-        donor_windows: by receiver step, the number of the donor's window from 0 on.
+        donor_windows: by receiver step, the number of the donor's window from 0 on; None for a step
+            without it.
     """
     with mock.patch.object(sys, "argv", ["receiver.py", *flags]):
         args = receiver.parse_arguments()
@@ -40,9 +41,11 @@ def joint_weights(
         windows = window_indices(
             rows, args.per_device_train_batch_size, 1, num_processes, seed=args.seed
         )
-        order[head] = list(islice(windows, max(len(donor_windows), *donor_windows) + 1))
+        highest = max(number for number in donor_windows if number is not None)
+        order[head] = list(islice(windows, max(len(donor_windows), highest + 1)))
     for step, number in enumerate(donor_windows):
-        for head, window in (("h1", order["h1"][step]), ("h2", order["h2"][number])):
+        of_donor = [] if number is None else [("h2", order["h2"][number])]
+        for head, window in [("h1", order["h1"][step]), *of_donor]:
             rows = task.train[head].with_format("torch")[window]
             logits = model(to_dtype(rows["inputs"], dtype), [head])[head]
             F.cross_entropy(logits, rows[head]).backward()

@@ -158,6 +158,26 @@ def test_that_pruning_deletes_what_is_below_a_number(transport: DirectoryTranspo
     assert transport.sequences("donor") == [4, 5]
 
 
+def test_that_what_cannot_be_deleted_is_said_once_and_left(
+    transport: DirectoryTransport, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for sequence in range(4):
+        publish(transport, sequence)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        transport.prune("donor", 2)
+        transport.prune("donor", 3)
+    assert caplog.text.count("cannot be deleted") == 1
+    assert len(records(transport)) == 4
+
+    transport.prune("donor", 3)
+    assert len(records(transport)) == 1
+
+
 @pytest.mark.parametrize("below", [5, 6, 1000])
 def test_that_pruning_never_deletes_the_newest(transport: DirectoryTransport, below: int) -> None:
     for sequence in range(6):

@@ -24,6 +24,7 @@ import errno
 import functools
 import io
 import json
+import logging
 import os
 import re
 import uuid
@@ -35,6 +36,8 @@ from toolkit.bridge.authentication import UNSIGNED, Signer
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.payload import Header, check_identity, read_header
 from toolkit.bridge.signed_files import SignedFiles
+
+logger = logging.getLogger(__name__)
 
 READ_SECONDS = 5.0  # a network file system may show a new file to one host before another
 _RECORD_NAME = re.compile(r"([0-9]{10})\.safetensors")
@@ -53,6 +56,7 @@ class DirectoryTransport:
     def __init__(self, root: Path, signer: Signer = UNSIGNED) -> None:
         self.root, self.signer = root, signer
         self.small = SignedFiles(root, signer)
+        self._undeletable: set[Path] = set()  # directories that a warning was given for
 
     def open_stream(self, job: str) -> None:
         """Make the directories of ``job``'s own stream. Called once, by the job that publishes.
@@ -70,7 +74,7 @@ class DirectoryTransport:
             probe.unlink()
             for name in self._names(job):
                 if name.startswith(_BEING_WRITTEN):
-                    _delete(self.root / job / "records" / name)
+                    self._delete(self.root / job / "records" / name)
         except OSError as error:
             raise BridgeError(
                 f"cannot publish below {self.root / job}: {error}. The runs directory must be on a "
@@ -154,10 +158,10 @@ class DirectoryTransport:
 
         What cannot be deleted just now is left for the next time.
         """
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # of the listing
             for old in self.sequences(job)[:-1]:
                 if old < sequence:
-                    _delete(self.path(job, old))
+                    self._delete(self.path(job, old))
 
     def prune_rejected(self, job: str, sequence: int, keep: int) -> None:
         """Delete what of ``job``'s records below ``sequence`` was refused, with the notes.
@@ -169,13 +173,13 @@ class DirectoryTransport:
             sequence: no reader asks for records below it again.
             keep: of those that were refused, the newest so many stay.
         """
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # of the listing
             names = self._names(job, "rejected")
             found = {int(match[1]) for name in names if (match := _match(name) or _is_note(name))}
             for old in sorted(found)[:-keep]:
                 if old < sequence:
-                    _delete(self.aside_path(job, old))
-                    _delete(self.root / _note(job, old))
+                    self._delete(self.aside_path(job, old))
+                    self._delete(self.root / _note(job, old))
 
     def keep(self, job: str, sequence: int) -> None:
         """Give a record a name that pruning leaves alone; durable when it returns. May be repeated.
@@ -271,6 +275,20 @@ class DirectoryTransport:
             raise FileNotFoundError(errno.ENOENT, "it is outside of the run", str(path))
         return file
 
+    def _delete(self, path: Path) -> None:
+        """Delete a file; something that is no file is not ours to delete.
+
+        One that cannot be deleted stays, with one warning: the disk may fill up.
+        """
+        try:
+            path.unlink()
+        except (FileNotFoundError, IsADirectoryError):
+            pass
+        except OSError as error:
+            if path.parent not in self._undeletable:
+                self._undeletable.add(path.parent)
+                logger.warning("files in %s cannot be deleted: %s", path.parent, error)
+
     def _is_inside(self, job: str, directory: str = "records") -> bool:
         """Whether a directory of a stream is there, and no link that leads out of the run."""
         for name in (job, f"{job}/{directory}"):
@@ -295,12 +313,6 @@ def _absent_if_failing(path: Path | str) -> Iterator[None]:
         yield
     except OSError as error:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
-
-
-def _delete(path: Path) -> None:
-    """Delete a file, if that can be done; something that is no file is not ours to delete."""
-    with contextlib.suppress(OSError):
-        path.unlink()
 
 
 def _note(job: str, sequence: int) -> str:

@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,11 @@ def start_tracking(
         metrics: tags of the scalars that the hparams table shows.
     """
     accelerator.project_configuration.logging_dir = str(output_dir.parent)
-    patient = PatientTensorBoard(output_dir.name, output_dir.parent)
     accelerator.log_with = [
-        patient if str(name) == "tensorboard" else name for name in accelerator.log_with
+        PatientTensorBoard(output_dir.name, output_dir.parent)
+        if str(name) == "tensorboard"
+        else name
+        for name in accelerator.log_with
     ]
     accelerator.init_trackers(output_dir.name)
     if not accelerator.is_main_process or not accelerator.trackers:
@@ -85,15 +87,23 @@ class PatientTensorBoard(TensorBoardTracker):
     def flush(self) -> None:
         """Give to the system what was recorded."""
         if self.writer is not None:
-            with contextlib.suppress(OSError):
+            with _saying_what_is_lost():
                 self.writer.flush()
 
     @on_main_process
     def finish(self) -> None:
         """Close the file."""
         if self.writer is not None:
-            with contextlib.suppress(OSError):
+            with _saying_what_is_lost():
                 super().finish()
+
+
+@contextlib.contextmanager
+def _saying_what_is_lost() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        logger.warning("the end of TensorBoard's curves is lost: %s", error)
 
 
 def image_grid(images: Tensor, *, zoom: int = 5, gap: int = 8) -> Tensor:

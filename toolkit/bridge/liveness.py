@@ -121,13 +121,8 @@ class PeerWatch:
 class ArrivalWatch(PeerWatch):
     """Observes one other job that may not be there yet, and may come under another name."""
 
-    def __init__(
-        self,
-        transport: DirectoryTransport,
-        job: str,
-        clock: Callable[[], float] | None = None,
-    ) -> None:
-        super().__init__(transport, job, clock)
+    def __init__(self, transport: DirectoryTransport, job: str) -> None:
+        super().__init__(transport, job)
         self._mark = transport.arrival_mark()
 
     def glance(self) -> bool:

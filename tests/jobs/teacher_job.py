@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from tests.jobs import sharding
 from tests.oracle import NUM_SAMPLES, Case, UnevenBatches, build_dataset, build_network
 from tests.oracle import build_optimizer as build_optimizer_of
+from tests.terms import distill_terms
 from toolkit import BridgeConfig, GradientReceiver
 from toolkit.bridge import teachers as reading
 from toolkit.bridge.payload import Header, digest_tensors, parse_header, write_record
@@ -117,15 +118,7 @@ class Donor:
 
     def __init__(self, setting: Setting, config: BridgeConfig) -> None:
         self.setting, self.version = setting, 0
-        schemas: dict[str, dict[str, Any]] = {"backbone": {}, HEAD: {}}
-        terms = {
-            "schemas": schemas,
-            "exchange": "distill",
-            "local_steps": None,
-            "scope": "all",
-            "unit": "samples",
-        }
-        attachment = attach("donor", config, terms, {})
+        attachment = attach("donor", config, distill_terms(HEAD), {})
         self.run_id = attachment.run_id
         self.transport = DirectoryTransport(attachment.run_dir / "bridge")
         for stream in ("donor", STREAM):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,6 +13,7 @@ from torch import Tensor
 from tests.launching import Launcher
 from tests.recipes.running import DONOR, RECEIVER, ROOT, TIMEOUT, Recipes, wait_until
 from tests.recipes.test_fsdp2 import CONFIG, SHARDING
+from tests.terms import distill_terms
 from toolkit import BridgeConfig
 from toolkit.bridge.payload import Header, digest_tensors, write_record
 from toolkit.bridge.runs import attach
@@ -27,15 +27,7 @@ FLAGS = ("--exchange", "distill", "--temperature", 3, "--distill_loss", "kl")
 def teach(runs_dir: Path, tensors: dict[str, Tensor], run: str = "0001") -> None:
     """Leave a donor's weights and its end in a run."""
     config = BridgeConfig(runs_dir=runs_dir, run=run, exchange="distill")
-    schemas: dict[str, Any] = {"backbone": {}, HEAD: {}}
-    terms = {
-        "schemas": schemas,
-        "exchange": "distill",
-        "local_steps": None,
-        "scope": "all",
-        "unit": "samples",
-    }
-    attachment = attach("donor", config, terms, {})
+    attachment = attach("donor", config, distill_terms(HEAD), {})
     transport = DirectoryTransport(attachment.run_dir / "bridge")
     header = Header(
         kind="weights", run_id=attachment.run_id, job="donor.weights", sequence=0, attempt=1,

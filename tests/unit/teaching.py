@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.oracle import Case, build_network
+from tests.terms import distill_terms
 from tests.unit.jobs import batches, reset
 from toolkit import BridgeConfig, GradientReceiver
 from toolkit.bridge.authentication import Signer
@@ -31,16 +32,8 @@ class Donor:
     """Attaches to a run, and writes weights into its stream."""
 
     def __init__(self, runs_dir: Path, name: str = "donor", key: bytes | None = None) -> None:
-        schemas: dict[str, Any] = {"backbone": {}, HEAD: {}}
-        terms = {
-            "schemas": schemas,
-            "exchange": "distill",
-            "local_steps": None,
-            "scope": "all",
-            "unit": "samples",
-        }
         config = BridgeConfig(runs_dir=runs_dir, run="0001", donor_name=name, exchange="distill")
-        attachment = attach("donor", config, terms, {}, Signer(key))
+        attachment = attach("donor", config, distill_terms(HEAD), {}, Signer(key))
         self.name, self.stream = name, f"{name}.weights"
         self.run_id = attachment.run_id
         self.transport = DirectoryTransport(

@@ -9,18 +9,22 @@ its ranks or both jobs get SIGKILL, at whatever they are doing, and are started 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from tests.faults.campaign import JOBS, LaunchedJob, Outcome, Run
+from tests.faults.supervision import (
+    JOBS,
+    LaunchedJob,
+    Outcome,
+    Run,
+    conclude,
+    parse_arguments,
+)
 from tests.launching import ROOT, Launcher
 
 STEPS = 400  # of a round
@@ -102,25 +106,15 @@ def main() -> None:
     """The loop from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="a directory that does not exist")
-    args = parser.parse_args()
-    output = args.output or Path(tempfile.mkdtemp(prefix="kill-loop-"))
-    output.mkdir(parents=True, exist_ok=True)
-    outcomes, kills = kill_loop(args.minutes, args.seed, output)
-    problems = [problem for outcome in outcomes for problem in outcome.problems]
+    args = parse_arguments(parser)
+    outcomes, kills = kill_loop(args.minutes, args.seed, args.output)
     report = {
         "rounds": len(outcomes) - 1,
         "steps of a round": STEPS,
         "jobs killed": kills,
         "starts of jobs": sum(outcome.starts for outcome in outcomes[1:]),
-        "largest difference from joint training": max(o.difference for o in outcomes),
-        "problems": len(problems),
     }
-    print(json.dumps(report, indent=1))
-    (output / "report.json").write_text(json.dumps(report | {"texts": problems}, indent=1))
-    if problems:
-        sys.exit("\n".join(problems))
+    conclude(report, outcomes, args.output)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from tests.launching import Job, Launcher
 from tests.oracle import largest_difference
 from tests.recipes.running import DONOR, RECEIVER, TIMEOUT, Recipes, wait_until
 
-FAULTY_JOB = Path(__file__).with_name("faulty_job.py")
-ROOT = FAULTY_JOB.parents[2]
+DISTURBED_RECIPE = Path(__file__).with_name("disturbed_recipe.py")
+ROOT = DISTURBED_RECIPE.parents[2]
 NUM_STEPS = 300
 LOCKSTEP: tuple[object, ...] = ("--exchange", "gradient")
 
@@ -26,7 +26,7 @@ class FaultyRecipes(Recipes):
     """Launches recipes whose disk and clock a test can disturb, by role."""
 
     def faults(self, role: Role) -> Path:
-        """Where :mod:`tests.faults.faulty_job` is told what shall fail."""
+        """Where :mod:`tests.faults.disturbed_recipe` is told what shall fail."""
         path = self.cwd / f"faults of the {role}"
         path.mkdir(exist_ok=True)
         return path
@@ -45,7 +45,7 @@ class FaultyRecipes(Recipes):
         if role == "receiver":
             common += ["--max_train_steps", NUM_STEPS]
         return self._launcher(
-            FAULTY_JOB, self.faults(role), ROOT / RECIPE[role], *common, *flags,
+            DISTURBED_RECIPE, self.faults(role), ROOT / RECIPE[role], *common, *flags,
             num_processes=num_processes, env=env, cwd=self.cwd, log=log, options=options,
         )  # fmt: skip
 

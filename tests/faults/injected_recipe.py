@@ -1,4 +1,4 @@
-"""A recipe with faults in it: ``job.py PLAN JOB RECIPE ...``, launched as the recipe would be."""
+"""A recipe with a plan's faults in it: ``injected_recipe.py PLAN JOB RECIPE ...``."""
 
 from __future__ import annotations
 

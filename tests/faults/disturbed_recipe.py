@@ -1,6 +1,6 @@
 """Run a recipe on a disk and a clock that fail when the test says so.
 
-    accelerate launch tests/faults/faulty_job.py DIRECTORY RECIPE [FLAGS ...]
+    accelerate launch tests/faults/disturbed_recipe.py DIRECTORY RECIPE [FLAGS ...]
 
 While ``DIRECTORY/disk`` exists, calls on paths of a run's bridge directory do what it says:
 

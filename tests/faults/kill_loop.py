@@ -3,7 +3,9 @@
     python -m tests.faults.kill_loop --minutes 30
 
 Both recipes are launched as users launch them, with two ranks each. Every few seconds a job, one of
-its ranks or both jobs get SIGKILL, at whatever they are doing, and are started again.
+its ranks or both jobs get SIGKILL, at whatever they are doing, and are started again. How often
+follows from how long a run takes on this machine just now: a start must not take longer, or no
+step would be taken.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -28,7 +31,7 @@ from tests.faults.supervision import (
 from tests.launching import ROOT, Launcher
 
 STEPS = 400  # of a round
-SECONDS = (8.0, 30.0)  # between two kills; a start takes about as long as the least
+PAUSES = (0.3, 1.1)  # between two kills, over the time of a run without; a start takes about 0.3
 
 
 class KilledRun(Run):
@@ -36,18 +39,27 @@ class KilledRun(Run):
 
     Args:
         deadline: on the monotonic clock; kills come before it.
+        usual_seconds: that a run takes without them.
         rng: chooses who is killed, and when.
+        bar: shows the time.
     """
 
     steps, checkpointing_steps = STEPS, 25
 
     def __init__(
-        self, directory: Path, launcher: Launcher, deadline: float, rng: random.Random
+        self,
+        directory: Path,
+        launcher: Launcher,
+        deadline: float,
+        usual_seconds: float,
+        rng: random.Random,
+        bar: tqdm[NoReturn],
     ) -> None:
         super().__init__(directory, launcher, [])
-        self._deadline, self._rng = deadline, rng
+        self._deadline, self._usual_seconds = deadline, usual_seconds
+        self._rng, self._bar = rng, bar
         self.kills = dict.fromkeys(JOBS, 0)
-        self._next = time.monotonic() + rng.uniform(*SECONDS)
+        self._next = time.monotonic() + self._pause()
 
     def _launch(self, name: str, log: Path, flags: Sequence[str]) -> LaunchedJob:
         assert self._launcher is not None
@@ -56,10 +68,16 @@ class KilledRun(Run):
     def _num_ending(self, name: str) -> int:
         return self.kills[name]
 
+    def _pause(self) -> float:
+        return self._usual_seconds * self._rng.uniform(*PAUSES)
+
     def _look(self) -> bool:
         now = time.monotonic()
-        if now >= self._next and now < self._deadline:
-            self._next = now + self._rng.uniform(*SECONDS)
+        if now >= self._deadline:
+            return super()._look()
+        self._bar.update(round(self._bar.total + now - self._deadline) - self._bar.n)
+        if now >= self._next:
+            self._next = now + self._pause()
             for name in self._rng.choice([("receiver",), ("donor",), JOBS]):
                 self._kill(name)
         return super()._look()
@@ -84,19 +102,20 @@ def kill_loop(minutes: float, seed: int, output: Path) -> tuple[list[Outcome], i
         What each round came to, and how many jobs were killed in all.
     """
     rng, outcomes, kills = random.Random(seed), [], 0
+    begun = time.monotonic()
     with Launcher(output) as launcher, tqdm(total=round(60 * minutes), unit="s") as bar:
-        peace = KilledRun(output / "peace", launcher, 0.0, rng)
+        peace = KilledRun(output / "peace", launcher, 0.0, 0.0, rng, bar)
         peace.finish(None)
         outcomes.append(peace.outcome)
         start = time.monotonic()
-        deadline = start + 60 * minutes
+        usual_seconds, deadline = start - begun, start + 60 * minutes
         while time.monotonic() < deadline and not outcomes[-1].problems:
-            run = KilledRun(output / f"round-{len(outcomes)}", launcher, deadline, rng)
+            directory = output / f"round-{len(outcomes)}"
+            run = KilledRun(directory, launcher, deadline, usual_seconds, rng, bar)
             run.finish(peace.weights)
             outcomes.append(run.outcome)
             kills += sum(run.kills.values())
             bar.set_postfix(kills=kills, rounds=len(outcomes) - 1)
-            bar.update(round(time.monotonic() - start) - bar.n)
             if not run.outcome.problems:
                 shutil.rmtree(run.directory)
     return outcomes, kills

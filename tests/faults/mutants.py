@@ -21,7 +21,8 @@ from torch import Tensor
 
 from tests.unit.keys import KEY, OTHER_KEY
 from toolkit.bridge.authentication import UNSIGNED, Signer
-from toolkit.bridge.payload import Header, digest_tensors, write_record
+from toolkit.bridge.digests import digest_tensors
+from toolkit.bridge.payload import Header, write_record
 
 RUN, JOB, SEQUENCE = "run", "donor", 3
 EXPECTED = {"a": torch.zeros(64, 32), "b": torch.zeros(33, dtype=torch.float64)}

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from tests.oracle import Case, Network, build_dataset, build_network
 from toolkit import BridgeConfig, GradientDonor, GradientReceiver
+from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.payload import (
     Header,
     Kind,
     Record,
-    digest_tensors,
     parse_record,
     write_record,
 )

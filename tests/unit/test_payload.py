@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.payload import (
     Header,
@@ -22,7 +23,6 @@ from toolkit.bridge.payload import (
     all_finite,
     check_identity,
     check_sum,
-    digest_tensors,
     parse_header,
     parse_record,
     payload_dtype,

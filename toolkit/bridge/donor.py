@@ -34,7 +34,6 @@ from toolkit.bridge.payload import (
     Kind,
     Record,
     all_finite,
-    digest_tensors,
     payload_dtype,
 )
 from toolkit.bridge.payload_outbox import PayloadOutbox
@@ -247,7 +246,7 @@ class GradientDonor(BridgeJob):
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _read_bytes(self, job: str, sequence: int) -> bytes:
+    def _read_bytes(self, job: str, sequence: int) -> memoryview:
         try:
             return self.transport.read(job, sequence, max_bytes=self._receiver_bytes)
         except PayloadError:  # no claim was read yet, or the receiver has more heads now
@@ -314,8 +313,7 @@ class GradientDonor(BridgeJob):
             return
         self._own_published = self.completed_windows
         weights = self._whole_weights()
-        digest = digest_tensors(weights) if self.accelerator.is_main_process else ""
-        header = self._header("weights").of_weights(digest)
+        header = self._header("weights").of_weights("")  # their digest is filled in
         self._persist(lambda: self._own_weights.publish_weights(header, weights))
 
     def _poll(self) -> _Decision | None:

@@ -205,7 +205,7 @@ class BridgeJob:
         check_identity(record.header, run_id=self.run_id, job=job, sequence=sequence)
         return record
 
-    def _read_bytes(self, job: str, sequence: int) -> bytes:
+    def _read_bytes(self, job: str, sequence: int) -> memoryview:
         return self.transport.read(job, sequence, max_bytes=self._record_bytes())
 
     def _read_everywhere(

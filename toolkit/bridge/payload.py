@@ -11,27 +11,23 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import re
 import reprlib
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from torch import Tensor
 
 from toolkit.bridge.authentication import UNSIGNED, Signer
+from toolkit.bridge.digests import Digest, digest_tensors
 from toolkit.bridge.errors import PayloadError
+from toolkit.bridge.layout import header_bytes, parse_entries, view_tensors, write_file
 
 FORMAT_VERSION = 2
 Kind = Literal["gradient", "delta", "weights", "skip", "end"]
 _HEADER_KEY, _DIGEST_KEY, _SIGNATURE_KEY = "gradient_bridge", "digest", "hmac_sha256"
-MAX_HEADER_BYTES = 16 * 2**20
-_OS_ERROR = re.compile(r"\(os error ([0-9]+)\)")  # as Rust tells of it
+_UNKNOWN = "0" * 64  # as long as a digest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +51,12 @@ class Header:
     tensors_digest: str = ""  # digest of the record's own tensors
     format_version: int = FORMAT_VERSION
 
+    def with_digest(self, digest: str) -> Header:
+        """The header of a record whose tensors have this digest."""
+        header = dataclasses.replace(self, tensors_digest=digest)
+        is_unknown = self.kind == "weights" and not self.weights_digest
+        return header.of_weights(digest) if is_unknown else header
+
     def of_weights(self, digest: str) -> Header:
         """The same place, for weights with this digest."""
         return dataclasses.replace(self, kind="weights", weights_digest=digest)
@@ -69,24 +71,6 @@ class Record:
     num_bytes: int
 
 
-def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of each tensor, in the order of the names.
-
-    It tells any two sets of tensors apart whose names have no ``|``.
-    """
-    state = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        state.update(_bytes_of(tensor))
-    return state.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())  # type: ignore[arg-type]
-
-
 def _check_header_text(text: str, metadata: Mapping[str, str], signer: Signer) -> None:
     data = text.encode(errors="surrogatepass")
     signer.check("record", data, metadata.get(_SIGNATURE_KEY))
@@ -95,15 +79,21 @@ def _check_header_text(text: str, metadata: Mapping[str, str], signer: Signer) -
 
 
 def write_record(
-    path: Path, header: Header, tensors: Mapping[str, Tensor], signer: Signer = UNSIGNED
+    path: Path,
+    header: Header,
+    tensors: Mapping[str, Tensor],
+    signer: Signer = UNSIGNED,
+    digest: Digest | None = None,
 ) -> Header:
     """Write a record to ``path`` (not atomically: the transport sees to that).
 
     Args:
         path: the file to write.
-        header: its metadata; ``tensors_digest`` is filled in here.
-        tensors: contiguous CPU tensors by name; may be empty.
+        header: its metadata; ``tensors_digest`` is filled in here, and so is, of weights,
+            ``weights_digest`` where it is empty: it is the same.
+        tensors: by name; may be empty.
         signer: of the run; with a key, what it signs holds the digest of the tensors.
+        digest: of the tensors, where it has been begun already.
 
     Returns:
         The header as written.
@@ -114,48 +104,37 @@ def write_record(
     """
     if any("|" in name for name in tensors):
         raise ValueError(f"a name of a tensor must have no '|': {sorted(tensors)}")
-    header = dataclasses.replace(header, tensors_digest=digest_tensors(tensors))
+    digest = digest or Digest(tensors)  # while they are written
+    draft = _metadata_of(header.with_digest(_UNKNOWN), signer)
+    write_file(
+        path, tensors, draft, lambda: _metadata_of(header.with_digest(digest.result()), signer)
+    )
+    # Who may enter the directory may read what lies in it, whatever this job's umask.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    return header.with_digest(digest.result())
+
+
+def _metadata_of(header: Header, signer: Signer) -> dict[str, str]:
     text = json.dumps(dataclasses.asdict(header), sort_keys=True)
     if signer.has_key:
         proof = {_SIGNATURE_KEY: signer.sign("record", text.encode())}
     else:
         proof = {_DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
-    try:
-        save_file(dict(tensors), path, metadata={_HEADER_KEY: text, **proof})
-    except SafetensorError as error:
-        if (found := _OS_ERROR.search(str(error))) is None:
-            raise
-        number = int(found[1])
-        raise OSError(number, os.strerror(number), str(path)) from None
-    # safetensors lets only the owner read; who may enter the directory may read what lies in it.
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    return header
+    return {_HEADER_KEY: text, **proof}
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    """The safetensors metadata at the start of ``data``, which may go on beyond it."""
-    if len(data) < 8:
-        raise PayloadError("truncated", f"{len(data)} bytes are too few for a safetensors file")
-    (length,) = struct.unpack("<Q", data[:8])
-    if length > MAX_HEADER_BYTES:
-        raise PayloadError("malformed", f"header length {length} is above {MAX_HEADER_BYTES}")
-    if len(data) < 8 + length:
-        raise PayloadError("truncated", f"header of {length} bytes, file of {len(data)}")
-    try:
-        metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-        return {str(key): str(value) for key, value in metadata.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PayloadError("malformed", f"no metadata in the safetensors header: {error}") from None
-
-
-def parse_header(data: bytes, signer: Signer = UNSIGNED) -> Header:
+def parse_header(data: bytes | memoryview, signer: Signer = UNSIGNED) -> Header:
     """The header of a record from its first bytes (all of the safetensors header, at least).
 
     Raises:
         PayloadError: if there is no header, or it is not the one that was written; with a key, by
             a job of this run.
     """
-    metadata = _metadata(data)
+    metadata, _ = parse_entries(data)
+    return _header_of(metadata, signer)
+
+
+def _header_of(metadata: Mapping[str, str], signer: Signer) -> Header:
     text = metadata.get(_HEADER_KEY)
     if text is None:
         raise PayloadError("alien", f"no {_HEADER_KEY!r} entry: not a file of this bridge")
@@ -210,25 +189,23 @@ def read_header(read_head: Callable[[int], bytes], signer: Signer = UNSIGNED) ->
     Raises:
         PayloadError: as :func:`parse_header`.
     """
-    start = read_head(8)
-    if len(start) < 8:
-        raise PayloadError("truncated", f"{len(start)} bytes are too few for a safetensors file")
-    (length,) = struct.unpack("<Q", start)
-    return parse_header(read_head(8 + min(length, MAX_HEADER_BYTES)), signer)
+    return parse_header(read_head(header_bytes(read_head(8))), signer)
 
 
-def parse_record(data: bytes, signer: Signer = UNSIGNED) -> Record:
+def parse_record(data: bytes | memoryview, signer: Signer = UNSIGNED) -> Record:
     """A whole record, its digests verified.
+
+    Args:
+        data: the bytes of the file. Where they are writable, the tensors are views of them.
+        signer: of the run.
 
     Raises:
         PayloadError: for anything but exactly the bytes that ``write_record`` wrote.
     """
-    header = parse_header(data, signer)
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        # A TypeError is torch's, for a shape of more than 63 bits beside a 0.
-        raise PayloadError("truncated", f"not a complete safetensors file: {error}") from None
+    metadata, entries = parse_entries(data)
+    header = _header_of(metadata, signer)
+    view = memoryview(data)
+    tensors = view_tensors(memoryview(bytearray(view)) if view.readonly else view, entries)
     if any("|" in name for name in tensors) or digest_tensors(tensors) != header.tensors_digest:
         raise PayloadError("digest", "the tensors' digest does not match the header")
     return Record(header=header, tensors=tensors, num_bytes=len(data))

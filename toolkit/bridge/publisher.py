@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.payload import (
     Header,
     check_identity,
-    digest_tensors,
     parse_header,
     write_record,
 )
@@ -57,7 +57,9 @@ class Publisher:
         self.num_records = self.num_bytes = 0
         self._tried = -1  # the number under which publishing failed last
 
-    def publish(self, header: Header, tensors: Mapping[str, Tensor]) -> int:
+    def publish(
+        self, header: Header, tensors: Mapping[str, Tensor], digest: Digest | None = None
+    ) -> int:
         """Publish the next record; its size in bytes.
 
         A number that an alien file occupies, or that the reader has refused already, is passed
@@ -65,12 +67,14 @@ class Publisher:
 
         Args:
             header: of the record, whose stream and number are filled in.
-            tensors: contiguous CPU tensors by name.
+            tensors: by name.
+            digest: of them, where it has been begun already.
 
         Raises:
             BridgeError: if another living process publishes in this stream.
             OSError: if the disk fails.
         """
+        digest = digest or Digest(tensors)
         while True:
             sequence = self.next_sequence
             if self._transport.rejection(self.stream, sequence) is not None:
@@ -79,12 +83,12 @@ class Publisher:
             numbered = dataclasses.replace(header, job=self.stream, sequence=sequence)
 
             def write(path: Path, header: Header = numbered) -> None:
-                write_record(path, header, tensors, self._transport.signer)
+                write_record(path, header, tensors, self._transport.signer, digest)
 
             try:
                 size = self._transport.publish(self.stream, sequence, write)
             except FileExistsError:
-                if sequence != self._tried or not self._is_there(numbered, tensors):
+                if sequence != self._tried or not self._is_there(numbered, digest):
                     self._refuse_rival(sequence)
                     self.next_sequence += 1
                     continue
@@ -98,12 +102,14 @@ class Publisher:
             self.num_bytes += size
             return size
 
-    def publish_weights(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    def publish_weights(
+        self, header: Header, tensors: Mapping[str, Tensor], digest: Digest | None = None
+    ) -> None:
         """Publish the newest state of some weights, as :meth:`publish` does, and delete old ones.
 
         Files in the place of older ones go too.
         """
-        self.publish(header, tensors)
+        self.publish(header, tensors, digest)
         self.prune(self.next_sequence - _WEIGHTS_KEPT)
 
     def prune(self, sequence: int) -> None:
@@ -138,13 +144,13 @@ class Publisher:
                 return sequence
         return -1
 
-    def _is_there(self, header: Header, tensors: Mapping[str, Tensor]) -> bool:
+    def _is_there(self, header: Header, digest: Digest) -> bool:
         """Whether a record is what a try that failed at its very end has left."""
         try:
             found = self._transport.read_header(self.stream, header.sequence)
         except PayloadError:
             return False
-        return found == dataclasses.replace(header, tensors_digest=digest_tensors(tensors))
+        return found == header.with_digest(digest.result())
 
     def _refuse_rival(self, sequence: int) -> None:
         path = self._transport.path(self.stream, sequence)

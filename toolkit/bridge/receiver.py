@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from toolkit.bridge.config import BridgeConfig, Role
+from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.donors import Donors, open_donors
 from toolkit.bridge.errors import BridgeError, Interrupted, PayloadError
 from toolkit.bridge.frozen_state import FrozenOptimizerState, frozen_sharded
@@ -38,7 +39,7 @@ from toolkit.bridge.lessons import (
 from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS, ArrivalWatch, PeerWatch, Wait
 from toolkit.bridge.outer import OuterOptimizer
 from toolkit.bridge.own_weights import newest_own_weights, stream_of
-from toolkit.bridge.payload import Header, Record, digest_tensors
+from toolkit.bridge.payload import Header, Record
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
 from toolkit.bridge.teacher import Blueprint, TeacherFactory, blueprints_of, tensors_of
@@ -496,7 +497,7 @@ class GradientReceiver(BridgeJob):
             self._outbox.forget()  # the last ones, before these take as much memory
         weights = self._whole_weights()
         if self._outbox is not None:
-            self._outbox.take(self._header("weights", digest_tensors(weights)), weights)
+            self._outbox.take(self._header("weights", ""), weights)
         self._persist(self._write_step)
 
     def _write_step(self) -> None:

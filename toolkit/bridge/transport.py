@@ -122,7 +122,7 @@ class DirectoryTransport:
             if not _match(name) and not name.startswith(_BEING_WRITTEN)
         )
 
-    def read(self, job: str, sequence: int, *, max_bytes: int) -> bytes:
+    def read(self, job: str, sequence: int, *, max_bytes: int) -> memoryview:
         """The bytes of a record.
 
         Raises:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from toolkit.bridge.digests import Digest
 from toolkit.bridge.donors import Donors
 from toolkit.bridge.payload import Header
 from toolkit.bridge.publisher import Publisher
@@ -31,6 +32,7 @@ class WeightsOutbox:
         self._publisher, self._donors, self._publishes = publisher, donors, publishes
         self._header: Header | None = None  # of the newest weights taken
         self._tensors: Mapping[str, Tensor] = {}
+        self._digest: Digest | None = None
         self._is_on_disk = False
         self.initial_digest = ""
 
@@ -39,11 +41,12 @@ class WeightsOutbox:
         self._tensors = {}
 
     def take(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
-        """Take the present weights, whole and on the CPU; :meth:`offer` publishes them."""
-        if header.receiver_step == 0:
-            self.initial_digest = header.weights_digest
+        """Take the present weights, whole and on the CPU; :meth:`offer` publishes them.
+
+        They must not change before the first offer is over.
+        """
         self._header, self._tensors, self._is_on_disk = header, tensors, False
-        self._donors.remember(header.receiver_step, header.weights_digest)
+        self._digest = Digest(tensors)
 
     def look(self) -> None:
         """Publish the weights again where a donor could not read them, or has come back."""
@@ -56,5 +59,15 @@ class WeightsOutbox:
         """Publish the weights, unless they are or nobody is there; may be repeated."""
         if not self._is_on_disk and self._publishes and self._donors.want_weights():
             assert self._header is not None
-            self._publisher.publish_weights(self._header, self._tensors)
+            self._publisher.publish_weights(self._header, self._tensors, self._digest)
             self._is_on_disk = True
+        self._note_digest()
+
+    def _note_digest(self) -> None:
+        """Let the donors' payloads be known by the digest of the weights they were taken at."""
+        assert self._header is not None
+        assert self._digest is not None
+        digest, step = self._digest.result(), self._header.receiver_step
+        self._donors.remember(step, digest)
+        if step == 0:
+            self.initial_digest = digest

@@ -119,7 +119,7 @@ def parse_entries(data: bytes | memoryview) -> tuple[dict[str, str], dict[str, A
     if len(data) < start:
         raise PayloadError("truncated", f"header of {start} bytes, file of {len(data)}")
     try:
-        entries = json.loads(bytes(data[_PREFIX_BYTES:start]))
+        entries = json.loads(str(data[_PREFIX_BYTES:start], "utf-8"))  # and no other
         metadata = {str(key): str(value) for key, value in entries.pop(_METADATA).items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PayloadError("malformed", f"no metadata in the safetensors header: {error}") from None

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 READ_SECONDS = 5.0  # a network file system may show a new file to one host before another
 _RECORD_NAME = re.compile(r"([0-9]{10})\.safetensors")
-_BEING_WRITTEN = ".tmp"  # what begins so, here (files.TEMPORARY_PREFIX) and in safetensors
+
 _NOTE_NAME = re.compile(r"([0-9]{10})\.json")
 
 
@@ -73,7 +73,7 @@ class DirectoryTransport:
             files.create(probe, lambda path: path.write_bytes(b""))
             probe.unlink()
             for name in self._names(job):
-                if name.startswith(_BEING_WRITTEN):
+                if name.startswith(files.TEMPORARY_PREFIX):
                     self._delete(self.root / job / "records" / name)
         except OSError as error:
             raise BridgeError(
@@ -119,7 +119,7 @@ class DirectoryTransport:
         return sorted(
             name
             for name in self._names(job)
-            if not _match(name) and not name.startswith(_BEING_WRITTEN)
+            if not _match(name) and not name.startswith(files.TEMPORARY_PREFIX)
         )
 
     def read(self, job: str, sequence: int, *, max_bytes: int) -> memoryview:

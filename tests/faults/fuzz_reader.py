@@ -56,11 +56,11 @@ with (
     from toolkit.bridge.errors import PayloadError
     from toolkit.bridge.payload import (
         Record,
-        all_finite,
         check_identity,
         check_sum,
         parse_record,
     )
+    from toolkit.inner_products import all_finite
 
 MAX_MESSAGE = 1000
 

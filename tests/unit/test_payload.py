@@ -20,7 +20,6 @@ from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.payload import (
     Header,
     Record,
-    all_finite,
     check_identity,
     check_sum,
     parse_header,
@@ -28,6 +27,7 @@ from toolkit.bridge.payload import (
     payload_dtype,
     write_record,
 )
+from toolkit.inner_products import all_finite
 
 HEADER = Header(
     kind="gradient", run_id="run", job="donor", sequence=3, attempt=1, receiver_step=7,

@@ -33,12 +33,12 @@ from toolkit.bridge.payload import (
     Header,
     Kind,
     Record,
-    all_finite,
     payload_dtype,
 )
 from toolkit.bridge.payload_outbox import PayloadOutbox
 from toolkit.bridge.weights_inbox import WeightsInbox
-from toolkit.parameters import check_only_shared_trains, innermost_optimizer, squared_norm
+from toolkit.inner_products import all_finite, squared_norm
+from toolkit.parameters import check_only_shared_trains, innermost_optimizer
 from toolkit.sharding import full_tensor, reshard, shard_like
 
 logger = logging.getLogger(__name__)

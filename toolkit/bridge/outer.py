@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from toolkit.bridge.accumulation import Window
 from toolkit.bridge.measures import validation_metrics
 from toolkit.bridge.payload import Record, payload_dtype
-from toolkit.parameters import SharedParameters, squared_norm
+from toolkit.inner_products import squared_norm
+from toolkit.parameters import SharedParameters
 from toolkit.sharding import full_tensor, shard_like
 
 

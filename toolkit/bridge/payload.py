@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +23,7 @@ from toolkit.bridge.authentication import UNSIGNED, Signer
 from toolkit.bridge.digests import Digest, digest_tensors
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.layout import header_bytes, parse_entries, view_tensors, write_file
+from toolkit.inner_products import all_finite
 
 FORMAT_VERSION = 2
 Kind = Literal["gradient", "delta", "weights", "skip", "end"]
@@ -255,8 +256,3 @@ def check_sum(record: Record, expected: Mapping[str, Tensor], unit: str) -> None
 def payload_dtype(parameter_dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a gradient crosses: the parameter's, but at least float32."""
     return torch.promote_types(parameter_dtype, torch.float32)
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every value of every tensor is finite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

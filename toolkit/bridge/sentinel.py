@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from toolkit.bridge.payload import Record
-from toolkit.parameters import squared_norm
+from toolkit.inner_products import squared_norm
 
 logger = logging.getLogger(__name__)
 

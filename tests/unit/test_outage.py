@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -210,6 +211,22 @@ def test_that_another_jobs_record_is_no_leftover_of_a_failed_try(
 
     with pytest.raises(BridgeError, match="another process publishes as the donor"):
         publisher.publish(HEADER, TENSORS)
+
+
+def test_that_a_failed_record_that_is_there_is_no_rival_of_the_next_one(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job whose weights the disk refused at the very end gives up, and publishes its end."""
+    with monkeypatch.context() as patch:
+        break_once(patch, *FAULTS["fsync directory"])
+        with pytest.raises(OSError, match="Input/output"):
+            publisher.publish(HEADER, TENSORS)
+    publisher.publish(dataclasses.replace(HEADER, kind="end"), {})
+
+    transport = publisher._transport
+    kinds = [transport.read_header("donor", number).kind for number in (0, 1)]
+    assert kinds == ["gradient", "end"]
+    assert (publisher.num_records, publisher.next_sequence) == (2, 2)
 
 
 def test_that_a_record_that_fits_no_disk_is_an_os_error_and_leaves_nothing(

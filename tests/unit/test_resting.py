@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.unit.jobs import DonorAlone, ReceiverAlone
 from tests.unit.metadata import MetadataCounter, SimulatedTime
-from toolkit.bridge import liveness
+from toolkit.bridge import liveness, outage
 from toolkit.bridge.donor import GradientDonor
 from toolkit.bridge.errors import Interrupted
 from toolkit.bridge.liveness import BEAT_SECONDS, RESTING_BEATS, Heartbeat
@@ -271,3 +274,39 @@ def test_that_the_wait_before_the_first_step_ends_in_time(
         job.receiver._take_heads()
     expected = patience + (last_beat if exchange == "head" else 0)
     assert expected <= time.now - start <= expected + 1.5
+
+
+@pytest.mark.parametrize("seconds", [4.0, 50.0])
+def test_that_nobody_falls_silent_while_the_disk_fails(
+    tmp_path: Path, time: SimulatedTime, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """In exchange auto a teacher takes over after 5 s of silence: of the donor, not of the disk."""
+    monkeypatch.setattr(outage, "time", SimpleNamespace(monotonic=lambda: time.now))
+    job = ReceiverAlone(tmp_path / "runs", exchange="auto", peer_wait=60.0)
+    waiting = Waiting(job.receiver, time)
+    waiting.job.config.peer_wait = 60.0
+    job.backward()
+    job.donate(job.constant(1.0))
+    job.receiver.inject()
+    assert job.receiver.commit()
+    job.backward()
+
+    fails, read = [False], os.open
+
+    def opened(path: Any, *args: Any, **options: Any) -> int:
+        if fails[0] and str(tmp_path) in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    time.after(0.2, lambda: waiting.beat("donor"))
+    time.after(1.0, lambda: fails.__setitem__(0, True))
+    time.after(1.0 + seconds, lambda: fails.__setitem__(0, False))
+    # The donor needs a moment too, until it has seen that the disk works again.
+    time.after(2.5 + seconds, lambda: job.donate(job.constant(1.0)))
+    start = time.now
+    job.receiver.inject()
+
+    assert time.now - start >= 2.5 + seconds
+    assert job.receiver.commit()
+    assert (job.receiver.fates()["applied"], job.receiver.steps_alone) == (2, 0)

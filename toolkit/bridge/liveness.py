@@ -183,9 +183,15 @@ class Wait:
         """How long the wait has lasted, but for times in which this job did not look."""
         return self._watched + min(time.monotonic() - self._last_look, BLIND_SECONDS)
 
-    def note_presence(self) -> None:
-        """This job does not stand still: the time since the last call, or look, is waited time."""
-        self._watched, self._last_look = self.seconds, time.monotonic()
+    def note_presence(self, saw_nothing: bool = False) -> None:
+        """This job does not stand still: the time since the last call, or look, is waited time.
+
+        Args:
+            saw_nothing: it is not, because the disk failed meanwhile.
+        """
+        if not saw_nothing:
+            self._watched = self.seconds
+        self._last_look = time.monotonic()
 
     def is_over(self) -> None:
         """What was waited for has come."""

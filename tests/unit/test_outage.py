@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 
 from tests.oracle import Case, build_dataset
 from tests.unit.full_disk import no_file_above
-from tests.unit.jobs import DonorAlone, ReceiverAlone
+from tests.unit.jobs import DonorAlone, ReceiverAlone, reset
 from toolkit.bridge import outage
 from toolkit.bridge.errors import BridgeError, DiskError
-from toolkit.bridge.ledger import Entry, Ledger
+from toolkit.bridge.ledger import Entry, Ledger, trail_path
 from toolkit.bridge.outage import STATUS_SECONDS, riding_out
 from toolkit.bridge.payload import Header
 from toolkit.bridge.publisher import Publisher
@@ -261,6 +261,22 @@ def test_that_a_trail_has_whole_lines_once(tmp_path: Path, durable: bool) -> Non
     assert ledger.counts("donor")["applied"] == 4
 
 
+def test_that_a_trail_whose_first_line_failed_is_as_durable_and_as_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o700)
+    ledger = Ledger(tmp_path / "trail", durable=True)
+    ledger.note([Entry("donor", 0, "applied", 0)])
+    with no_file_above(0), pytest.raises(OSError, match="too large"):
+        ledger.flush()
+    synced: list[bool] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(is_directory(descriptor)))
+    ledger.flush()
+
+    assert synced == [False, True]
+    assert (tmp_path / "trail").stat().st_mode & 0o777 == 0o600
+
+
 # -- jobs -----------------------------------------------------------------------------------------
 
 
@@ -341,3 +357,34 @@ def test_that_a_job_ends_well_where_the_disk_refuses_its_end(
         job.close()
     assert f"the other jobs are not told that the {role} has ended: the disk has" in caplog.text
     assert not [thread for thread in threading.enumerate() if "heartbeat" in thread.name]
+
+
+def test_that_a_resume_waits_for_the_disk(
+    tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = ReceiverAlone(tmp_path / "runs", exchange="gradient")
+    job.backward()
+    job.donate(job.constant(1.0))
+    job.receiver.inject()
+    assert job.receiver.commit()
+    job.accelerator.save_state(str(tmp_path / "checkpoint"))
+    job.receiver.close()
+    reset()
+    resumed = ReceiverAlone(
+        tmp_path / "runs", exchange="gradient", resume_from_checkpoint=tmp_path / "checkpoint"
+    )
+    trail = trail_path(resumed.receiver.run_dir, 2)
+    opened, left = Path.open, [2]
+
+    def call(path: Path, *args: Any, **options: Any) -> Any:
+        if path == trail and left[0]:
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", call)
+    resumed.accelerator.load_state(str(tmp_path / "checkpoint"))
+    assert left == [0]
+    assert len(trail.read_text().splitlines()) == 1
+    assert resumed.receiver.ledger.counts("donor")["applied"] == 1
+    resumed.receiver.close()

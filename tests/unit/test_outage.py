@@ -261,6 +261,31 @@ def test_that_a_trail_has_whole_lines_once(tmp_path: Path, durable: bool) -> Non
     assert ledger.counts("donor")["applied"] == 4
 
 
+@pytest.mark.parametrize("failing_sync", range(2))
+def test_that_what_is_kept_is_durable_when_a_repeated_try_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing_sync: int
+) -> None:
+    transport = DirectoryTransport(tmp_path)
+    transport.open_stream("donor")
+    transport.publish("donor", 0, lambda path: path.write_bytes(b"payload"))
+    synced: list[str | None] = []
+
+    def sync(descriptor: int) -> None:
+        synced.append(None if len(synced) == failing_sync else directory(descriptor))
+        if synced[-1] is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def directory(descriptor: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match="Input/output"):
+        transport.keep("donor", 0)
+    transport.keep("donor", 0)
+    assert {*synced} == {None, "donor", "kept"}
+    assert transport.kept_path("donor", 0).read_bytes() == b"payload"
+
+
 def test_that_a_trail_whose_first_line_failed_is_as_durable_and_as_private(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -274,6 +274,8 @@ def test_that_the_wait_before_the_first_step_ends_in_time(
         job.receiver._take_heads()
     expected = patience + (last_beat if exchange == "head" else 0)
     assert expected <= time.now - start <= expected + 1.5
+    assert job.receiver._heartbeat is not None
+    assert not job.receiver._heartbeat.rests, "it trains now"
 
 
 @pytest.mark.parametrize("seconds", [4.0, 50.0])

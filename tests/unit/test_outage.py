@@ -366,7 +366,7 @@ def test_that_a_donors_payload_waits_for_the_disk(
     assert [job.payload(sequence).header.kind for sequence in (0, 1)] == ["gradient", "end"]
 
 
-@pytest.mark.parametrize("role", ["donor", "receiver"])
+@pytest.mark.parametrize("role", ["donor", "donor of its own weights", "receiver"])
 def test_that_a_job_ends_well_where_the_disk_refuses_its_end(
     tmp_path: Path,
     fresh_state: None,
@@ -374,13 +374,16 @@ def test_that_a_job_ends_well_where_the_disk_refuses_its_end(
     caplog: pytest.LogCaptureFixture,
     role: str,
 ) -> None:
-    if role == "donor":
-        job: Any = DonorAlone(tmp_path / "runs", exchange="gradient").donor
+    if role == "receiver":
+        job: Any = ReceiverAlone(tmp_path / "runs").receiver
     else:
-        job = ReceiverAlone(tmp_path / "runs").receiver
+        exchange = "gradient" if role == "donor" else "distill"
+        job = DonorAlone(tmp_path / "runs", exchange=exchange).donor
     with failing(monkeypatch, 10**9):
         job.close()
-    assert f"the other jobs are not told that the {role} has ended: the disk has" in caplog.text
+    assert f"the other jobs are not told that the {job.job} has ended: the disk has" in caplog.text
+    unpublished = "the last weights of the donor are not published: the disk has"
+    assert (unpublished in caplog.text) == ("own weights" in role)
     assert not [thread for thread in threading.enumerate() if "heartbeat" in thread.name]
 
 

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 from toolkit.bridge.accumulation import Window, scale_grads_
 from toolkit.bridge.agreement import read_claim
 from toolkit.bridge.config import Role
-from toolkit.bridge.errors import DiskError, PayloadError
+from toolkit.bridge.errors import DiskError, Interrupted, PayloadError
+from toolkit.bridge.interruption import GRACE_SECONDS
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.loss_scale import FollowedLossScale
@@ -322,15 +323,15 @@ class GradientDonor(BridgeJob):
         self.receiver_step = self.completed_windows
         return True
 
-    def _publish_own_weights(self) -> None:
-        """Publish the weights that this donor has trained. A collective."""
+    def _publish_own_weights(self, grace: float = math.inf) -> None:
+        """Publish the weights that this donor has trained. A collective; ``grace`` as elsewhere."""
         if self._own_published == self.completed_windows:
             return
         self._own_published = self.completed_windows
         weights = self._whole_weights()
         digest = digest_tensors(weights) if self.accelerator.is_main_process else ""
         header = self._header("weights").of_weights(digest)
-        self._persist(lambda: self._own_weights.publish_weights(header, weights))
+        self._persist(lambda: self._own_weights.publish_weights(header, weights), grace)
 
     def _poll(self) -> _Decision | None:
         """On the main process: what the next window is for, or None to wait."""
@@ -481,10 +482,16 @@ class GradientDonor(BridgeJob):
         return dataclasses.replace(self._header("end"), weights_digest="")
 
     def close(self) -> None:
-        """Publish this job's last weights, if it trained by itself, and its end, and leave."""
+        """Publish this job's last weights, if it trained by itself, and its end, and leave.
+
+        A collective; safe to call twice. What the disk refuses is not published.
+        """
         is_own = not self.config.follows or (self._is_alone and self.windows_alone)
         if not self._closed and is_own and self.config.has_own_weights:
-            self._publish_own_weights()
+            try:
+                self._publish_own_weights(GRACE_SECONDS)
+            except (DiskError, Interrupted) as error:
+                logger.error("the last weights of the %s are not published: %s", self.job, error)
         super().close()
 
     @property

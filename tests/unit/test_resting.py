@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 
 from tests.unit.jobs import DonorAlone, ReceiverAlone
 from tests.unit.metadata import MetadataCounter, SimulatedTime
-from toolkit.bridge import liveness, outage
+from toolkit.bridge import liveness, outage, teachers
 from toolkit.bridge.donor import GradientDonor
 from toolkit.bridge.errors import Interrupted
 from toolkit.bridge.liveness import BEAT_SECONDS, RESTING_BEATS, Heartbeat
@@ -274,8 +276,29 @@ def test_that_the_wait_before_the_first_step_ends_in_time(
         job.receiver._take_heads()
     expected = patience + (last_beat if exchange == "head" else 0)
     assert expected <= time.now - start <= expected + 1.5
-    assert job.receiver._heartbeat is not None
-    assert not job.receiver._heartbeat.rests, "it trains now"
+
+
+class AtOnce:
+    """In the place of a thread: what it is given is done when it returns."""
+
+    def __init__(self, **settings: Any) -> None: ...
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args))
+        return future
+
+    def shutdown(self, **settings: Any) -> None: ...
+
+
+def test_that_the_heart_of_a_job_that_trains_does_not_rest(
+    tmp_path: Path, time: SimulatedTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers, "ThreadPoolExecutor", AtOnce)
+    receiver = ReceiverAlone(tmp_path / "runs", exchange="distill", peer_wait=60.0).receiver
+    receiver._stop()
+    assert receiver._heartbeat is not None
+    assert not receiver._heartbeat.rests
 
 
 @pytest.mark.parametrize("seconds", [4.0, 50.0])

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from tests.oracle import Case, build_dataset
 from tests.unit.full_disk import no_file_above
 from tests.unit.jobs import DonorAlone, ReceiverAlone, reset
+from toolkit.bridge import job as job_module
 from toolkit.bridge import outage
 from toolkit.bridge.errors import BridgeError, DiskError
 from toolkit.bridge.ledger import Entry, Ledger, trail_path
@@ -385,6 +386,58 @@ def test_that_a_job_ends_well_where_the_disk_refuses_its_end(
     unpublished = "the last weights of the donor are not published: the disk has"
     assert (unpublished in caplog.text) == ("own weights" in role)
     assert not [thread for thread in threading.enumerate() if "heartbeat" in thread.name]
+
+
+class SleepingClock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep)
+        monkeypatch.setattr(job_module, "time", clock)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("number", "seconds", "outcome"),
+    [
+        (errno.ENOENT, 4.0, "read"),
+        (errno.ENOENT, 10.0, "lacking"),
+        (errno.EIO, 50.0, "read"),
+        (errno.EIO, 70.0, "an error"),
+    ],
+)
+def test_that_a_rank_rides_out_what_the_main_process_does_not_see(
+    tmp_path: Path,
+    fresh_state: None,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    seconds: float,
+    outcome: str,
+) -> None:
+    """A rank on another host, whose disk fails: no payload is refused for that."""
+    job = ReceiverAlone(tmp_path / "runs", exchange="gradient")
+    receiver = job.receiver
+    receiver._publish_weights()
+    job.donate(job.constant(1.0))
+    digest = receiver.transport.read_header("donor", 0).tensors_digest
+    receiver.config.peer_wait = 60.0
+    clock, opened = SleepingClock(monkeypatch), os.open
+    mended = clock.now + seconds
+
+    def fail(path: Any, *args: Any, **options: Any) -> int:
+        if clock.now < mended and Path(path).parent.name == "records":
+            raise OSError(number, os.strerror(number))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(os, "open", fail)
+    if outcome == "an error":
+        with pytest.raises(DiskError, match="the disk of some rank has failed for 60 s"):
+            receiver._read_everywhere("donor", 0, digest, None)
+    else:
+        record = receiver._read_everywhere("donor", 0, digest, None)
+        assert (record is not None) == (outcome == "read")
+    receiver._stop()
 
 
 def test_that_a_resume_waits_for_the_disk(

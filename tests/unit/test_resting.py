@@ -302,8 +302,13 @@ def test_that_the_heart_of_a_job_that_trains_does_not_rest(
 
 
 @pytest.mark.parametrize("seconds", [4.0, 50.0])
+@pytest.mark.parametrize("is_full", [False, True])
 def test_that_nobody_falls_silent_while_the_disk_fails(
-    tmp_path: Path, time: SimulatedTime, monkeypatch: pytest.MonkeyPatch, seconds: float
+    tmp_path: Path,
+    time: SimulatedTime,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    is_full: bool,
 ) -> None:
     """In exchange auto a teacher takes over after 5 s of silence: of the donor, not of the disk."""
     monkeypatch.setattr(outage, "time", SimpleNamespace(monotonic=lambda: time.now))
@@ -318,6 +323,11 @@ def test_that_nobody_falls_silent_while_the_disk_fails(
 
     fails, read = [False], os.open
 
+    def fail(now: bool) -> None:
+        fails[0] = now and not is_full  # a full disk can be read
+        assert job.receiver._heartbeat is not None
+        job.receiver._heartbeat.fails = now
+
     def opened(path: Any, *args: Any, **options: Any) -> int:
         if fails[0] and str(tmp_path) in str(path):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -325,8 +335,8 @@ def test_that_nobody_falls_silent_while_the_disk_fails(
 
     monkeypatch.setattr(os, "open", opened)
     time.after(0.2, lambda: waiting.beat("donor"))
-    time.after(1.0, lambda: fails.__setitem__(0, True))
-    time.after(1.0 + seconds, lambda: fails.__setitem__(0, False))
+    time.after(1.0, partial(fail, True))
+    time.after(1.0 + seconds, partial(fail, False))
     # The donor needs a moment too, until it has seen that the disk works again.
     time.after(2.5 + seconds, lambda: job.donate(job.constant(1.0)))
     start = time.now
@@ -335,3 +345,36 @@ def test_that_nobody_falls_silent_while_the_disk_fails(
     assert time.now - start >= 2.5 + seconds
     assert job.receiver.commit()
     assert (job.receiver.fates()["applied"], job.receiver.steps_alone) == (2, 0)
+
+
+def test_that_a_heart_that_can_never_beat_ends_no_wait_late(
+    tmp_path: Path, time: SimulatedTime
+) -> None:
+    waiting = make("receiver", tmp_path, time)
+    assert waiting.job._heartbeat is not None
+    waiting.job._heartbeat.fails = True
+    assert PEER_WAIT <= waiting.decide() <= 2 * PEER_WAIT + 2.0
+
+
+def test_that_a_heart_knows_whether_it_can_beat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport = DirectoryTransport(tmp_path)
+    transport.open_stream("donor")
+    heart = Heartbeat(transport, "donor")
+    heart.stop()
+    beats: list[bool] = []
+    name = tmp_path / "donor" / "heartbeat"
+
+    def wait(seconds: float) -> bool:
+        beats.append(not heart.fails)
+        if len(beats) == 1:
+            name.unlink()
+            name.mkdir()  # which no file replaces
+        elif len(beats) == 2:
+            name.rmdir()
+        return len(beats) == 3
+
+    monkeypatch.setattr(heart._stop, "wait", wait)
+    heart._run()
+    assert beats == [True, False, True]

@@ -39,8 +39,10 @@ class Rest:
         Args:
             waits: those that are not over; none at all means that a look is due.
         """
+        # Where this job's heart cannot beat, those of the peers may not be able to either.
+        is_blind = self._was_blind or (self._heart is not None and self._heart.fails)
         for wait in waits:
-            wait.note_presence(saw_nothing=self._was_blind)
+            wait.note_presence(saw_nothing=is_blind)
         self._was_blind = False
         rests = self._lasts(waits)
         if self._heart is not None:

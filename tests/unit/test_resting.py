@@ -302,12 +302,14 @@ def test_that_the_heart_of_a_job_that_trains_does_not_rest(
 
 
 @pytest.mark.parametrize("seconds", [4.0, 50.0])
+@pytest.mark.parametrize("num_beats", [1, 30])
 @pytest.mark.parametrize("is_full", [False, True])
 def test_that_nobody_falls_silent_while_the_disk_fails(
     tmp_path: Path,
     time: SimulatedTime,
     monkeypatch: pytest.MonkeyPatch,
     seconds: float,
+    num_beats: int,
     is_full: bool,
 ) -> None:
     """In exchange auto a teacher takes over after 5 s of silence: of the donor, not of the disk."""
@@ -334,15 +336,17 @@ def test_that_nobody_falls_silent_while_the_disk_fails(
         return read(path, *args, **options)
 
     monkeypatch.setattr(os, "open", opened)
-    time.after(0.2, lambda: waiting.beat("donor"))
-    time.after(1.0, partial(fail, True))
-    time.after(1.0 + seconds, partial(fail, False))
+    for number in range(num_beats):
+        time.after(0.2 + number, lambda: waiting.beat("donor"))
+    time.after(num_beats, partial(fail, True))
+    back = num_beats + seconds
+    time.after(back, partial(fail, False))
     # The donor needs a moment too, until it has seen that the disk works again.
-    time.after(2.5 + seconds, lambda: job.donate(job.constant(1.0)))
+    time.after(back + 1.5, lambda: job.donate(job.constant(1.0)))
     start = time.now
     job.receiver.inject()
 
-    assert time.now - start >= 2.5 + seconds
+    assert time.now - start >= back + 1.5
     assert job.receiver.commit()
     assert (job.receiver.fates()["applied"], job.receiver.steps_alone) == (2, 0)
 
@@ -378,3 +382,22 @@ def test_that_a_heart_knows_whether_it_can_beat(
     monkeypatch.setattr(heart._stop, "wait", wait)
     heart._run()
     assert beats == [True, False, True]
+
+
+def test_that_jobs_that_stood_still_together_after_a_long_wait_are_not_silent(
+    tmp_path: Path, time: SimulatedTime
+) -> None:
+    job = ReceiverAlone(tmp_path / "runs", exchange="gradient")
+    waiting = Waiting(job.receiver, time)
+    job.receiver.config.peer_wait = 15.0
+    job.receiver._publish_weights()
+    for number in range(40):
+        time.after(number, lambda: waiting.beat("donor"))
+
+    def stand_still() -> None:
+        time.now += 100.0
+
+    time.after(39.5, stand_still)
+    time.after(139.5 + 1.0, lambda: job.donate(job.constant(1.0)))
+    assert waiting.decide() >= 140.0
+    assert job.receiver._on_main.num_away == 0

@@ -70,6 +70,7 @@ class PeerWatch:
 
     Attributes:
         seen: whether it was observed to live since this watch began.
+        num_signs: how often.
         longest_round: the longest time, in seconds, that it has taken to answer so far.
     """
 
@@ -84,6 +85,7 @@ class PeerWatch:
         self._counter = transport.heartbeat(job)
         self._last_sign = self._clock()
         self.seen = False
+        self.num_signs = 0
         self.longest_round = 0.0
 
     def observe(self) -> bool:
@@ -102,6 +104,7 @@ class PeerWatch:
     def sign_of_life(self) -> None:
         """Note that the job did something that only a living job does."""
         self._last_sign, self.seen = self._clock(), True
+        self.num_signs += 1
 
     @property
     def silent_seconds(self) -> float:
@@ -176,6 +179,7 @@ class Wait:
         self._peer_wait, self._require_peer = peer_wait, require_peer
         self._patience = peer_wait if patience is None else patience
         self._watched = self._blind = 0.0  # seconds, up to the last look
+        self._heard, self._num_signs = 0.0, peer.num_signs  # `seconds` at the newest sign of life
         self._last_look = time.monotonic()
         # A peer that never showed life is most likely not started: say so soon, but give the
         # heart of one that is just here time to beat.
@@ -229,7 +233,10 @@ class Wait:
 
     @property
     def _silent_seconds(self) -> float:
-        return min(self._peer.silent_seconds, self.seconds)
+        """Of the wait, since a sign of life: times in which this job did not look do not count."""
+        if self._peer.num_signs != self._num_signs:
+            self._heard, self._num_signs = self.seconds, self._peer.num_signs
+        return self.seconds - self._heard
 
     @property
     def _stall_limit(self) -> float:

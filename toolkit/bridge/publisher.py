@@ -55,13 +55,14 @@ class Publisher:
         self.next_sequence = max([self._newest, *refused]) + 1
         self._next_clearing = 0
         self.num_records = self.num_bytes = 0
-        self._tried = -1  # the number under which publishing failed last
+        self._tried: Header | None = None  # of the record whose publishing failed last
 
     def publish(self, header: Header, tensors: Mapping[str, Tensor]) -> int:
         """Publish the next record; its size in bytes.
 
         A number that an alien file occupies, or that the reader has refused already, is passed
-        over. After an ``OSError`` it may be repeated with the same record, which is there once.
+        over. After an ``OSError`` it may be repeated with the same record, which is there once, or
+        go on with another one, which then comes after the one that failed, if that is there.
 
         Args:
             header: of the record, whose stream and number are filled in.
@@ -83,20 +84,23 @@ class Publisher:
 
             try:
                 size = self._transport.publish(self.stream, sequence, write)
+                is_this_one = True
             except FileExistsError:
-                if sequence != self._tried or not self._is_there(numbered, tensors):
+                if not self._has_left(sequence):
                     self._refuse_rival(sequence)
                     self.next_sequence += 1
                     continue
                 size = self._transport.complete(self.stream, sequence)
+                is_this_one = self._tried == _as_written(numbered, tensors)
             except OSError:
-                self._tried = sequence
+                self._tried = _as_written(numbered, tensors)
                 raise
             self._newest = sequence
             self.next_sequence += 1
             self.num_records += 1
             self.num_bytes += size
-            return size
+            if is_this_one:
+                return size
 
     def publish_weights(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
         """Publish the newest state of some weights, as :meth:`publish` does, and delete old ones.
@@ -138,13 +142,14 @@ class Publisher:
                 return sequence
         return -1
 
-    def _is_there(self, header: Header, tensors: Mapping[str, Tensor]) -> bool:
+    def _has_left(self, sequence: int) -> bool:
         """Whether a record is what a try that failed at its very end has left."""
+        if self._tried is None or self._tried.sequence != sequence:
+            return False
         try:
-            found = self._transport.read_header(self.stream, header.sequence)
+            return self._transport.read_header(self.stream, sequence) == self._tried
         except PayloadError:
             return False
-        return found == dataclasses.replace(header, tensors_digest=digest_tensors(tensors))
 
     def _refuse_rival(self, sequence: int) -> None:
         path = self._transport.path(self.stream, sequence)
@@ -159,3 +164,7 @@ class Publisher:
             f"{path} exists already: another process publishes as the {self.stream} of this run. "
             "End one of the two, or start a new run"
         )
+
+
+def _as_written(header: Header, tensors: Mapping[str, Tensor]) -> Header:
+    return dataclasses.replace(header, tensors_digest=digest_tensors(tensors))

@@ -578,6 +578,7 @@ class GradientReceiver(BridgeJob):
         self.steps_alone = state["steps_alone"]
         self.steps_taught = state["steps_taught"]
         self.ledger.resume(Resumption(state["attempt"], self.completed_steps), state["ledger"])
+        self._persist(self.ledger.flush)
         self._injector.forget_weights()
         if self._injector.needs_older_weights:
             # Older weights are in no checkpoint: what was taken at them is superseded.

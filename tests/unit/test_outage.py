@@ -338,10 +338,35 @@ def test_that_a_receivers_step_waits_for_the_disk(
         assert job.receiver.commit()
     assert job.weights_record().header.receiver_step == 1
     assert caplog.text.count("the disk works again") == 2
-    assert job.receiver.fates()["applied"] == 1
     with failing(monkeypatch, 4):
         job.receiver.close()
     assert job.weights_record().header.kind == "end"
+
+
+def test_that_fates_are_counted_once_the_disk_can_be_read(
+    tmp_path: Path,
+    fresh_state: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    job = ReceiverAlone(tmp_path / "runs")
+    job.backward()
+    job.donate(job.constant(1.0))
+    job.receiver.inject()
+    job.receiver.commit()
+    job.receiver.close()
+    listdir, left = os.listdir, [2]
+
+    def fail(path: Any) -> list[str]:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", fail)
+    assert job.receiver.fates()["applied"] == 1
+    assert left == [0]
+    assert "the disk works again" in caplog.text
 
 
 def test_that_a_receivers_step_ends_with_the_disk(

@@ -22,8 +22,8 @@ from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.rescaling import RESCALE_RULES
 from toolkit.bridge.runs import newest_run
 from toolkit.bridge.transport import READ_SECONDS
+from toolkit.checkpoints import find_checkpoint
 from toolkit.flag_types import checkpointing_steps, positive_float, weights
-from toolkit.training import find_checkpoint
 
 _DEFAULTS = BridgeConfig()
 # Seconds: a slice of a wait, and the tries of a rank to read what the main one has read.

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from toolkit.arguments import check_output_arguments, output_arguments, step_arguments
+from toolkit.checkpoints import CompletedSteps, find_checkpoint, save_checkpoint
 from toolkit.configuration import check_configuration
 from toolkit.data import endless_batches
 from toolkit.flag_types import (
@@ -39,13 +40,10 @@ from toolkit.isolation import CutPoint, backward_for, check_disjoint, no_leak, o
 from toolkit.metrics import image_grid, start_tracking
 from toolkit.models import ConditionalPerceptron
 from toolkit.training import (
-    CompletedSteps,
     banner,
     clean_errors,
     configure_logging,
-    find_checkpoint,
     output_directory,
-    save_checkpoint,
     write_results,
 )
 

@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 
 from toolkit.arguments import check_output_arguments, output_arguments, step_arguments
 from toolkit.changes import ChangeRecord
+from toolkit.checkpoints import CompletedSteps, find_checkpoint, save_checkpoint
 from toolkit.configuration import check_configuration
 from toolkit.data import endless_batches
 from toolkit.flag_types import DefaultsFormatter, positive_int
@@ -40,15 +41,12 @@ from toolkit.freezing import frozen
 from toolkit.metrics import start_tracking
 from toolkit.optimizers import build_optimizer, optimizer_arguments
 from toolkit.training import (
-    CompletedSteps,
     banner,
     clean_errors,
     configure_logging,
     describe_accuracies,
     final_weights,
-    find_checkpoint,
     output_directory,
-    save_checkpoint,
     write_results,
 )
 

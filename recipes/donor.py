@@ -41,6 +41,7 @@ from toolkit.bridge.arguments import (
     checkpoint_to_resume,
     donor_arguments,
 )
+from toolkit.checkpoints import leave_checkpoint, save_checkpoint
 from toolkit.configuration import check_configuration
 from toolkit.data import HEADS, in_memory, take_shard, to_dtype
 from toolkit.flag_types import DefaultsFormatter, shard
@@ -54,8 +55,6 @@ from toolkit.training import (
     describe_accuracies,
     evaluate,
     final_weights,
-    leave_checkpoint,
-    save_checkpoint,
     write_results,
 )
 

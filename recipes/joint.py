@@ -33,6 +33,7 @@ from toolkit.bridge.arguments import rescaling_arguments
 from toolkit.bridge.config import BridgeConfig
 from toolkit.bridge.rescaling import check_rule, rescale_factors
 from toolkit.bundled import TASKS
+from toolkit.checkpoints import CompletedSteps, find_checkpoint, save_checkpoint
 from toolkit.configuration import check_configuration
 from toolkit.data import HEADS, shard_windows, to_dtype, window_indices, windows_per_epoch
 from toolkit.flag_types import DefaultsFormatter, positive_int
@@ -49,15 +50,12 @@ from toolkit.optimizers import build_optimizer, build_scheduler, learning_rates
 from toolkit.silos import load_data
 from toolkit.task_gradients import ByName, RuleBackward, conflict_metrics
 from toolkit.training import (
-    CompletedSteps,
     banner,
     clean_errors,
     configure_logging,
     evaluate,
     final_weights,
-    find_checkpoint,
     output_directory,
-    save_checkpoint,
     write_results,
 )
 

@@ -34,6 +34,7 @@ from toolkit.bridge.arguments import (
     receiver_arguments,
     rescaling_arguments,
 )
+from toolkit.checkpoints import leave_checkpoint, save_checkpoint
 from toolkit.configuration import check_configuration
 from toolkit.data import HEADS, in_memory, to_dtype
 from toolkit.flag_types import DefaultsFormatter
@@ -54,8 +55,6 @@ from toolkit.training import (
     describe_accuracies,
     evaluate,
     final_weights,
-    leave_checkpoint,
-    save_checkpoint,
     write_results,
 )
 

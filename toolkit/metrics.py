@@ -17,6 +17,8 @@ from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from toolkit.checkpoints import write_patiently
+
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5.0  # from a failure of TensorBoard's disk to the next file
@@ -36,6 +38,9 @@ def start_tracking(
         config: settings by name; values of other types than bool, int, float and str are shown as
             text.
         metrics: tags of the scalars that the hparams table shows.
+
+    Raises:
+        BridgeError: if the disk refuses them for a minute, saying what to do.
     """
     accelerator.project_configuration.logging_dir = str(output_dir.parent)
     accelerator.log_with = [
@@ -44,16 +49,24 @@ def start_tracking(
         else name
         for name in accelerator.log_with
     ]
-    accelerator.init_trackers(output_dir.name)
-    if not accelerator.is_main_process or not accelerator.trackers:
-        return
+
+    def begin() -> None:
+        accelerator.trackers = []  # of a try that failed
+        accelerator.init_trackers(output_dir.name)
+        if accelerator.is_main_process and accelerator.trackers:
+            _describe(accelerator.get_tracker("tensorboard", unwrap=True), config, metrics)
+
+    write_patiently("the curves in", output_dir, begin)
+    if accelerator.is_main_process and accelerator.trackers:
+        # A job that is interrupted leaves all its curves.
+        atexit.register(accelerator.get_tracker("tensorboard").flush)
+
+
+def _describe(writer: Any, config: Mapping[str, Any], metrics: Sequence[str]) -> None:
     plain = {
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in config.items()
     }
-    writer = accelerator.get_tracker("tensorboard", unwrap=True)
-    # A job that is interrupted leaves all its curves.
-    atexit.register(accelerator.get_tracker("tensorboard").flush)
     rows = [f"| `{name}` | `{value}` |" for name, value in plain.items()]
     writer.add_text("configuration", "\n".join(["| setting | value |", "|---|---|", *rows]))
     for summary in hparams(plain, dict.fromkeys(metrics, 0.0)):

@@ -1,4 +1,4 @@
-"""What recipes need around their training loops: evaluation, checkpoints, results."""
+"""What recipes need around their training loops: evaluation, messages, results."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,21 +16,16 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from toolkit.bridge.errors import BridgeError
-from toolkit.bridge.job import BridgeJob
+from toolkit.checkpoints import write_patiently
 from toolkit.data import NO_LABEL, to_dtype
 from toolkit.multitask import CLASSES, Kind
 from toolkit.parameters import plain_name
 
 logger = logging.getLogger(__name__)
-
-_SAVING = ".saving-"  # prefix of a checkpoint that is not complete yet
-# What torch.save says, by a RuntimeError, where the disk refuses.
-_TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream")
 
 
 def evaluate(
@@ -167,132 +160,6 @@ def output_directory(args: argparse.Namespace, recipe: str) -> Path:
     return new_output_dir(Path("runs"), recipe)
 
 
-class CompletedSteps:
-    """A counter that travels with checkpoints (``accelerator.register_for_checkpointing``)."""
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def state_dict(self) -> dict[str, int]:
-        """What a checkpoint holds."""
-        return {"completed_steps": self.value}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a checkpoint."""
-        self.value = state["completed_steps"]
-
-
-def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None
-) -> None:
-    """Save ``<output_dir>/step_<step>``, then delete the oldest ones beyond a limit. A collective.
-
-    The name appears when the checkpoint is complete: a job killed meanwhile leaves none of it.
-
-    Args:
-        accelerator: saves everything prepared and registered.
-        output_dir: of the job.
-        step: completed optimizer steps.
-        total_limit: checkpoints to keep, this one included; None for all.
-
-    Raises:
-        BridgeError: if the disk refuses it, saying what to do.
-    """
-    target = output_dir / f"step_{step}"
-    temporary = output_dir / f"{_SAVING}{target.name}"
-    with _naming_the_disk("the checkpoint", target):
-        if accelerator.is_main_process:
-            for leftover in output_dir.glob(f"{_SAVING}*"):
-                shutil.rmtree(leftover)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            if target.exists():  # saved before the job was resumed from an older one
-                shutil.rmtree(target)
-            temporary.rename(target)
-            if total_limit is not None:
-                for old in _checkpoints(output_dir)[:-total_limit]:
-                    shutil.rmtree(old)
-        accelerator.wait_for_everyone()
-
-
-@contextlib.contextmanager
-def _naming_the_disk(what: str, path: Path) -> Iterator[None]:
-    """Say in one line what a disk refuses that is full, read-only or broken."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(m in str(error) for m in _TORCH_SAVE):
-            raise
-        raise BridgeError(
-            f"cannot write {what} {path}: {error}. Free some space there, or let this user write "
-            "there again, and go on from the newest checkpoint (--resume_from_checkpoint latest)"
-        ) from error
-
-
-def leave_checkpoint(
-    accelerator: Accelerator,
-    job: BridgeJob,
-    output_dir: Path,
-    step: int,
-    total_limit: int | None,
-) -> None:
-    """Save where a signal has stopped a job, unless at its start, and say how to go on.
-
-    A collective.
-
-    Args:
-        accelerator: saves everything prepared and registered.
-        job: that was stopped.
-        output_dir: of the job.
-        step: completed optimizer steps.
-        total_limit: checkpoints to keep, this one included; None for all.
-    """
-    name = signal.Signals(job.stop_signal).name
-    if not step:
-        return
-    if (obstacle := job.obstacle_to_saving) is not None:
-        if accelerator.is_main_process:
-            logger.warning("%s: no checkpoint of step %d: %s", name, step, obstacle)
-        return
-    save_checkpoint(accelerator, output_dir, step, total_limit)
-    if accelerator.is_main_process:
-        path = output_dir / f"step_{step}"
-        logger.warning("%s: go on with --resume_from_checkpoint %s", name, path)
-
-
-def find_checkpoint(resume_from_checkpoint: str, output_dir: Path) -> Path:
-    """The checkpoint that ``--resume_from_checkpoint`` names.
-
-    Args:
-        resume_from_checkpoint: a path, or ``latest`` for the highest step in ``output_dir``.
-        output_dir: of the job.
-
-    Raises:
-        ValueError: if there is none, naming those that there are.
-    """
-    there = _checkpoints(output_dir)
-    if resume_from_checkpoint == "latest":
-        if not there:
-            raise ValueError(
-                f"no checkpoint in {output_dir} to resume from: give --output_dir of a job that "
-                "had --checkpointing_steps, or the checkpoint's path"
-            )
-        return there[-1]
-    path = Path(resume_from_checkpoint)
-    if not path.is_dir():
-        names = [checkpoint.name for checkpoint in there]
-        raise ValueError(f"{path} is no checkpoint; {output_dir} has {names or 'none'}")
-    return path
-
-
-def _checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, by step."""
-    paths = [path for path in output_dir.glob("step_*") if path.name[5:].isdecimal()]
-    return sorted(paths, key=lambda path: int(path.name[5:]))
-
-
 def final_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
     """A prepared model's state by plain name, whatever wraps its modules. A collective.
 
@@ -315,20 +182,23 @@ def write_results(
         model_state: as :func:`final_weights` gives it.
 
     Raises:
-        BridgeError: if the disk refuses them, saying what to do.
+        BridgeError: if the disk refuses them for a minute, saying what to do.
     """
     if not PartialState().is_main_process:
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model_state.items()}
     text = json.dumps(dict(results), indent=2) + "\n"
     temporary = output_dir / f".tmp-{os.getpid()}"
-    with _naming_the_disk("the results in", output_dir):
+
+    def write() -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary)
         temporary.chmod(0o666 & ~_umask())  # safetensors lets only the owner read its files
         temporary.replace(output_dir / "model.safetensors")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(output_dir / "results.json")
+
+    write_patiently("the results in", output_dir, write)
 
 
 def _umask() -> int:

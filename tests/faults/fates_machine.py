@@ -129,9 +129,9 @@ class FatesMachine(RuleBasedStateMachine):
         self.patch.stop()
         shutil.rmtree(self.root)
 
-    @initialize(has_key=st.booleans())
-    def start(self, has_key: bool) -> None:
-        self.signer = SIGNER if has_key else UNSIGNED
+    @initialize(has_key=st.booleans(), will_save=st.booleans())
+    def start(self, has_key: bool, will_save: bool) -> None:
+        self.signer, self.will_save = SIGNER if has_key else UNSIGNED, will_save
         self.writers = {job: self.start_writer(job) for job in JOBS}
         self.start_receiver()
 
@@ -181,6 +181,7 @@ class FatesMachine(RuleBasedStateMachine):
             run_id="another run" if kind == "another run's" else "run", job=job, attempt=1,
             receiver_step=at[0], weights_digest=at[1], head=HEAD, count=4.0,
         )  # fmt: skip
+        self.prune(job)
         writer = self.writers[job]
         before = set(self.transport.sequences(job))
         try:
@@ -210,7 +211,6 @@ class FatesMachine(RuleBasedStateMachine):
             path.write_bytes(b"no payload")
             self.published[job][number] = Published("alien", (0, ""))
 
-    @rule(job=jobs)
     def prune(self, job: str) -> None:
         num_before = len(self.transport.sequences(job))
         self.writers[job].prune(self.transport.acknowledged(job))
@@ -230,7 +230,7 @@ class FatesMachine(RuleBasedStateMachine):
             max_staleness=0,
             peer_wait=60.0,
         )
-        self.retention = CheckpointCursors(self.transport, "run", will_save=False)
+        self.retention = CheckpointCursors(self.transport, "run", will_save=self.will_save)
         self.retention.saved_below(self.root / "checkpoints")
         self.begin_step()
 
@@ -283,6 +283,7 @@ class FatesMachine(RuleBasedStateMachine):
         for entry in entries:
             self.check_fate(entry.donor, entry.sequence, entry.fate, entry.digest)
         self.weights.step += 1
+        self.retention.acknowledge(self.donors.cursors())
         self.begin_step()
 
     def check_fate(self, donor: str, number: int, fate: str, digest: str) -> None:
@@ -326,14 +327,14 @@ class FatesMachine(RuleBasedStateMachine):
             self.checkpoints.remove(old)
         self.retention.saved_below(path.parent)
 
-    @rule()
-    def acknowledge(self) -> None:
-        self.retention.acknowledge(self.donors.cursors())
-
     @rule(data=st.data())
     def resume(self, data: st.DataObject) -> None:
-        """The receiver is killed, and goes on from a checkpoint."""
+        """The receiver is killed, and goes on from a checkpoint, or begins anew without one."""
         if not self.checkpoints:
+            if self.will_save:
+                self.covered["begun anew"] += 1
+                self.weights, self.before = Weights(), (-1, "")
+                self.start_receiver()
             return
         saved = data.draw(st.sampled_from(self.checkpoints))
         self.covered["resumed"] += 1
@@ -371,7 +372,8 @@ class FatesMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_deleted_that_a_resume_may_ask_for(self) -> None:
         cursors: list[dict[str, Any]] = [json.loads(c.state)["donors"] for c in self.checkpoints]
-        needed = self.donors.cursors()
+        begins_anew = self.will_save and not self.checkpoints
+        needed = {} if begins_anew else self.donors.cursors()
         for job in JOBS:
             lowest = min(
                 [needed.get(job, 0), *(c[job]["cursor"] if job in c else 0 for c in cursors)]

@@ -3,9 +3,9 @@
     python -m tests.faults.kill_loop --minutes 30
 
 Both recipes are launched as users launch them, with two ranks each. Every few seconds a job, one of
-its ranks or both jobs get SIGKILL, at whatever they are doing, and are started again. How often
-follows from how long a run takes on this machine just now: a start must not take longer, or no
-step would be taken.
+its ranks or both jobs get SIGKILL, at whatever they are doing, and are started again. A kill waits
+for some steps since the last one, mostly: where a start takes longer than the pauses, no step
+would ever be taken.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.faults.supervision import (
 from tests.launching import ROOT, Launcher
 
 STEPS = 400  # of a round
-PAUSES = (0.3, 1.1)  # between two kills, over the time of a run without; a start takes about 0.3
+SECONDS, PAYLOADS = (1.0, 8.0), 100  # between two kills: at least, and at most so many payloads
 
 
 class KilledRun(Run):
@@ -39,7 +39,6 @@ class KilledRun(Run):
 
     Args:
         deadline: on the monotonic clock; kills come before it.
-        usual_seconds: that a run takes without them.
         rng: chooses who is killed, and when.
         bar: shows the time.
     """
@@ -51,15 +50,13 @@ class KilledRun(Run):
         directory: Path,
         launcher: Launcher,
         deadline: float,
-        usual_seconds: float,
         rng: random.Random,
         bar: tqdm[NoReturn],
     ) -> None:
         super().__init__(directory, launcher, [])
-        self._deadline, self._usual_seconds = deadline, usual_seconds
-        self._rng, self._bar = rng, bar
+        self._deadline, self._rng, self._bar = deadline, rng, bar
         self.kills = dict.fromkeys(JOBS, 0)
-        self._next = time.monotonic() + self._pause()
+        self._plan_next(time.monotonic())
 
     def _launch(self, name: str, log: Path, flags: Sequence[str]) -> LaunchedJob:
         assert self._launcher is not None
@@ -68,16 +65,21 @@ class KilledRun(Run):
     def _num_ending(self, name: str) -> int:
         return self.kills[name]
 
-    def _pause(self) -> float:
-        return self._usual_seconds * self._rng.uniform(*PAUSES)
+    def _plan_next(self, now: float) -> None:
+        self._next_time = now + self._rng.uniform(*SECONDS)
+        self._next_payload = self._newest_payload() + self._rng.randrange(PAYLOADS)
+
+    def _newest_payload(self) -> int:
+        records = self.run_dir / "bridge" / "donor" / "records"
+        return max((int(path.stem) for path in records.glob("[0-9]*.safetensors")), default=-1)
 
     def _look(self) -> bool:
         now = time.monotonic()
         if now >= self._deadline:
             return super()._look()
         self._bar.update(round(self._bar.total + now - self._deadline) - self._bar.n)
-        if now >= self._next:
-            self._next = now + self._pause()
+        if now >= self._next_time and self._newest_payload() >= self._next_payload:
+            self._plan_next(now)
             for name in self._rng.choice([("receiver",), ("donor",), JOBS]):
                 self._kill(name)
         return super()._look()
@@ -102,16 +104,14 @@ def kill_loop(minutes: float, seed: int, output: Path) -> tuple[list[Outcome], i
         What each round came to, and how many jobs were killed in all.
     """
     rng, outcomes, kills = random.Random(seed), [], 0
-    begun = time.monotonic()
     with Launcher(output) as launcher, tqdm(total=round(60 * minutes), unit="s") as bar:
-        peace = KilledRun(output / "peace", launcher, 0.0, 0.0, rng, bar)
+        peace = KilledRun(output / "peace", launcher, 0.0, rng, bar)
         peace.finish(None)
         outcomes.append(peace.outcome)
-        start = time.monotonic()
-        usual_seconds, deadline = start - begun, start + 60 * minutes
+        deadline = time.monotonic() + 60 * minutes
         while time.monotonic() < deadline and not outcomes[-1].problems:
             directory = output / f"round-{len(outcomes)}"
-            run = KilledRun(directory, launcher, deadline, usual_seconds, rng, bar)
+            run = KilledRun(directory, launcher, deadline, rng, bar)
             run.finish(peace.weights)
             outcomes.append(run.outcome)
             kills += sum(run.kills.values())

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.faults
 
 STAYS_FULL_SECONDS = 15  # more than the jobs need to find each other
 FROZEN_SECONDS = 7
+OUTAGE_SECONDS = 20
 RANK_SECONDS = 30
 
 
@@ -73,6 +74,26 @@ def test_errors_of_either_side_that_pass_change_nothing(
 
 def roles() -> tuple[Role, Role]:
     return ("donor", "receiver")
+
+
+@pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
+def test_that_an_outage_is_no_silence_of_the_other_job(
+    recipes: FaultyRecipes, undisturbed: dict[str, Tensor], error: str
+) -> None:
+    """Where a teacher can stand in, a silent donor is given up much sooner than ``peer_wait``."""
+    jobs = {role: recipes.start(role, "--exchange", "auto") for role in roles()}
+    recipes.await_payload(80)
+    for role in roles():
+        recipes.disturb(role, f"error {error}")
+    failing = re.compile(f"DISK FAILS since {OUTAGE_SECONDS // 10}[0-9] of")
+    # On a full disk one of the two waits in vain for what the other one cannot write.
+    wait_until(lambda: any(failing.search(job.output()) for job in jobs.values()), "20 s of it")
+    for role in roles():
+        recipes.mend(role)
+    for job in jobs.values():
+        job.wait(TIMEOUT)
+        assert "TRAINING ALONE" not in job.output()
+    check_undisturbed(recipes, undisturbed)
 
 
 @pytest.mark.parametrize("role", roles())

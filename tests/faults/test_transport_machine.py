@@ -30,6 +30,7 @@ EVENTS = {
     },
     "FatesMachine": {
         "applied", "dropped", "rejected", "skipped", "resumed", "taken back", "killed", "pruned",
+        "begun anew",
     },
 }  # fmt: skip
 

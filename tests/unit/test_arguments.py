@@ -15,6 +15,7 @@ from toolkit.arguments import (
     step_arguments,
     training_arguments,
 )
+from toolkit.bridge.arguments import bridge_arguments, check_bridge_arguments, donor_arguments
 
 
 def parse(*flags: str) -> argparse.Namespace:
@@ -80,3 +81,13 @@ def test_that_a_recipe_can_take_steps_and_output_alone(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         check_output_arguments(parser, parser.parse_args(["--checkpoints_total_limit", "1"]))
     assert "needs --checkpointing_steps" in capsys.readouterr().err
+
+
+def test_that_ranks_must_have_patience_for_the_waits_of_the_bridge(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = argparse.ArgumentParser(parents=[bridge_arguments(), donor_arguments()])
+    check_bridge_arguments(parser, parser.parse_args(["--rank_timeout", "11"]))
+    with pytest.raises(SystemExit):
+        check_bridge_arguments(parser, parser.parse_args(["--rank_timeout", "10"]))
+    assert "--rank_timeout: must be more than 10 s, got 10" in capsys.readouterr().err

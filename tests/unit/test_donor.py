@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader
 from tests.oracle import Case, build_dataset, build_network
 from tests.unit.jobs import DonorAlone, batches, reset
 from toolkit import BridgeConfig, BridgeError, GradientDonor
+from toolkit.bridge.errors import DiskError
+from toolkit.bridge.job import _LACKS, _READ
+from toolkit.bridge.transport import READ_SECONDS
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
 
@@ -108,6 +111,30 @@ def test_that_a_follower_publishes_exact_sums_and_forgets_them(
     job.publish_weights(1, 0.3, kind="end")
     assert next(following, None) is None
     assert job.donor.stop_reason == "the receiver has ended"
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_that_a_rank_that_never_reads_the_weights_ends_the_job(
+    start: Callable[..., DonorAlone], monkeypatch: pytest.MonkeyPatch, has_ended: bool
+) -> None:
+    job = start(exchange="gradient")
+    job.donor.config.peer_wait = 3 * READ_SECONDS
+    job.publish_weights(step=0, fill=0.1)
+    if has_ended:
+        job.publish_weights(step=0, fill=0.1, kind="end")
+    num_read = 0
+
+    def vote(value: float) -> float:
+        nonlocal num_read
+        if value != _READ:
+            return value
+        num_read += 1
+        return _LACKS  # as where another rank could not
+
+    monkeypatch.setattr(job.donor.control, "min", vote)
+    with pytest.raises(DiskError, match="not every rank could read the receiver's weights, in 3"):
+        next(job.donor.follow(loader(job, 9)))
+    assert num_read == 3
 
 
 def test_that_a_window_that_is_not_used_is_not_lost(start: Callable[..., DonorAlone]) -> None:

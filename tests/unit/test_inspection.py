@@ -187,7 +187,9 @@ def test_that_a_resume_counts_only_what_led_to_its_weights(tmp_path: Path) -> No
         streams.publish(sequence)
     streams.settle(1, 0, 1, 2, 3, 4)
     streams.start("receiver", 2)
-    Ledger(trail_path(streams.run_dir, 2)).resume(Resumption(1, 3), {})
+    resumed = Ledger(trail_path(streams.run_dir, 2))
+    resumed.resume(Resumption(1, 3), {})
+    resumed.flush()
     streams.settle(2, 3)
 
     books = streams.books()

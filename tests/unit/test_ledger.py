@@ -96,6 +96,7 @@ class Attempts:
         ledger = Ledger(trail_path(self.run_dir, attempt))
         if resumed is not None:
             ledger.resume(resumed, {})
+            ledger.flush()
             ledger.by_donor = {"donor": dict(COUNTS)}
         return ledger
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.unit.full_disk import no_file_above
-from toolkit import metrics
-from toolkit.metrics import PatientTensorBoard, image_grid
+from toolkit import checkpoints, metrics
+from toolkit.metrics import PatientTensorBoard, image_grid, start_tracking
 
 
 # TensorBoard's own thread ends with the error, and says so.
@@ -38,6 +40,31 @@ def test_that_curves_have_a_gap_where_the_disk_failed_and_go_on(
     curve = EventAccumulator(str(tmp_path / "job")).Reload().Scalars("loss")
     assert {event.step: event.value for event in curve} == {1: 1.0, 4: 4.0}
     assert caplog.text.count("TensorBoard's curves have a gap at step 2: [Errno 27]") == 1
+
+
+def test_that_curves_begin_once_the_disk_lets_them(
+    tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "RETRY_SECONDS", 0.01)
+    accelerator = Accelerator(
+        cpu=True, log_with="tensorboard", project_config=ProjectConfiguration(str(tmp_path))
+    )
+    start, tries = PatientTensorBoard.start, []
+
+    def fail_twice(tracker: PatientTensorBoard) -> None:
+        tries.append(tracker)
+        if len(tries) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        start(tracker)
+
+    monkeypatch.setattr(PatientTensorBoard, "start", fail_twice)
+    start_tracking(accelerator, tmp_path / "job", {"lr": 0.1}, ["loss"])
+    accelerator.log({"loss": 3.0}, step=1)
+    accelerator.end_training()
+
+    found = EventAccumulator(str(tmp_path / "job")).Reload()
+    assert [event.value for event in found.Scalars("loss")] == [3.0]
+    assert "configuration/text_summary" in found.Tags()["tensors"]
 
 
 def test_that_a_grid_keeps_rows_and_columns() -> None:

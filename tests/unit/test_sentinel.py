@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,28 @@ def test_that_an_alarm_counts_whether_its_payload_is_applied_or_not(
     assert watch.counts == {"zero": 4}
     assert watch.alarms == ("zero",)
     assert caplog.text.count("ALARM: the donor") == 1
+
+
+def test_that_an_alarm_counts_once_where_the_disk_refuses_its_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = Bridge(DirectoryTransport(tmp_path), rejects_alarms=True)
+    for _ in range(PATIENCE - 1):
+        bridge.donate(at=bridge.step, tensors={"w": torch.zeros(3)})
+        bridge.take()
+    bridge.donate(at=bridge.step, tensors={"w": torch.zeros(3)})
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space"):
+                bridge.look()
+    assert bridge.look() is None
+    assert bridge.inbox.sentinel.counts == {"zero": 1}
+    assert bridge.transport.rejection("donor", PATIENCE - 1) == "alarm"
 
 
 @pytest.mark.parametrize("rejects", [False, True])

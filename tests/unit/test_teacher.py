@@ -135,6 +135,31 @@ def test_that_a_disk_that_fails_while_weights_are_looked_for_ends_no_step(
     job.steps_until(lambda: job.versions() == {"donor": 20})
 
 
+def test_that_a_disk_that_fails_for_another_rank_too_ends_no_step(
+    start: Start, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donor = Donor(runs_dir)
+    donor.teach(0, weights(1))
+    job = start()
+    assert job.receiver._lessons is not None
+    teachers = job.receiver._lessons.teachers
+    donor.teach(1, weights(2))
+    while (offer := teachers.poll()) is None:
+        pass
+    teachers.begin(offer)
+
+    def fail(path: Any = ".") -> list[str]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teachers.control, "min", lambda value: 0.0)  # another rank could not read
+        patch.setattr(os, "listdir", fail)
+        teachers.refresh()
+    assert job.versions() == {"donor": 10}
+    donor.teach(2, weights(3))
+    job.steps_until(lambda: job.versions() == {"donor": 30})
+
+
 def test_that_weights_that_come_before_they_are_needed_are_taken_later(
     start: Start, runs_dir: Path
 ) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +18,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 
-from toolkit.bridge.errors import BridgeError
 from toolkit.data import NO_LABEL, make_dataset
 from toolkit.training import (
-    CompletedSteps,
     banner,
     evaluate,
     final_weights,
-    find_checkpoint,
     new_output_dir,
     output_directory,
-    save_checkpoint,
     write_results,
 )
 
@@ -91,26 +85,6 @@ def test_where_a_recipe_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert output_directory(args, "joint") == expected
 
 
-def test_checkpoints(tmp_path: Path) -> None:
-    accelerator = Accelerator(cpu=True)
-    completed = CompletedSteps()
-    accelerator.register_for_checkpointing(completed)
-    (tmp_path / ".saving-step_1").mkdir()  # of a job that was killed
-    for step in (8, 9, 10):
-        completed.value = step
-        save_checkpoint(accelerator, tmp_path, step, total_limit=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_10", "step_9"]
-    latest = find_checkpoint("latest", tmp_path)
-    assert latest.name == "step_10"
-    completed.value = 0
-    accelerator.load_state(str(latest))
-    assert completed.value == 10
-    with pytest.raises(ValueError, match=r"step_8 is no checkpoint.*\['step_9', 'step_10'\]"):
-        find_checkpoint(str(tmp_path / "step_8"), tmp_path)
-    with pytest.raises(ValueError, match=r"no checkpoint in .* to resume from"):
-        find_checkpoint("latest", tmp_path / "elsewhere")
-
-
 def test_results(tmp_path: Path) -> None:
     state = {"heads.h1.weight": torch.arange(6.0).reshape(2, 3).T}
     write_results(tmp_path / "out", {"recipe": "joint"}, state)
@@ -135,54 +109,3 @@ def test_that_final_weights_have_plain_names() -> None:
     accelerator = Accelerator(cpu=True)
     names = list(final_weights(accelerator, accelerator.prepare(model)))
     assert names == ["0.weight", "0.bias", "1.weight", "1.bias"]
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 20 kB, as on a disk that is full."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.mark.parametrize("part", ["model", "optimizer"])
-@pytest.mark.usefixtures("fresh_state", "small_files")
-def test_that_a_checkpoint_that_the_disk_refuses_is_one_line(tmp_path: Path, part: str) -> None:
-    accelerator, model = Accelerator(cpu=True), nn.Linear(100, 100)
-    optimizer = torch.optim.AdamW(model.parameters())
-    if part == "model":
-        accelerator.prepare(model)
-    else:
-        model(torch.ones(100)).sum().backward()
-        optimizer.step()
-        accelerator.prepare(optimizer)
-
-    with pytest.raises(BridgeError, match=r"cannot write the checkpoint .*step_3: .*Free some"):
-        save_checkpoint(accelerator, tmp_path, 3, None)
-
-    assert not (tmp_path / "step_3").exists()
-
-
-@pytest.mark.usefixtures("fresh_state", "small_files")
-def test_that_results_that_the_disk_refuses_are_one_line(tmp_path: Path) -> None:
-    Accelerator(cpu=True)
-
-    with pytest.raises(BridgeError, match="cannot write the results in"):
-        write_results(tmp_path, {}, {"w": torch.zeros(10_000)})
-
-    assert not (tmp_path / "model.safetensors").exists()
-
-
-@pytest.mark.usefixtures("fresh_state")
-def test_that_an_error_of_the_code_stays_what_it_is(tmp_path: Path) -> None:
-    accelerator = Accelerator(cpu=True)
-
-    def refuse(*_: object) -> None:
-        raise RuntimeError("in the middle of a window")
-
-    accelerator.register_save_state_pre_hook(refuse)
-    with pytest.raises(RuntimeError, match="middle of a window") as caught:
-        save_checkpoint(accelerator, tmp_path, 3, None)
-
-    assert not isinstance(caught.value, BridgeError)

@@ -17,13 +17,17 @@ from toolkit.bridge.config import (
     BridgeConfig,
     Role,
 )
+from toolkit.bridge.control import SLICE_SECONDS
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.rescaling import RESCALE_RULES
 from toolkit.bridge.runs import newest_run
+from toolkit.bridge.transport import READ_SECONDS
+from toolkit.checkpoints import find_checkpoint
 from toolkit.flag_types import checkpointing_steps, positive_float, weights
-from toolkit.training import find_checkpoint
 
 _DEFAULTS = BridgeConfig()
+# Seconds: a slice of a wait, and the tries of a rank to read what the main one has read.
+_SHORTEST_RANK_TIMEOUT = SLICE_SECONDS + READ_SECONDS
 
 
 def bridge_arguments() -> argparse.ArgumentParser:
@@ -275,6 +279,11 @@ def check_bridge_arguments(
             config.weight_of(head)
     except ValueError as error:
         parser.error(str(error))
+    if args.rank_timeout <= _SHORTEST_RANK_TIMEOUT:
+        parser.error(
+            f"argument --rank_timeout: must be more than {_SHORTEST_RANK_TIMEOUT:g} s, got "
+            f"{args.rank_timeout:g}: so long may ranks wait for the main one while all is well"
+        )
 
 
 def checkpoint_to_resume(args: argparse.Namespace, role: Role) -> Path | None:

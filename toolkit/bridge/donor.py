@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 from toolkit.bridge.accumulation import Window, scale_grads_
 from toolkit.bridge.agreement import read_claim
 from toolkit.bridge.config import Role
-from toolkit.bridge.errors import PayloadError
+from toolkit.bridge.errors import DiskError, Interrupted, PayloadError
+from toolkit.bridge.interruption import GRACE_SECONDS
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.liveness import PeerWatch, Wait
 from toolkit.bridge.loss_scale import FollowedLossScale
@@ -36,6 +37,7 @@ from toolkit.bridge.payload import (
     payload_dtype,
 )
 from toolkit.bridge.payload_outbox import PayloadOutbox
+from toolkit.bridge.transport import READ_SECONDS
 from toolkit.bridge.weights_inbox import WeightsInbox
 from toolkit.inner_products import all_finite, squared_norm
 from toolkit.parameters import check_only_shared_trains, innermost_optimizer
@@ -271,6 +273,7 @@ class GradientDonor(BridgeJob):
             return self._begin_own_window()
         if self._round is not None:
             return True
+        num_unread = 0
         while True:
             self._wait = None
             decision, self._wait_seconds = self._decide(self._poll, grace=0)
@@ -285,13 +288,25 @@ class GradientDonor(BridgeJob):
             if decision.sequence >= 0:
                 mine = self._inbox.fetched if self.accelerator.is_main_process else None
                 record = self._read_everywhere("receiver", decision.sequence, decision.digest, mine)
-                if record is None:
-                    continue  # replaced by newer ones meanwhile: decide again
+                if record is None:  # replaced by newer ones meanwhile: decide again
+                    num_unread += 1
+                    self._check_reading(num_unread)
+                    continue
                 self._load(record)
             if decision.action == "stop":
                 self.stop_reason = "the receiver has ended"
                 return False
             return True
+
+    def _check_reading(self, num_tries: int) -> None:
+        """That some rank could not read the weights so often, on all ranks alike."""
+        if num_tries * READ_SECONDS >= self.config.peer_wait:
+            raise DiskError(
+                f"not every rank could read the receiver's weights, in {num_tries} tries of "
+                f"{READ_SECONDS:g} s each (--peer_wait {self.config.peer_wait:g}); what hindered "
+                f"it is in its log. Let the hosts of all ranks read {self.run_dir}, then start "
+                "this job again, with --resume_from_checkpoint if it has a checkpoint"
+            )
 
     def _begin_own_window(self) -> bool:
         """The next window of a donor that trains by itself; False if the receiver has ended."""
@@ -307,14 +322,14 @@ class GradientDonor(BridgeJob):
         self.receiver_step = self.completed_windows
         return True
 
-    def _publish_own_weights(self) -> None:
-        """Publish the weights that this donor has trained. A collective."""
+    def _publish_own_weights(self, grace: float = math.inf) -> None:
+        """Publish the weights that this donor has trained. A collective; ``grace`` as elsewhere."""
         if self._own_published == self.completed_windows:
             return
         self._own_published = self.completed_windows
         weights = self._whole_weights()
         header = self._header("weights").of_weights("")  # their digest is filled in
-        self._persist(lambda: self._own_weights.publish_weights(header, weights))
+        self._persist(lambda: self._own_weights.publish_weights(header, weights), grace)
 
     def _poll(self) -> _Decision | None:
         """On the main process: what the next window is for, or None to wait."""
@@ -465,10 +480,16 @@ class GradientDonor(BridgeJob):
         return dataclasses.replace(self._header("end"), weights_digest="")
 
     def close(self) -> None:
-        """Publish this job's last weights, if it trained by itself, and its end, and leave."""
+        """Publish this job's last weights, if it trained by itself, and its end, and leave.
+
+        A collective; safe to call twice. What the disk refuses is not published.
+        """
         is_own = not self.config.follows or (self._is_alone and self.windows_alone)
         if not self._closed and is_own and self.config.has_own_weights:
-            self._publish_own_weights()
+            try:
+                self._publish_own_weights(GRACE_SECONDS)
+            except (DiskError, Interrupted) as error:
+                logger.error("the last weights of the %s are not published: %s", self.job, error)
         super().close()
 
     @property

@@ -275,8 +275,10 @@ class Inbox:
             return "skipped", "", record
         alarms = [alarm for alarm in self.sentinel.judge(record) if alarm in OF_ONE_PAYLOAD]
         if alarms and self._rejects_alarms:
-            self.sentinel.raise_alarms(tuple(alarms))
-            raise PayloadError("alarm", f"{' and '.join(alarms)}, and on_alarm is 'reject'")
+            detail = f"{' and '.join(alarms)}, and on_alarm is 'reject'"
+            self.reject(header.sequence, PayloadError("alarm", detail))
+            self.sentinel.raise_alarms(tuple(alarms))  # once, however often the disk refused that
+            return "rejected", "alarm", None
         return "applied", "", record
 
     def _note_life(self, sequence: int, outcome: Outcome, step: int, peer: PeerWatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _HEADER_ALLOWANCE_BYTES = 2**20
+_DISK_FAILS, _LACKS, _READ = 0.0, 1.0, 2.0  # what a rank has come to with a record, worst first
 
 
 class BridgeJob:
@@ -218,19 +220,33 @@ class BridgeJob:
             sequence: the record's number.
             digest: the tensors' digest that the main process read; every rank must find it.
             mine: the record, where this rank has read it already.
+
+        Raises:
+            DiskError: on every rank, if the disk of one fails for ``peer_wait`` seconds.
         """
-        record = mine
-        deadline = time.monotonic() + READ_SECONDS
+        record, disk_fails, start = mine, False, time.monotonic()
         while record is None:
             try:
                 record = self._read(job, sequence)
             except (OSError, PayloadError) as error:
-                if time.monotonic() > deadline:
+                disk_fails = isinstance(error, OSError) and error.errno != errno.ENOENT
+                patience = self.config.peer_wait if disk_fails else READ_SECONDS
+                if time.monotonic() > start + patience:
                     logger.warning("rank cannot read record %d: %s", sequence, error)
                     break
                 time.sleep(0.05)
-        ok = record is not None and record.header.tensors_digest == digest
-        return record if self.control.agree(ok) else None
+        if record is None:
+            mine_is = _DISK_FAILS if disk_fails else _LACKS
+        else:
+            mine_is = _READ if record.header.tensors_digest == digest else _LACKS
+        outcome = self.control.min(mine_is)
+        if outcome == _DISK_FAILS:
+            raise DiskError(
+                f"the disk of some rank has failed for {self.config.peer_wait:g} s (--peer_wait), "
+                f"as that rank's log says: let its host read {self.run_dir} again, then start this "
+                "job again, with --resume_from_checkpoint if it has a checkpoint"
+            )
+        return record if outcome == _READ else None
 
     # -- waiting, and being interrupted -------------------------------------------------------
 

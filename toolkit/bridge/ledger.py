@@ -75,10 +75,9 @@ class Ledger:
         self.flush()
 
     def resume(self, resumption: Resumption, by_donor: dict[str, dict[str, int]]) -> None:
-        """Go on from a checkpoint and the counts in it."""
+        """Go on from a checkpoint and the counts in it; the trail says so from :meth:`flush` on."""
         self.by_donor = {donor: dict(counts) for donor, counts in by_donor.items()}
         self._queue(resumption)
-        self.flush()
 
     def _queue(self, line: Entry | Resumption) -> None:
         if self._path is not None:
@@ -88,12 +87,12 @@ class Ledger:
         """Append to the trail what is not in it yet; after an ``OSError`` it may be repeated."""
         if not self._unwritten or self._path is None:
             return
-        is_new = not self._path.exists()
         with self._path.open("ab") as file:
             if self._torn_at is None:
                 self._torn_at = file.tell()
             file.truncate(self._torn_at)
             file.write(self._unwritten.encode())
+        is_new = self._torn_at == 0  # also where an earlier try has made the file, and failed
         if is_new:
             files.restrict(self._path)
         if self._durable:

@@ -114,6 +114,7 @@ class Lessons:
                 break
             teachers.begin(offer)
             teachers.take()
+        rest.lasts(())  # nobody is waited for any more
         self._change()
 
     def stand_in(self, alone: Collection[str], trained: Mapping[str, int], step: int) -> None:

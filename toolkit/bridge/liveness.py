@@ -6,7 +6,6 @@ monotonic clock. Clocks of two hosts are never compared, and a stepped clock cha
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -35,12 +34,13 @@ class Heartbeat:
 
     Attributes:
         rests: whether it beats more slowly, which may be set at any time.
+        fails: whether the disk has refused its newest beat. It may have refused the peers' too.
     """
 
     def __init__(self, transport: DirectoryTransport, job: str, attempt: int = 0) -> None:
         self._transport, self._job = transport, job
         self._stop = threading.Event()
-        self.rests = False
+        self.rests = self.fails = False
         # With a key a smaller value is no life: a restart goes on above those of earlier ones,
         # even where the last one cannot be read.
         self._counter = max(int(transport.heartbeat(job) or 0), attempt << 32)
@@ -51,8 +51,11 @@ class Heartbeat:
         while True:
             self._counter += 1
             # A disk that fails for a while is silence, which the peer's deadline covers.
-            with contextlib.suppress(OSError):
+            try:
                 self._transport.beat(self._job, self._counter)
+                self.fails = False
+            except OSError:
+                self.fails = True
             if self._stop.wait(BEAT_SECONDS * (RESTING_BEATS if self.rests else 1)):
                 return
 
@@ -67,6 +70,7 @@ class PeerWatch:
 
     Attributes:
         seen: whether it was observed to live since this watch began.
+        num_signs: how often.
         longest_round: the longest time, in seconds, that it has taken to answer so far.
     """
 
@@ -81,6 +85,7 @@ class PeerWatch:
         self._counter = transport.heartbeat(job)
         self._last_sign = self._clock()
         self.seen = False
+        self.num_signs = 0
         self.longest_round = 0.0
 
     def observe(self) -> bool:
@@ -99,6 +104,7 @@ class PeerWatch:
     def sign_of_life(self) -> None:
         """Note that the job did something that only a living job does."""
         self._last_sign, self.seen = self._clock(), True
+        self.num_signs += 1
 
     @property
     def silent_seconds(self) -> float:
@@ -172,7 +178,8 @@ class Wait:
         self._peer, self._what, self._hint = peer, what, hint
         self._peer_wait, self._require_peer = peer_wait, require_peer
         self._patience = peer_wait if patience is None else patience
-        self._watched = 0.0  # seconds, up to the last look
+        self._watched = self._blind = 0.0  # seconds, up to the last look
+        self._heard, self._num_signs = 0.0, peer.num_signs  # `seconds` at the newest sign of life
         self._last_look = time.monotonic()
         # A peer that never showed life is most likely not started: say so soon, but give the
         # heart of one that is just here time to beat.
@@ -183,9 +190,19 @@ class Wait:
         """How long the wait has lasted, but for times in which this job did not look."""
         return self._watched + min(time.monotonic() - self._last_look, BLIND_SECONDS)
 
-    def note_presence(self) -> None:
-        """This job does not stand still: the time since the last call, or look, is waited time."""
-        self._watched, self._last_look = self.seconds, time.monotonic()
+    def note_presence(self, saw_nothing: bool = False) -> None:
+        """This job does not stand still: the time since the last call, or look, is waited time.
+
+        Args:
+            saw_nothing: it is not, because the disk failed meanwhile; for ``peer_wait`` seconds of
+                the wait at most.
+        """
+        passed = self.seconds - self._watched
+        if saw_nothing and self._blind < self._peer_wait:
+            self._blind += passed
+        else:
+            self._watched += passed
+        self._last_look = time.monotonic()
 
     def is_over(self) -> None:
         """What was waited for has come."""
@@ -216,7 +233,10 @@ class Wait:
 
     @property
     def _silent_seconds(self) -> float:
-        return min(self._peer.silent_seconds, self.seconds)
+        """Of the wait, since a sign of life: times in which this job did not look do not count."""
+        if self._peer.num_signs != self._num_signs:
+            self._heard, self._num_signs = self.seconds, self._peer.num_signs
+        return self.seconds - self._heard
 
     @property
     def _stall_limit(self) -> float:

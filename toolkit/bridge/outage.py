@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-STATUS_SECONDS = 5.0
+STATUS_SECONDS, RETRY_SECONDS = 5.0, 0.05
 _REMEDIES = {
     errno.ENOSPC: "free some space on its file system",
     errno.EDQUOT: "delete something of yours there, or have your quota raised",
@@ -75,3 +75,15 @@ def riding_out(
         return outcome
 
     return riding
+
+
+def ride_out(action: Callable[[], T], directory: Path, patience_seconds: float) -> T:
+    """What ``action`` returns once the disk lets it; arguments as of :func:`riding_out`.
+
+    Raises:
+        DiskError: if the disk fails for so long.
+    """
+    poll = riding_out(lambda: (action(),), directory, patience_seconds)
+    while (outcome := poll()) is None:
+        time.sleep(RETRY_SECONDS)
+    return outcome[0]

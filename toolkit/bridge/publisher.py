@@ -55,7 +55,7 @@ class Publisher:
         self.next_sequence = max([self._newest, *refused]) + 1
         self._next_clearing = 0
         self.num_records = self.num_bytes = 0
-        self._tried = -1  # the number under which publishing failed last
+        self._tried: Header | None = None  # of the record whose publishing failed last
 
     def publish(
         self, header: Header, tensors: Mapping[str, Tensor], digest: Digest | None = None
@@ -63,7 +63,8 @@ class Publisher:
         """Publish the next record; its size in bytes.
 
         A number that an alien file occupies, or that the reader has refused already, is passed
-        over. After an ``OSError`` it may be repeated with the same record, which is there once.
+        over. After an ``OSError`` it may be repeated with the same record, which is there once, or
+        go on with another one, which then comes after the one that failed, if that is there.
 
         Args:
             header: of the record, whose stream and number are filled in.
@@ -87,20 +88,23 @@ class Publisher:
 
             try:
                 size = self._transport.publish(self.stream, sequence, write)
+                is_this_one = True
             except FileExistsError:
-                if sequence != self._tried or not self._is_there(numbered, digest):
+                if not self._has_left(sequence):
                     self._refuse_rival(sequence)
                     self.next_sequence += 1
                     continue
                 size = self._transport.complete(self.stream, sequence)
+                is_this_one = self._tried == numbered.with_digest(digest.result())
             except OSError:
-                self._tried = sequence
+                self._tried = numbered.with_digest(digest.result())
                 raise
             self._newest = sequence
             self.next_sequence += 1
             self.num_records += 1
             self.num_bytes += size
-            return size
+            if is_this_one:
+                return size
 
     def publish_weights(
         self, header: Header, tensors: Mapping[str, Tensor], digest: Digest | None = None
@@ -144,13 +148,14 @@ class Publisher:
                 return sequence
         return -1
 
-    def _is_there(self, header: Header, digest: Digest) -> bool:
+    def _has_left(self, sequence: int) -> bool:
         """Whether a record is what a try that failed at its very end has left."""
+        if self._tried is None or self._tried.sequence != sequence:
+            return False
         try:
-            found = self._transport.read_header(self.stream, header.sequence)
+            return self._transport.read_header(self.stream, sequence) == self._tried
         except PayloadError:
             return False
-        return found == header.with_digest(digest.result())
 
     def _refuse_rival(self, sequence: int) -> None:
         path = self._transport.path(self.stream, sequence)

@@ -37,6 +37,7 @@ from toolkit.bridge.lessons import (
     sharded_head,
 )
 from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS, ArrivalWatch, PeerWatch, Wait
+from toolkit.bridge.outage import ride_out
 from toolkit.bridge.outer import OuterOptimizer
 from toolkit.bridge.own_weights import newest_own_weights, stream_of
 from toolkit.bridge.payload import Header, Record
@@ -579,6 +580,7 @@ class GradientReceiver(BridgeJob):
         self.steps_alone = state["steps_alone"]
         self.steps_taught = state["steps_taught"]
         self.ledger.resume(Resumption(state["attempt"], self.completed_steps), state["ledger"])
+        self._persist(self.ledger.flush)
         self._injector.forget_weights()
         if self._injector.needs_older_weights:
             # Older weights are in no checkpoint: what was taken at them is superseded.
@@ -622,7 +624,14 @@ class GradientReceiver(BridgeJob):
         return total
 
     def fates_by_donor(self) -> dict[str, dict[str, int]]:
-        """The same for each donor; empty but on the main process."""
+        """The same for each donor; empty but on the main process.
+
+        Raises:
+            DiskError: if the donors' directories cannot be looked at for ``peer_wait`` seconds.
+        """
+        return ride_out(self._count_fates, self.run_dir, self.config.peer_wait)
+
+    def _count_fates(self) -> dict[str, dict[str, int]]:
         fates: dict[str, dict[str, int]] = {}
         for donor in self._donors.names if self._donors is not None else ():
             pending, published = self._on_main.published(donor)

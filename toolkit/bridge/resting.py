@@ -29,6 +29,7 @@ class Rest:
     def __init__(self, heart: Heartbeat | None) -> None:
         self._heart = heart
         self._next_glance = self._next_look = self._awake_until = 0.0
+        self._was_blind = False
 
     def lasts(self, waits: Sequence[Wait]) -> bool:
         """Whether this poll shall not look at the file system. Glances at the peers if it is time.
@@ -38,8 +39,11 @@ class Rest:
         Args:
             waits: those that are not over; none at all means that a look is due.
         """
+        # Where this job's heart cannot beat, those of the peers may not be able to either.
+        is_blind = self._was_blind or (self._heart is not None and self._heart.fails)
         for wait in waits:
-            wait.note_presence()
+            wait.note_presence(saw_nothing=is_blind)
+        self._was_blind = False
         rests = self._lasts(waits)
         if self._heart is not None:
             self._heart.rests = rests
@@ -48,8 +52,9 @@ class Rest:
         return rests
 
     def wake(self) -> None:
-        """A look has failed: look again soon, however silent the peers."""
+        """A look has failed: it could not see who lives, and the next one comes soon."""
         self._awake_until = time.monotonic() + QUIET_SECONDS
+        self._was_blind = True
 
     def _lasts(self, waits: Sequence[Wait]) -> bool:
         now, number = time.monotonic(), len(waits)

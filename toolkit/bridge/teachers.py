@@ -299,15 +299,15 @@ class Teachers:
         """Refuse weights for good; the teacher that there is goes on."""
         self._useless.add((donor, sequence))
         stream = stream_of(donor)
-        if sequence not in self._transport.sequences(stream):
-            return  # pruned meanwhile: newer ones are there
-        if error.reason == "schema":
-            self.misfit = f"weights {sequence} of the {donor}: {error.detail}"
-        logger.warning("weights %d of the %s rejected: %s", sequence, donor, error)
         try:
+            if sequence not in self._transport.sequences(stream):
+                return  # pruned meanwhile: newer ones are there
+            if error.reason == "schema":
+                self.misfit = f"weights {sequence} of the {donor}: {error.detail}"
+            logger.warning("weights %d of the %s rejected: %s", sequence, donor, error)
             self._transport.reject(stream, sequence, error.reason, error.detail)
-        except OSError as failure:  # it stays where it is, and is not looked at again
-            logger.warning("cannot put them aside: %s", failure)
+        except OSError as failure:  # they stay where they are, and are not looked at again
+            logger.warning("cannot put weights %d of the %s aside: %s", sequence, donor, failure)
 
     # -- the end ------------------------------------------------------------------------------
 

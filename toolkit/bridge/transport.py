@@ -57,6 +57,7 @@ class DirectoryTransport:
         self.root, self.signer = root, signer
         self.small = SignedFiles(root, signer)
         self._undeletable: set[Path] = set()  # directories that a warning was given for
+        self._kept: set[str] = set()  # jobs whose directory of kept records is durable
 
     def open_stream(self, job: str) -> None:
         """Make the directories of ``job``'s own stream. Called once, by the job that publishes.
@@ -192,11 +193,16 @@ class DirectoryTransport:
         try:
             if not target.parent.is_dir():
                 files.make_directory(target.parent)
+            if job not in self._kept:
                 files.fsync_path(target.parent.parent)
+                self._kept.add(job)
             if not self._is_inside(job, "kept"):
                 raise NotADirectoryError(errno.ENOTDIR, "is outside of the run", str(target.parent))
-            with contextlib.suppress(FileExistsError):  # kept before a resume: the same bytes
+            try:
                 files.link(self.path(job, sequence), target)
+            except FileExistsError:
+                # Kept before a resume, or by a try that failed at its very end: the same bytes.
+                files.fsync_path(target.parent)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise BridgeError(f"cannot keep payload {sequence} as {target}: {error}") from error
 

@@ -39,7 +39,8 @@ class WeightsInbox:
         self._answered: dict[tuple[int, str], int] = {}
         self.fetched: Record | None = None
         self.completed_windows = 0
-        for sequence in transport.sequences(donor):
+        refused = transport.rejected(donor)  # a receiver killed then may not have moved it aside
+        for sequence in sorted({*transport.sequences(donor)}.difference(refused)):
             try:
                 header = transport.read_header(donor, sequence)
             except (FileNotFoundError, PayloadError):

@@ -1,0 +1,204 @@
+"""Checkpoints: complete under their name or not there, few, and written to a disk that may fail."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError
+
+from toolkit.bridge.errors import BridgeError
+from toolkit.bridge.job import BridgeJob
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_SECONDS, RETRY_SECONDS = 60.0, 1.0  # with a disk that fails
+_SAVING = ".saving-"  # prefix of a checkpoint that is not complete yet
+# What torch.save says, by a RuntimeError, where the disk refuses.
+_TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream")
+
+
+class CompletedSteps:
+    """A counter that travels with checkpoints (``accelerator.register_for_checkpointing``)."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint holds."""
+        return {"completed_steps": self.value}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a checkpoint."""
+        self.value = state["completed_steps"]
+
+
+def save_checkpoint(
+    accelerator: Accelerator, output_dir: Path, step: int, total_limit: int | None
+) -> None:
+    """Save ``<output_dir>/step_<step>``, then delete the oldest ones beyond a limit. A collective.
+
+    The name appears when the checkpoint is complete: a job killed meanwhile leaves none of it.
+
+    Args:
+        accelerator: saves everything prepared and registered.
+        output_dir: of the job.
+        step: completed optimizer steps.
+        total_limit: checkpoints to keep, this one included; None for all.
+
+    Raises:
+        BridgeError: on all ranks, if the disk refuses it for a minute to one of them, saying what
+            to do. What is sharded is tried once.
+    """
+    target = output_dir / f"step_{step}"
+    temporary = output_dir / f"{_SAVING}{target.name}"
+
+    def clear() -> None:
+        for leftover in output_dir.glob(f"{_SAVING}*"):
+            shutil.rmtree(leftover)
+
+    def name() -> None:
+        if temporary.exists():  # else an earlier try has done it
+            if target.exists():  # saved before the job was resumed from an older one
+                shutil.rmtree(target)
+            temporary.rename(target)
+        if total_limit is not None:
+            for old in _checkpoints(output_dir)[:-total_limit]:
+                shutil.rmtree(old)
+
+    def nothing() -> None:
+        pass
+
+    def on_any_rank(failed: bool) -> bool:
+        flag = torch.tensor(float(failed), device=accelerator.device)
+        return bool(accelerator.reduce(flag, reduction="sum") > 0)
+
+    is_main = accelerator.is_main_process
+    # Ranks that save shards wait for each other within: one cannot try again by itself.
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP
+    for write in (
+        clear if is_main else nothing,
+        lambda: accelerator.save_state(str(temporary)),
+        name if is_main else nothing,
+    ):
+        write_patiently("the checkpoint", target, write, on_any_rank, is_repeatable=not is_sharded)
+
+
+def write_patiently(
+    what: str,
+    path: Path,
+    write: Callable[[], object],
+    on_any_rank: Callable[[bool], bool] = bool,
+    *,
+    is_repeatable: bool = True,
+) -> None:
+    """Write, and again for a minute where the disk refuses it.
+
+    Args:
+        what: in words, for the message.
+        path: likewise.
+        write: may be repeated after a failure.
+        on_any_rank: of whether this rank has failed, whether one has; a collective, where all ranks
+            write.
+        is_repeatable: False to try once.
+
+    Raises:
+        BridgeError: on all ranks, saying what to do.
+    """
+    start, num_tries = time.monotonic(), 0
+    while True:
+        failure: Exception | None = None
+        try:
+            write()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(m in str(error) for m in _TORCH_SAVE):
+                raise
+            failure = error
+        num_tries += 1
+        if not on_any_rank(failure is not None):
+            if num_tries > 1:
+                logger.warning("the disk took %s %s at try %d", what, path, num_tries)
+            return
+        reason = failure or "the disk of another rank refuses it"
+        # Tries, not seconds: all ranks count the same.
+        if not is_repeatable or num_tries > PATIENCE_SECONDS / RETRY_SECONDS:
+            raise BridgeError(
+                f"cannot write {what} {path}: {reason}. Free some space there, or let this user "
+                "write there again, and go on from the newest checkpoint "
+                "(--resume_from_checkpoint latest)"
+            ) from failure
+        if num_tries % 5 == 1:
+            logger.warning(
+                "DISK FAILS since %.0f s, trying again for about %g s: cannot write %s %s: %s",
+                time.monotonic() - start, PATIENCE_SECONDS, what, path, reason,
+            )  # fmt: skip
+        time.sleep(RETRY_SECONDS)
+
+
+def leave_checkpoint(
+    accelerator: Accelerator,
+    job: BridgeJob,
+    output_dir: Path,
+    step: int,
+    total_limit: int | None,
+) -> None:
+    """Save where a signal has stopped a job, unless at its start, and say how to go on.
+
+    A collective.
+
+    Args:
+        accelerator: saves everything prepared and registered.
+        job: that was stopped.
+        output_dir: of the job.
+        step: completed optimizer steps.
+        total_limit: checkpoints to keep, this one included; None for all.
+    """
+    name = signal.Signals(job.stop_signal).name
+    if not step:
+        return
+    if (obstacle := job.obstacle_to_saving) is not None:
+        if accelerator.is_main_process:
+            logger.warning("%s: no checkpoint of step %d: %s", name, step, obstacle)
+        return
+    save_checkpoint(accelerator, output_dir, step, total_limit)
+    if accelerator.is_main_process:
+        path = output_dir / f"step_{step}"
+        logger.warning("%s: go on with --resume_from_checkpoint %s", name, path)
+
+
+def find_checkpoint(resume_from_checkpoint: str, output_dir: Path) -> Path:
+    """The checkpoint that ``--resume_from_checkpoint`` names.
+
+    Args:
+        resume_from_checkpoint: a path, or ``latest`` for the highest step in ``output_dir``.
+        output_dir: of the job.
+
+    Raises:
+        ValueError: if there is none, naming those that there are.
+    """
+    there = _checkpoints(output_dir)
+    if resume_from_checkpoint == "latest":
+        if not there:
+            raise ValueError(
+                f"no checkpoint in {output_dir} to resume from: give --output_dir of a job that "
+                "had --checkpointing_steps, or the checkpoint's path"
+            )
+        return there[-1]
+    path = Path(resume_from_checkpoint)
+    if not path.is_dir():
+        names = [checkpoint.name for checkpoint in there]
+        raise ValueError(f"{path} is no checkpoint; {output_dir} has {names or 'none'}")
+    return path
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, by step."""
+    paths = [path for path in output_dir.glob("step_*") if path.name[5:].isdecimal()]
+    return sorted(paths, key=lambda path: int(path.name[5:]))

@@ -231,6 +231,7 @@ def test_a_changed_weight(copied: Path, verify: Verify) -> None:
     assert "the receiver was started 2 times; the replay has the arguments of the last" in out
 
 
+@pytest.mark.slow
 def test_a_changed_ledger(copied: Path, verify: Verify) -> None:
     """Two payloads change places, each with its own digest; the results tell of one step more."""
     results_path = copied / "receiver" / "results.json"

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from toolkit.checkpoints import write_patiently
+from toolkit.patience import write_patiently
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from toolkit.bridge.errors import BridgeError
-from toolkit.checkpoints import write_patiently
 from toolkit.data import NO_LABEL, to_dtype
 from toolkit.multitask import CLASSES, Kind
 from toolkit.parameters import plain_name
+from toolkit.patience import write_patiently
 
 logger = logging.getLogger(__name__)
 

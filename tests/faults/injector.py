@@ -23,7 +23,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from toolkit import GradientDonor, GradientReceiver, training
+from toolkit import GradientDonor, GradientReceiver, checkpoints
 from toolkit.bridge import files
 from toolkit.bridge.injection import Injector as GradientInjector
 from toolkit.bridge.job import BridgeJob
@@ -172,7 +172,7 @@ class Injector:
         self._around(GradientReceiver, "commit", "commit")
         self._around(BridgeJob, "close", "end")
         # Recipes import this one by name, later.
-        self._around(training, "save_checkpoint", "checkpoint", done="checkpoint: complete")
+        self._around(checkpoints, "save_checkpoint", "checkpoint", done="checkpoint: complete")
         self._around(BridgeJob, "_on_save_state", "", done="checkpoint: half written")
         self._around(Accelerator, "save_state", "", done="checkpoint: written")
 

@@ -13,7 +13,7 @@ from unittest import mock
 
 from accelerate import Accelerator
 
-from toolkit import checkpoints
+from toolkit import patience
 from toolkit.bridge.errors import BridgeError
 from toolkit.checkpoints import CompletedSteps, save_checkpoint
 
@@ -32,7 +32,7 @@ def main(directory: Path, refused_rank: int, times: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         save(output_dir)
 
-    checkpoints.RETRY_SECONDS, checkpoints.PATIENCE_SECONDS = 0.05, 0.1
+    patience.RETRY_SECONDS, patience.PATIENCE_SECONDS = 0.05, 0.1
     with mock.patch.object(accelerator, "save_state", save_state):
         try:
             save_checkpoint(accelerator, directory, 5, None)

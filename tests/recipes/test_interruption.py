@@ -69,7 +69,7 @@ def test_both_jobs_end_and_go_on_as_if_nothing_had_been(
     assert difference <= 1e-11
 
 
-@pytest.mark.parametrize("recipe", [DONOR, RECEIVER])
+@pytest.mark.parametrize("recipe", [DONOR, pytest.param(RECEIVER, marks=pytest.mark.slow)])
 def test_ctrl_c_while_waiting_ends_soon_with_the_conventional_status(
     tmp_path: Path, recipe: str
 ) -> None:

@@ -107,6 +107,7 @@ def test_the_scripts_train_as_one_job(launcher: Launcher, tmp_path: Path) -> Non
     assert largest_difference(weights, joint_weights()) <= 1e-12
 
 
+@pytest.mark.slow
 def test_the_scripts_run_on_two_ranks(launcher: Launcher, tmp_path: Path) -> None:
     write_scripts(tmp_path)
     env = {"ACCELERATE_USE_CPU": "true"}  # the scripts would take a GPU

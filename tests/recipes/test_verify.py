@@ -26,20 +26,22 @@ KEPT = Path("bridge", "donor", "kept")
 class Verify:
     """The command in this process, which spares the import of torch; what it printed."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
 
     def __call__(self, *flags: object) -> tuple[int, str, str]:
-        status = main(["verify", *map(str, flags)])
+        with self._monkeypatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(ROOT))
+            # As a shell has it where several processes meet.
+            patch.setenv("MASTER_PORT", "29500")
+            status = main(["verify", *map(str, flags)])
         printed = self._capsys.readouterr()
         return status, printed.out, printed.err
 
 
 @pytest.fixture
 def verify(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Verify:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("MASTER_PORT", "29500")  # as a shell has it where several processes meet
-    return Verify(capsys)
+    return Verify(capsys, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +233,7 @@ def test_a_changed_weight(copied: Path, verify: Verify) -> None:
     assert "the receiver was started 2 times; the replay has the arguments of the last" in out
 
 
+@pytest.mark.slow
 def test_a_changed_ledger(copied: Path, verify: Verify) -> None:
     """Two payloads change places, each with its own digest; the results tell of one step more."""
     results_path = copied / "receiver" / "results.json"

@@ -15,22 +15,22 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from toolkit import checkpoints
+from toolkit import patience
 from toolkit.bridge.errors import BridgeError
 from toolkit.checkpoints import (
     CompletedSteps,
     find_checkpoint,
     save_checkpoint,
-    write_patiently,
 )
+from toolkit.patience import write_patiently
 from toolkit.training import write_results
 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fails is tried four times in all."""
-    monkeypatch.setattr(checkpoints, "RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(checkpoints, "PATIENCE_SECONDS", 0.03)
+    monkeypatch.setattr(patience, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "PATIENCE_SECONDS", 0.03)
 
 
 def test_checkpoints(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from accelerate.utils import ProjectConfiguration
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.unit.full_disk import no_file_above
-from toolkit import checkpoints, metrics
+from toolkit import metrics, patience
 from toolkit.metrics import PatientTensorBoard, image_grid, start_tracking
 
 
@@ -45,7 +45,7 @@ def test_that_curves_have_a_gap_where_the_disk_failed_and_go_on(
 def test_that_curves_begin_once_the_disk_lets_them(
     tmp_path: Path, fresh_state: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(patience, "RETRY_SECONDS", 0.01)
     accelerator = Accelerator(
         cpu=True, log_with="tensorboard", project_config=ProjectConfiguration(str(tmp_path))
     )

@@ -61,13 +61,14 @@ class WeightsOutbox:
             assert self._header is not None
             self._publisher.publish_weights(self._header, self._tensors, self._digest)
             self._is_on_disk = True
-        self._note_digest()
+        if self._digest is not None:  # once: a checkpoint may be gone back to meanwhile
+            self._note_digest(self._digest.result())
+            self._digest = None
 
-    def _note_digest(self) -> None:
+    def _note_digest(self, digest: str) -> None:
         """Let the donors' payloads be known by the digest of the weights they were taken at."""
         assert self._header is not None
-        assert self._digest is not None
-        digest, step = self._digest.result(), self._header.receiver_step
-        self._donors.remember(step, digest)
-        if step == 0:
+        self._header = self._header.of_weights(digest)
+        self._donors.remember(self._header.receiver_step, digest)
+        if self._header.receiver_step == 0:
             self.initial_digest = digest

@@ -48,7 +48,11 @@ def inner_products(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) 
 
 def squared_norm(tensors: Iterable[Tensor]) -> float:
     """Sum of squares over all tensors; not finite where one of them is not, 0 only for zeros."""
-    return float(sum(float(inner_products([tensor], [(0, 0)])) for tensor in tensors))
+    total = 0.0
+    for tensor in tensors:
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        total += float(inner_products([real], [(0, 0)]))
+    return total
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

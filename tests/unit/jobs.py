@@ -81,6 +81,7 @@ class ReceiverAlone:
 
     def weights_record(self) -> Record:
         """The newest weights that the receiver published."""
+        self.receiver._catch_up()
         transport = self.receiver.transport
         newest = transport.sequences("receiver")[-1]
         return parse_record(transport.read("receiver", newest, max_bytes=10**6), transport.signer)
@@ -167,5 +168,6 @@ class DonorAlone:
 
     def payload(self, sequence: int) -> Record:
         """What the donor published."""
+        self.donor._catch_up()
         transport = self.donor.transport
         return parse_record(transport.read("donor", sequence, max_bytes=10**6), transport.signer)

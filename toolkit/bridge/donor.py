@@ -38,6 +38,7 @@ from toolkit.bridge.payload import (
     payload_dtype,
 )
 from toolkit.bridge.payload_outbox import PayloadOutbox
+from toolkit.bridge.prefetch import Prefetch
 from toolkit.bridge.transport import READ_SECONDS
 from toolkit.bridge.weights_inbox import WeightsInbox
 from toolkit.inner_products import all_finite, squared_norm
@@ -93,6 +94,7 @@ class GradientDonor(BridgeJob):
         if len(self.shared.heads) != 1:
             raise ValueError(f"a donor gives gradients for one head, got {list(self.shared.heads)}")
         (self.head,) = self.shared.heads
+        self._prefetch: Prefetch | None = None
         self._receiver_bytes = 0  # of its records, at most, as its newest claim says
         super()._attach()
         self.following = False
@@ -118,6 +120,8 @@ class GradientDonor(BridgeJob):
         read = functools.partial(self._read, "receiver")
         self._inbox = WeightsInbox(self.job, self.transport, read)
         self._outbox = PayloadOutbox(self.transport, self._publisher, self._inbox, self.config)
+        if self.config.has_stale_gradients:
+            self._prefetch = Prefetch(self._inbox.next_records, super()._read)
         if self.config.has_own_weights:
             self._own_weights = self._open_stream(stream_of(self.job))
         return self._inbox.completed_windows
@@ -249,6 +253,16 @@ class GradientDonor(BridgeJob):
 
     # -- inside -------------------------------------------------------------------------------
 
+    def _read(self, job: str, sequence: int) -> Record:
+        if self._prefetch is not None:
+            return self._prefetch.read(job, sequence)
+        return super()._read(job, sequence)
+
+    def _stop(self) -> None:
+        if self._prefetch is not None:
+            self._prefetch.stop()
+        super()._stop()
+
     def _read_bytes(self, job: str, sequence: int) -> memoryview:
         try:
             return self.transport.read(job, sequence, max_bytes=self._receiver_bytes)
@@ -361,7 +375,7 @@ class GradientDonor(BridgeJob):
             return _Decision(action, fetched.header.sequence, fetched.header.tensors_digest)
         if self._is_alone:
             return _Decision("alone")
-        if self.following:
+        if self.following and self._background.check():
             reason = self._publisher.last_rejection
             if reason is not None:
                 logger.warning("the receiver rejected the last payload (%s)", reason)
@@ -424,8 +438,9 @@ class GradientDonor(BridgeJob):
                 sums[name] = torch.zeros(parameter.shape, dtype=dtype)
             else:
                 grad = full_tensor(parameter.grad).to(dtype=dtype)
-                # While it follows the gradient is the receiver's: no second one is needed.
-                scaled = grad.mul_(factor) if self.following else grad * factor
+                # A gradient that is the receiver's, and written at once, needs no second one.
+                hands_over = self.following and not self.config.has_stale_gradients
+                scaled = grad.mul_(factor) if hands_over else grad * factor
                 sums[name] = scaled.cpu().contiguous()
         digest = Digest(sums) if self.accelerator.is_main_process else None
         squares = squared_norm(sums.values())
@@ -469,7 +484,16 @@ class GradientDonor(BridgeJob):
         if kind != "skip":
             self._validation = {}
         mine = digest if sums else None
-        return self._persist(lambda: self._outbox.publish(header, sums, mine))
+        if not self.config.has_stale_gradients:
+            return self._persist(lambda: self._outbox.publish(header, sums, mine))
+        self._catch_up()
+        self._persist(lambda: self._outbox.prune())
+        if not self.accelerator.is_main_process:
+            return 0
+        size = self._outbox.newest_bytes
+        self._inbox.note_answer(header, self._publisher.next_sequence)
+        self._write_behind(lambda: self._outbox.write(header, sums, mine))
+        return size  # of the payload before
 
     # -- checkpoints and results --------------------------------------------------------------
 

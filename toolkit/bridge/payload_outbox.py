@@ -23,6 +23,9 @@ class PayloadOutbox:
         publisher: of the donor's stream.
         inbox: told what was answered.
         config: its budget.
+
+    Attributes:
+        newest_bytes: the size of the newest payload published.
     """
 
     def __init__(
@@ -35,6 +38,7 @@ class PayloadOutbox:
         self._transport, self._publisher = transport, publisher
         self._inbox, self._config = inbox, config
         self._largest = 0  # bytes
+        self.newest_bytes = 0
         self._acknowledged, self._num_kept = -1, 0  # when payloads were deleted last, and since
 
     def publish(
@@ -50,15 +54,25 @@ class PayloadOutbox:
         Raises:
             BridgeError: if the receiver has left more of them than the budget allows.
         """
-        self._prune()
-        size = self._publisher.publish(header, tensors, digest)
+        self.prune()
+        self.write(header, tensors, digest)
         self._inbox.note_answer(header, self._publisher.next_sequence - 1)
-        self._largest = max(self._largest, size)
-        self._num_kept += 1
-        return size
+        return self.newest_bytes
 
-    def _prune(self) -> None:
-        """Delete what will never be asked for again; refuse to grow beyond the budget."""
+    def write(
+        self, header: Header, tensors: Mapping[str, Tensor], digest: Digest | None = None
+    ) -> None:
+        """The part of :meth:`publish` that takes long and touches nothing else."""
+        self.newest_bytes = self._publisher.publish(header, tensors, digest)
+        self._largest = max(self._largest, self.newest_bytes)
+        self._num_kept += 1
+
+    def prune(self) -> None:
+        """Delete what will never be asked for again; refuse to grow beyond the budget.
+
+        Raises:
+            BridgeError: if the receiver has left more payloads than the budget allows.
+        """
         transport, config, stream = self._transport, self._config, self._publisher.stream
         acknowledged = transport.acknowledged(stream)
         if acknowledged != self._acknowledged:  # what is kept is listed then, and not at every step

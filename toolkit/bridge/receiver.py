@@ -41,6 +41,7 @@ from toolkit.bridge.outage import ride_out
 from toolkit.bridge.outer import OuterOptimizer
 from toolkit.bridge.own_weights import newest_own_weights, stream_of
 from toolkit.bridge.payload import Header, Record
+from toolkit.bridge.prefetch import Prefetch
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
 from toolkit.bridge.teacher import Blueprint, TeacherFactory, blueprints_of, tensors_of
@@ -132,6 +133,7 @@ class GradientReceiver(BridgeJob):
         self._injector = Injector(
             self.accelerator, self.parameters.values(), self.shared, self.control, self.config
         )
+        self._prefetch: Prefetch | None = None
         super()._attach()
         self.completed_steps = 0
         self.completed_windows = 0
@@ -152,6 +154,11 @@ class GradientReceiver(BridgeJob):
             self._outbox = WeightsOutbox(
                 self._publisher, self._donors, publishes=self.config.follows
             )
+        # Weights that change before they are published, or are asked for again: a copy of them.
+        is_late = self.config.has_stale_gradients or self.config.exchange == "delta"
+        self._copies: dict[str, Tensor] | None = {} if is_late else None
+        if isinstance(self._donors, Donors) and self.config.has_stale_gradients:
+            self._prefetch = Prefetch(self._donors.next_records, super()._read)
         self._ages = [0, 0]  # of the payloads applied in this start: their sum, and how many
         self._to_keep: list[Verdict] = []  # main process: applied, to be kept for good
         self._retention = CheckpointCursors(
@@ -435,6 +442,8 @@ class GradientReceiver(BridgeJob):
     def _read(self, job: str, sequence: int) -> Record:
         if self._kept is not None:
             return self._kept.read(job, sequence)
+        if self._prefetch is not None:
+            return self._prefetch.read(job, sequence)
         return super()._read(job, sequence)
 
     def _receive(self) -> tuple[_Findings, list[Record], float]:
@@ -471,7 +480,8 @@ class GradientReceiver(BridgeJob):
         donors, num_away = self._on_main, self._on_main.num_away
         if self._rest.lasts(donors.waits()):
             return None
-        self._outbox.look()
+        if self._background.check():
+            self._outbox.look()
         verdicts = donors.look(self.completed_steps, self.taught_heads)
         if self._interruption.signal and donors.num_away > num_away:  # by the same signal, maybe
             raise Interrupted(self._interruption.signal)  # sooner than a step without its part
@@ -494,12 +504,16 @@ class GradientReceiver(BridgeJob):
     def _publish_weights(self) -> None:
         """Take the present weights and publish them. A collective."""
         self._has_published = True
+        self._catch_up()
         if self._outbox is not None:
             self._outbox.forget()  # the last ones, before these take as much memory
-        weights = self._whole_weights()
+        weights = self._whole_weights(self._copies)
         if self._outbox is not None:
             self._outbox.take(self._header("weights", ""), weights)
         self._persist(self._write_step)
+        if self._outbox is not None and self.config.has_stale_gradients:
+            publish, is_due = self._outbox.publish, self._outbox.is_due()
+            self._write_behind(lambda: publish(is_due))
 
     def _write_step(self) -> None:
         """On the main process: what the disk must have of a step; may be repeated."""
@@ -508,7 +522,8 @@ class GradientReceiver(BridgeJob):
             self.transport.keep(verdict.donor, verdict.sequence)
         self._to_keep = []
         self.ledger.flush()
-        self._outbox.offer()
+        if not self.config.has_stale_gradients:
+            self._outbox.offer()
         self._retention.acknowledge(self._on_main.cursors())
 
     def _header(self, kind: Any, digest: str) -> Header:
@@ -542,6 +557,8 @@ class GradientReceiver(BridgeJob):
     def _stop(self) -> None:
         if self._lessons is not None:
             self._lessons.teachers.close()
+        if self._prefetch is not None:
+            self._prefetch.stop()
         super()._stop()
 
     # -- checkpoints and results --------------------------------------------------------------

@@ -111,6 +111,10 @@ class DirectoryTransport:
         files.fsync_path(path.parent)
         return path.stat().st_size
 
+    def has(self, job: str, sequence: int) -> bool:
+        """Whether there is something under the name of record ``sequence``; one look-up."""
+        return os.path.lexists(self.path(job, sequence))
+
     def sequences(self, job: str) -> list[int]:
         """The numbers of the records that are there, ascending; a listing that pruning bounds."""
         return sorted(int(match[1]) for name in self._names(job) if (match := _match(name)))

@@ -310,6 +310,8 @@ def shelf() -> Shelf:
 @pytest.fixture
 def prefetch(shelf: Shelf) -> Iterator[Prefetch]:
     made = Prefetch(shelf.find, shelf.read)
+    made.read("donor", 0)  # it begins with the first
+    shelf.num_reads.clear()
     yield made
     made.stop()
 

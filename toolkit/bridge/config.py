@@ -231,6 +231,11 @@ class BridgeConfig:
         """Whether gradients may come that were taken at older weights of the receiver."""
         return self.exchange in ("auto", "gradient") and self.max_staleness > 0
 
+    @property
+    def writes_behind(self) -> bool:
+        """Whether no step waits for what the other job brings, nor need it for the disk."""
+        return self.has_stale_gradients or not self.follows
+
     def _check_delta(self) -> None:
         if self.aggregate != "sum":
             raise ValueError(

@@ -109,6 +109,7 @@ class GradientDonor(BridgeJob):
         self._is_alone = False
         self._round: LocalRound | None = None  # exchange "delta": the steps since these weights
         self._publish_every = 1
+        self._copies: dict[str, Tensor] = {}  # of its own weights, while they are published
         self._own_published = -1  # windows after which the donor's own weights were published
         self._replacements = 0  # at the present weights
         self._validation: dict[str, float] = {}  # what the next payload tells the receiver
@@ -120,7 +121,7 @@ class GradientDonor(BridgeJob):
         read = functools.partial(self._read, "receiver")
         self._inbox = WeightsInbox(self.job, self.transport, read)
         self._outbox = PayloadOutbox(self.transport, self._publisher, self._inbox, self.config)
-        if self.config.has_stale_gradients:
+        if self.config.writes_behind:
             self._prefetch = Prefetch(self._inbox.next_records, super()._read)
         if self.config.has_own_weights:
             self._own_weights = self._open_stream(stream_of(self.job))
@@ -338,13 +339,22 @@ class GradientDonor(BridgeJob):
         return True
 
     def _publish_own_weights(self, grace: float = math.inf) -> None:
-        """Publish the weights that this donor has trained. A collective; ``grace`` as elsewhere."""
+        """Publish the weights that this donor has trained. A collective.
+
+        Args:
+            grace: as elsewhere; where it is finite they are published when this returns.
+        """
         if self._own_published == self.completed_windows:
             return
         self._own_published = self.completed_windows
-        weights = self._whole_weights()
+        self._catch_up(grace)
+        is_behind = self.config.writes_behind and grace == math.inf
+        weights = self._whole_weights(self._copies if is_behind else None)
         header = self._header("weights").of_weights("")  # their digest is filled in
-        self._persist(lambda: self._own_weights.publish_weights(header, weights), grace)
+        if not is_behind:
+            self._persist(lambda: self._own_weights.publish_weights(header, weights), grace)
+        elif self.accelerator.is_main_process:
+            self._write_behind(lambda: self._own_weights.publish_weights(header, weights))
 
     def _poll(self) -> _Decision | None:
         """On the main process: what the next window is for, or None to wait."""
@@ -439,7 +449,7 @@ class GradientDonor(BridgeJob):
             else:
                 grad = full_tensor(parameter.grad).to(dtype=dtype)
                 # A gradient that is the receiver's, and written at once, needs no second one.
-                hands_over = self.following and not self.config.has_stale_gradients
+                hands_over = self.following and not self.config.writes_behind
                 scaled = grad.mul_(factor) if hands_over else grad * factor
                 sums[name] = scaled.cpu().contiguous()
         digest = Digest(sums) if self.accelerator.is_main_process else None
@@ -484,7 +494,7 @@ class GradientDonor(BridgeJob):
         if kind != "skip":
             self._validation = {}
         mine = digest if sums else None
-        if not self.config.has_stale_gradients:
+        if not self.config.writes_behind:
             return self._persist(lambda: self._outbox.publish(header, sums, mine))
         self._catch_up()
         self._persist(lambda: self._outbox.prune())

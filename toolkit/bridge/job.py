@@ -336,7 +336,7 @@ class BridgeJob:
 
     def _catch_up(self, grace: float = math.inf) -> None:
         """Wait for the write that :meth:`_write_behind` has begun. A collective."""
-        if self.config.has_stale_gradients:
+        if self.config.writes_behind:
             self._decide(lambda: self._background.check() or None, grace)
 
     def _open_wait(self, peer: PeerWatch, what: str, patience: float | None = None) -> Wait:

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
 from toolkit.bridge.payload import Record
-from toolkit.bridge.polling import pause
+
+_PAUSE_SECONDS = 10.0  # between two looks, at most: no step waits for them
 
 
 class Prefetch:
     """Reads the records that a job will ask for next as soon as they are there.
 
     It changes when a record is read, and nothing else: what it could not read is read again, by
-    who asks for it.
+    who asks for it. It begins with the first record that is asked for, and looks the less often the
+    longer nothing has come.
 
     Args:
         find: the job and the number of each record that is there and will be asked for next. Called
@@ -32,12 +34,14 @@ class Prefetch:
         self._found: dict[str, tuple[int, Future[Record]]] = {}  # by job, the newest one
         self._taken: dict[str, int] = {}  # by job, the newest number that was asked for
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def read(self, job: str, sequence: int) -> Record:
         """A record; raises as ``read`` does."""
         self._taken[job] = sequence
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+            self._thread.start()
         number, future = self._found.get(job, (-1, None))
         if future is not None and number == sequence:
             self._found.pop(job, None)
@@ -57,7 +61,8 @@ class Prefetch:
         while not self._stop.is_set():
             if self._look():
                 since = time.monotonic()
-            pause(time.monotonic() - since)
+            waited = time.monotonic() - since
+            self._stop.wait(min(_PAUSE_SECONDS, max(0.0005, 0.05 * waited)))
 
     def _look(self) -> bool:
         """Read what is there; whether there was something."""

@@ -155,9 +155,9 @@ class GradientReceiver(BridgeJob):
                 self._publisher, self._donors, publishes=self.config.follows
             )
         # Weights that change before they are published, or are asked for again: a copy of them.
-        is_late = self.config.has_stale_gradients or self.config.exchange == "delta"
+        is_late = self.config.writes_behind or self.config.exchange == "delta"
         self._copies: dict[str, Tensor] | None = {} if is_late else None
-        if isinstance(self._donors, Donors) and self.config.has_stale_gradients:
+        if isinstance(self._donors, Donors) and self.config.writes_behind:
             self._prefetch = Prefetch(self._donors.next_records, super()._read)
         self._ages = [0, 0]  # of the payloads applied in this start: their sum, and how many
         self._to_keep: list[Verdict] = []  # main process: applied, to be kept for good
@@ -511,7 +511,7 @@ class GradientReceiver(BridgeJob):
         if self._outbox is not None:
             self._outbox.take(self._header("weights", ""), weights)
         self._persist(self._write_step)
-        if self._outbox is not None and self.config.has_stale_gradients:
+        if self._outbox is not None and self.config.writes_behind:
             publish, is_due = self._outbox.publish, self._outbox.is_due()
             self._write_behind(lambda: publish(is_due))
 
@@ -522,7 +522,7 @@ class GradientReceiver(BridgeJob):
             self.transport.keep(verdict.donor, verdict.sequence)
         self._to_keep = []
         self.ledger.flush()
-        if not self.config.has_stale_gradients:
+        if not self.config.writes_behind:
             self._outbox.offer()
         self._retention.acknowledge(self._on_main.cursors())
 

@@ -258,6 +258,22 @@ def test_that_windows_go_on_while_a_payload_is_written(
     donor.close()
 
 
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_that_the_receiver_says_whether_a_step_waits(tmp_path: Path, max_staleness: int) -> None:
+    reset()
+    job = ReceiverAlone(tmp_path / "runs", run="one", max_staleness=max_staleness)
+    job.backward()
+    job.receiver._catch_up()
+    other = DonorAlone(tmp_path / "runs", run="one")
+    loader = other.accelerator.prepare(DataLoader(build_dataset(Case(), "h2"), batch_size=4))
+    next(other.donor.follow(loader))
+    assert other.donor._writes_behind == (max_staleness > 0)
+    assert (other.donor._prefetch is None) == (max_staleness == 0)
+    other.donor._stop()
+    job.receiver._stop()
+    reset()
+
+
 # -- the thread -----------------------------------------------------------------------------------
 
 

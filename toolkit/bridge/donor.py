@@ -94,6 +94,7 @@ class GradientDonor(BridgeJob):
         if len(self.shared.heads) != 1:
             raise ValueError(f"a donor gives gradients for one head, got {list(self.shared.heads)}")
         (self.head,) = self.shared.heads
+        self._writes_behind = False  # on the main process
         self._prefetch: Prefetch | None = None
         self._receiver_bytes = 0  # of its records, at most, as its newest claim says
         super()._attach()
@@ -121,8 +122,7 @@ class GradientDonor(BridgeJob):
         read = functools.partial(self._read, "receiver")
         self._inbox = WeightsInbox(self.job, self.transport, read)
         self._outbox = PayloadOutbox(self.transport, self._publisher, self._inbox, self.config)
-        if self.config.writes_behind:
-            self._prefetch = Prefetch(self._inbox.next_records, super()._read)
+        self._expect_late(self.config.writes_behind)
         if self.config.has_own_weights:
             self._own_weights = self._open_stream(stream_of(self.job))
         return self._inbox.completed_windows
@@ -253,6 +253,12 @@ class GradientDonor(BridgeJob):
         self._validation = {name: float(value) for name, value in validation.items()}
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _expect_late(self, writes_behind: bool) -> None:
+        """On the main process: whether no step of the receiver waits for the next payload."""
+        self._writes_behind = writes_behind
+        if writes_behind and self._prefetch is None:
+            self._prefetch = Prefetch(self._inbox.next_records, super()._read)
 
     def _read(self, job: str, sequence: int) -> Record:
         if self._prefetch is not None:
@@ -409,9 +415,14 @@ class GradientDonor(BridgeJob):
         reshard(self.model)  # after an evaluation it may hold copies of the old ones
         for name, tensor in self.shared.weights.items():
             tensor.copy_(shard_like(record.tensors[name], tensor))
+        is_new_start = self._weights is None or self._weights.attempt != record.header.attempt
         self._weights = record.header
         if self.accelerator.is_main_process:
             self._inbox.note_loaded(record.header)
+            if is_new_start:
+                claim = read_claim(self.transport, "receiver") or {}
+                may_wait = not claim.get("max_staleness") or self.config.exchange == "delta"
+                self._expect_late(self.config.writes_behind or not may_wait)
         self.receiver_step = record.header.receiver_step + 1
         self._is_alone, self.following, self._replacements = False, True, 0
         if self.config.exchange == "delta":
@@ -449,7 +460,7 @@ class GradientDonor(BridgeJob):
             else:
                 grad = full_tensor(parameter.grad).to(dtype=dtype)
                 # A gradient that is the receiver's, and written at once, needs no second one.
-                hands_over = self.following and not self.config.writes_behind
+                hands_over = self.following and not self._writes_behind
                 scaled = grad.mul_(factor) if hands_over else grad * factor
                 sums[name] = scaled.cpu().contiguous()
         digest = Digest(sums) if self.accelerator.is_main_process else None
@@ -494,16 +505,22 @@ class GradientDonor(BridgeJob):
         if kind != "skip":
             self._validation = {}
         mine = digest if sums else None
-        if not self.config.writes_behind:
-            return self._persist(lambda: self._outbox.publish(header, sums, mine))
         self._catch_up()
-        self._persist(lambda: self._outbox.prune())
-        if not self.accelerator.is_main_process:
-            return 0
+        return self._persist(lambda: self._hand_over(header, sums, mine))
+
+    def _hand_over(self, header: Header, sums: dict[str, Tensor], digest: Digest | None) -> int:
+        """On the main process: publish a payload, or begin to.
+
+        Returns:
+            Its size in bytes; of one that is only begun, that of the one before.
+        """
+        if not self._writes_behind:
+            return self._outbox.publish(header, sums, digest)
+        self._outbox.prune()
         size = self._outbox.newest_bytes
         self._inbox.note_answer(header, self._publisher.next_sequence)
-        self._write_behind(lambda: self._outbox.write(header, sums, mine))
-        return size  # of the payload before
+        self._write_behind(lambda: self._outbox.write(header, sums, digest))
+        return size
 
     # -- checkpoints and results --------------------------------------------------------------
 

@@ -119,6 +119,7 @@ class BridgeJob:
         }
         claim = {
             "record_bytes": self._record_bytes(),
+            "max_staleness": config.max_staleness,
             "payload_budget_files": config.payload_budget_files,
             "payload_budget_gib": config.payload_budget_gib,
             "payload_bytes": sum(
@@ -336,7 +337,8 @@ class BridgeJob:
 
     def _catch_up(self, grace: float = math.inf) -> None:
         """Wait for the write that :meth:`_write_behind` has begun. A collective."""
-        if self.config.writes_behind:
+        # A donor is told by the receiver, its main process alone, whether a step waits for it.
+        if self.config.writes_behind or self.role == "donor":
             self._decide(lambda: self._background.check() or None, grace)
 
     def _open_wait(self, peer: PeerWatch, what: str, patience: float | None = None) -> Wait:

@@ -17,7 +17,27 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from toolkit.benchmarks.bridge.ways import WAYS, Side, Tensors, Way, num_bytes_of, other
+from toolkit.benchmarks.bridge.flower import Flower
+from toolkit.benchmarks.bridge.ways import (
+    AllReduce,
+    AsyncCheckpoint,
+    Bridge,
+    RawFile,
+    Renamed,
+    Saved,
+    SendReceive,
+    Side,
+    Synced,
+    Tensors,
+    Way,
+    num_bytes_of,
+    other,
+)
+
+_ALL: tuple[type[Way], ...] = (
+    RawFile, Bridge, Saved, Renamed, Synced, AsyncCheckpoint, Flower, SendReceive, AllReduce,
+)  # fmt: skip
+WAYS = {way.title: way for way in _ALL}
 
 NUM_TENSORS = 20
 WARM_UP = 2  # rounds, in which what arrives is compared

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from rich.progress import Progress
 
 from toolkit.benchmarks.bridge import peer_job
 from toolkit.benchmarks.bridge.figures import Cell, Figures
-from toolkit.benchmarks.bridge.peer_job import PeerSettings
-from toolkit.benchmarks.bridge.ways import WAYS, RawFile, Saved
-from toolkit.launching import follow, launch, new_directory, terminable
+from toolkit.benchmarks.bridge.peer_job import WAYS, PeerSettings
+from toolkit.benchmarks.bridge.ways import RawFile, Saved
+from toolkit.launching import follow, new_directory, start, terminable
 
 JOB = Path(peer_job.__file__)
 
@@ -29,8 +30,11 @@ def measure_peers(root: Path, sizes: Sequence[float], repeats: int) -> Figures:
         repeats: rounds of each way.
     """
     rows: list[dict[str, Cell]] = []
+    lacking = {title: lacks for title, way in WAYS.items() if (lacks := way.lacks())}
+    ways = [title for title in WAYS if title not in lacking]
     for size in sizes:
-        rows += measure_size(new_directory(root, "peers"), size, list(WAYS), repeats)
+        rows += measure_size(new_directory(root, "peers"), size, ways, repeats)
+    rows += [{"way": title, "ms": lacks} for title, lacks in lacking.items()]
     return Figures(
         "A round trip (ms) of MB each way, and how long sending blocks (ms)",
         rows,
@@ -56,7 +60,8 @@ def measure_size(root: Path, size: float, ways: list[str], repeats: int) -> list
     flags = json.dumps(dataclasses.asdict(settings))
     with terminable(), Progress(transient=True) as progress:
         sides = ("receiver", "donor")
-        follow([launch(JOB, side, root / side, (side, flags)) for side in sides], progress)
+        command = [sys.executable, str(JOB)]
+        follow([start([*command, side, flags], side, root / side) for side in sides], progress)
     receiver, donor = (_read(root / f"{side}.json") for side in sides)
     seconds = {way: statistics.median(receiver["seconds"][way]) for way in ways}
     stalls = {
@@ -67,15 +72,19 @@ def measure_size(root: Path, size: float, ways: list[str], repeats: int) -> list
         {
             "way": way,
             "MB": receiver["num_bytes"] / 1e6,
-            "ms": 1e3 * seconds[way],
+            "ms": _milliseconds(seconds[way]),
             "/ raw": seconds[way] / seconds[RawFile.title],
-            "stall": 1e3 * stalls[way],
+            "stall": _milliseconds(stalls[way]),
             "/ seed": stalls[way] / stalls[Saved.title],
             "durable": WAYS[way].durable,
             "torn": receiver["torn"][way] + donor["torn"][way] if WAYS[way].may_tear else "never",
         }
         for way in ways
     ]
+
+
+def _milliseconds(seconds: float) -> Cell:
+    return round(1e3 * seconds) if seconds >= 0.1 else 1e3 * seconds
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ synced is never written to the disk by the sync of another way's file.
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import time
@@ -63,6 +64,11 @@ class Way:
     def __init__(self, directory: Path, side: Side, tensors: Tensors) -> None:
         self.directory, self.side, self.tensors = directory, side, tensors
         self.num_torn = 0
+
+    @classmethod
+    def lacks(cls) -> str:
+        """Why it cannot be measured here, in two words; empty if it can."""
+        return ""
 
     def send(self, number: int) -> None:
         """Hand over; returns once the tensors may be changed again."""
@@ -200,6 +206,10 @@ class AsyncCheckpoint(Way):
     title = "DCP async"
     durable = "later"
 
+    @classmethod
+    def lacks(cls) -> str:
+        return "" if "no_dist" in inspect.signature(async_save).parameters else "old torch"
+
     def __init__(self, directory: Path, side: Side, tensors: Tensors) -> None:
         super().__init__(directory, side, tensors)
         self._saving: Future[Any] | None = None
@@ -290,11 +300,3 @@ def _join(root: Path, side: Side) -> None:
     if not dist.is_initialized():
         meeting = (root / "meeting").absolute().as_uri()
         dist.init_process_group("gloo", init_method=meeting, rank=_rank(side), world_size=2)
-
-
-WAYS: Mapping[str, type[Way]] = {
-    way.title: way
-    for way in (
-        RawFile, Bridge, Saved, Renamed, Synced, AsyncCheckpoint, SendReceive, AllReduce,
-    )
-}  # fmt: skip

@@ -17,6 +17,7 @@ from rich.console import Console
 from toolkit.benchmarks.bridge.figures import Figures, plot
 from toolkit.benchmarks.bridge.lockstep import measure_lockstep, measure_step_lengths
 from toolkit.benchmarks.bridge.peers import measure_peers
+from toolkit.benchmarks.bridge.starts import measure_starts
 from toolkit.benchmarks.bridge.transport import measure_transport
 from toolkit.benchmarks.exchanges.plot import NEEDED, can_plot
 from toolkit.benchmarks.timing import write_figures
@@ -33,6 +34,7 @@ PARTS: dict[str, Part] = {
     ),
     "transport": lambda args, root: _measure_transport(args, root),
     "peers": lambda args, root: measure_peers(root, args.sizes, args.repeats),
+    "starts": lambda args, root: measure_starts(args.repeats),
 }
 
 

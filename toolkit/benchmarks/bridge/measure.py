@@ -15,6 +15,14 @@ import torch
 from rich.console import Console
 
 from toolkit.benchmarks.bridge.figures import Figures, plot
+from toolkit.benchmarks.bridge.growth import (
+    NUM_DONORS,
+    NUM_FILES,
+    NUM_RANKS,
+    measure_donors,
+    measure_files,
+    measure_ranks,
+)
 from toolkit.benchmarks.bridge.lockstep import measure_lockstep, measure_step_lengths
 from toolkit.benchmarks.bridge.peers import measure_peers
 from toolkit.benchmarks.bridge.starts import measure_starts
@@ -34,6 +42,9 @@ PARTS: dict[str, Part] = {
     ),
     "transport": lambda args, root: _measure_transport(args, root),
     "peers": lambda args, root: measure_peers(root, args.sizes, args.repeats),
+    "donors": lambda args, root: measure_donors(root, NUM_DONORS, args.repeats),
+    "files": lambda args, root: measure_files(root, NUM_FILES, args.repeats),
+    "ranks": lambda args, root: measure_ranks(root, args.sizes[:2], NUM_RANKS, args.repeats),
     "starts": lambda args, root: measure_starts(args.repeats),
 }
 

@@ -7,6 +7,7 @@ there before the receiver looks. With ranks, both jobs are launched.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import tempfile
 import time
@@ -30,7 +31,7 @@ from toolkit.bridge.payload import Header, Record, parse_record, write_record
 from toolkit.bridge.publisher import Publisher
 from toolkit.bridge.sentinel import Sentinel
 from toolkit.bridge.transport import DirectoryTransport
-from toolkit.launching import new_directory
+from toolkit.launching import new_directory, terminable
 
 RUN, HEAD, DONOR = "measured", "heads.h2", "donor"
 NUM_DONORS = (1, 2, 4, 8, 16, 32)
@@ -216,7 +217,11 @@ def measure_files(root: Path, num_files: Sequence[int], repeats: int) -> Figures
         repeats: rounds of each.
     """
     seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
-    with tempfile.TemporaryDirectory(dir=root) as directory, Progress(transient=True) as progress:
+    with (
+        terminable(),
+        tempfile.TemporaryDirectory(dir=root) as directory,
+        Progress(transient=True) as progress,
+    ):
         streams = {}
         for num in progress.track(num_files, description="making files"):
             (path := Path(directory, str(num))).mkdir()
@@ -231,7 +236,9 @@ def measure_files(root: Path, num_files: Sequence[int], repeats: int) -> Figures
                 stream.clear()
     medians = {key: statistics.median(found) for key, found in seconds.items()}
     rows: list[dict[str, Cell]] = []
-    for (what, num), median in sorted(medians.items()):
+    whats = dict.fromkeys(what for what, _ in medians)
+    for what, num in itertools.product(whats, num_files):
+        median = medians[what, num]
         row: dict[str, Cell] = {"what": what, "files": num, "ms": 1e3 * median}
         if what != "list":  # which no step in lockstep does
             row["/ fewest"] = median / medians[what, num_files[0]]
@@ -248,6 +255,9 @@ def measure_ranks(
     root: Path, sizes: Sequence[float], num_ranks: Sequence[int], repeats: int
 ) -> Figures:
     """Rounds in lockstep with several ranks of the receiver.
+
+    The plain steps that they are compared with reduce nothing between ranks: what several ranks
+    add has the reduction of their own gradients in it.
 
     Args:
         root: on the disk that is measured.

@@ -32,6 +32,8 @@ from toolkit.benchmarks.timing import write_figures
 from toolkit.launching import new_directory
 
 MEMORY = Path("/dev/shm")
+LARGEST_OF_PEERS = 25.0  # millions of parameters; some ways take a minute for four times as many
+MOST_STARTS = 9  # of an interpreter, which takes seconds
 
 Part = Callable[[argparse.Namespace, Path], Figures]
 
@@ -41,11 +43,13 @@ PARTS: dict[str, Part] = {
         root, args.sizes[-1], args.batch_sizes, args.repeats
     ),
     "transport": lambda args, root: _measure_transport(args, root),
-    "peers": lambda args, root: measure_peers(root, args.sizes, args.repeats),
+    "peers": lambda args, root: measure_peers(
+        root, [size for size in args.sizes if size <= LARGEST_OF_PEERS], args.repeats
+    ),
     "donors": lambda args, root: measure_donors(root, NUM_DONORS, args.repeats),
     "files": lambda args, root: measure_files(root, NUM_FILES, args.repeats),
     "ranks": lambda args, root: measure_ranks(root, args.sizes[:2], NUM_RANKS, args.repeats),
-    "starts": lambda args, root: measure_starts(args.repeats),
+    "starts": lambda args, root: measure_starts(min(args.repeats, MOST_STARTS)),
 }
 
 

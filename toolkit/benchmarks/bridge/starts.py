@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from toolkit.benchmarks.bridge.figures import Cell, Figures
 from toolkit.benchmarks.timing import interleaved_medians
-from toolkit.launching import bundled
+from toolkit.launching import bundled, terminable
 
 _RECIPES = ("receiver", "donor", "joint")
 
@@ -37,7 +37,7 @@ def measure_starts(repeats: int) -> Figures:
         repeats: of each.
     """
     started = commands()
-    with Progress(transient=True) as progress:
+    with terminable(), Progress(transient=True) as progress:
         task = progress.add_task("starts", total=None)
 
         def start(arguments: list[str]) -> None:

@@ -30,7 +30,8 @@ def test_that_every_way_has_a_row(tmp_path: Path) -> None:
         assert row["MB"] == 0.004
         assert float(row["ms"]) > 0
         for column, ratio, to in (("ms", "/ raw", "raw bytes"), ("stall", "/ seed", "torch.save")):
-            assert row[ratio] == pytest.approx(float(row[column]) / float(rows[to][column]))
+            expected = float(row[column]) / float(rows[to][column])
+            assert row[ratio] == pytest.approx(expected, rel=0.02)  # above 100 ms they are whole
     assert [name for name, row in rows.items() if row["torn"] != "never"] == ["torch.save"]
     assert not processes_of(tmp_path)
 
@@ -57,6 +58,7 @@ def test_that_what_arrives_is_what_was_sent(title: str, tmp_path: Path) -> None:
         received = receiver.receive(number)
         assert receiver.is_right(received, tensors["donor"])
         assert not receiver.is_right(received, tensors["receiver"])
+    assert not list(tmp_path.glob("*.pt")), "who reads a file deletes it"
     for way in (receiver, donor):
         way.close()
         assert way.num_torn == 0

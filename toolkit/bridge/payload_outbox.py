@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from toolkit.bridge.config import BridgeConfig
+from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.payload import Header
 from toolkit.bridge.publisher import Publisher
@@ -36,14 +37,21 @@ class PayloadOutbox:
         self._largest = 0  # bytes
         self._acknowledged, self._num_kept = -1, 0  # when payloads were deleted last, and since
 
-    def publish(self, header: Header, tensors: Mapping[str, Tensor]) -> int:
+    def publish(
+        self, header: Header, tensors: Mapping[str, Tensor], digest: Digest | None = None
+    ) -> int:
         """Publish a payload or a skip record; its size in bytes.
+
+        Args:
+            header: of the record.
+            tensors: by name.
+            digest: of them, where it has been begun already.
 
         Raises:
             BridgeError: if the receiver has left more of them than the budget allows.
         """
         self._prune()
-        size = self._publisher.publish(header, tensors)
+        size = self._publisher.publish(header, tensors, digest)
         self._inbox.note_answer(header, self._publisher.next_sequence - 1)
         self._largest = max(self._largest, size)
         self._num_kept += 1

@@ -20,9 +20,8 @@ from rich.progress import Progress, track
 from torch import Tensor
 
 from toolkit.benchmarks.bridge.figures import Cell, Figures
-from toolkit.benchmarks.bridge.job import Settings
-from toolkit.benchmarks.bridge.lockstep import BLOCK, SMALL_BATCH
-from toolkit.benchmarks.bridge.rounds import measure_pair
+from toolkit.benchmarks.bridge.lockstep import SMALL_BATCH
+from toolkit.benchmarks.bridge.rounds import measure_pair, settings_of
 from toolkit.bridge.config import BridgeConfig
 from toolkit.bridge.donors import open_donors
 from toolkit.bridge.inbox import Inbox
@@ -269,16 +268,9 @@ def measure_ranks(
     for size in sizes:
         added: list[float] = []
         for ranks in num_ranks:
-            directory = new_directory(root, "ranks")
-            settings = Settings(
-                runs_dir=str(directory),
-                num_parameters=round(size * 1e6),
-                batch_size=SMALL_BATCH,
-                block=BLOCK,
-                num_blocks=max(1, round(repeats / BLOCK)),
-                config={"run": "measured", "exchange": "gradient"},
-            )
-            pair = measure_pair(directory, {"donor": settings, "receiver": settings}, ranks)
+            config = {"exchange": "gradient"}
+            settings = settings_of(root, "ranks", size, SMALL_BATCH, repeats, config)
+            pair = measure_pair({"donor": settings, "receiver": settings}, ranks)
             added.append(pair.added)
             rows.append(
                 {

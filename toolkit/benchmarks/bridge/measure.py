@@ -16,13 +16,25 @@ from rich.console import Console
 
 from toolkit.benchmarks.bridge.asynchronous import measure_asynchronous
 from toolkit.benchmarks.bridge.figures import Figures, plot
+from toolkit.benchmarks.bridge.growth import (
+    NUM_DONORS,
+    NUM_FILES,
+    NUM_RANKS,
+    measure_donors,
+    measure_files,
+    measure_ranks,
+)
 from toolkit.benchmarks.bridge.lockstep import measure_lockstep, measure_step_lengths
+from toolkit.benchmarks.bridge.peers import measure_peers
+from toolkit.benchmarks.bridge.starts import measure_starts
 from toolkit.benchmarks.bridge.transport import measure_transport
 from toolkit.benchmarks.exchanges.plot import NEEDED, can_plot
 from toolkit.benchmarks.timing import write_figures
 from toolkit.launching import new_directory
 
 MEMORY = Path("/dev/shm")
+LARGEST_OF_PEERS = 25.0  # millions of parameters; some ways take a minute for four times as many
+MOST_STARTS = 9  # of an interpreter, which takes seconds
 
 Part = Callable[[argparse.Namespace, Path], Figures]
 
@@ -35,6 +47,13 @@ PARTS: dict[str, Part] = {
         root, args.sizes[-1], args.batch_sizes, args.repeats
     ),
     "transport": lambda args, root: _measure_transport(args, root),
+    "peers": lambda args, root: measure_peers(
+        root, [size for size in args.sizes if size <= LARGEST_OF_PEERS], args.repeats
+    ),
+    "donors": lambda args, root: measure_donors(root, NUM_DONORS, args.repeats),
+    "files": lambda args, root: measure_files(root, NUM_FILES, args.repeats),
+    "ranks": lambda args, root: measure_ranks(root, args.sizes[:2], NUM_RANKS, args.repeats),
+    "starts": lambda args, root: measure_starts(min(args.repeats, MOST_STARTS)),
 }
 
 

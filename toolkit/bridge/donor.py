@@ -13,11 +13,12 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import skip_first_batches
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from toolkit.bridge.accumulation import Window, scale_grads_
@@ -37,6 +38,7 @@ from toolkit.bridge.payload import (
     payload_dtype,
 )
 from toolkit.bridge.payload_outbox import PayloadOutbox
+from toolkit.bridge.runs import read_checkpoint
 from toolkit.bridge.transport import READ_SECONDS
 from toolkit.bridge.weights_inbox import WeightsInbox
 from toolkit.inner_products import all_finite, squared_norm
@@ -434,7 +436,13 @@ class GradientDonor(BridgeJob):
         size = self._publish_payload(kind, sums if finite else {}, window)
         if self.accelerator.is_main_process:
             self.metrics[f"bridge/payload {self.job} (MiB)"] = size / 2**20
-            self.metrics[f"gradient/{self.job} sum norm"] = math.sqrt(squared_norm(sums.values()))
+            self.metrics[f"gradient/{self.job} sum norm"] = norm = math.sqrt(
+                squared_norm(sums.values())
+            )
+            feedback = self._outbox.feedback
+            if feedback is not None and finite and norm:
+                ratio = feedback.residual_norm * window.count / norm
+                self.metrics[f"bridge/residual {self.job} (gradient norms)"] = ratio
 
     def _publish_payload(
         self, kind: Kind, sums: dict[str, Tensor], window: Window | LocalRound | None
@@ -461,6 +469,17 @@ class GradientDonor(BridgeJob):
     def _load_state(self, state: dict[str, Any]) -> None:
         # What was published after the checkpoint is published: go on after it.
         self.completed_windows = max(self.completed_windows, state["completed_windows"])
+
+    def _on_save_state(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
+        super()._on_save_state(models, weights, directory)
+        if self.accelerator.is_main_process:
+            self._outbox.save_feedback(Path(directory))
+
+    def _on_load_state(self, models: list[nn.Module], directory: str) -> None:
+        super()._on_load_state(models, directory)
+        if self.accelerator.is_main_process:
+            then = read_checkpoint(Path(directory))["completed_windows"]
+            self._outbox.load_feedback(Path(directory), self.completed_windows - then)
 
     def _header(self, kind: Kind) -> Header:
         """Of a record that is published now."""

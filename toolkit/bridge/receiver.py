@@ -40,7 +40,7 @@ from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS, ArrivalWatch, Pe
 from toolkit.bridge.outage import ride_out
 from toolkit.bridge.outer import OuterOptimizer
 from toolkit.bridge.own_weights import newest_own_weights, stream_of
-from toolkit.bridge.payload import Header, Record
+from toolkit.bridge.payload import Header, Record, decompressed
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
 from toolkit.bridge.teacher import Blueprint, TeacherFactory, blueprints_of, tensors_of
@@ -416,7 +416,7 @@ class GradientReceiver(BridgeJob):
 
     def _open_donors(self) -> Donors | Replay:
         if self._kept is not None:
-            return Replay(self._kept)
+            return Replay(self._kept, self._read)
         return open_donors(
             self.transport,
             self.config,
@@ -433,9 +433,8 @@ class GradientReceiver(BridgeJob):
         return self._donors
 
     def _read(self, job: str, sequence: int) -> Record:
-        if self._kept is not None:
-            return self._kept.read(job, sequence)
-        return super()._read(job, sequence)
+        read = super()._read if self._kept is None else self._kept.read
+        return decompressed(read(job, sequence), self._payloads_like)
 
     def _receive(self) -> tuple[_Findings, list[Record], float]:
         """The donors' parts of this step, the same on every rank."""

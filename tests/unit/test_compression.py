@@ -209,41 +209,60 @@ def test_the_bytes_that_are_sent() -> None:
     tensors = [torch.zeros(50, 20), torch.zeros(10)]
     assert compressed_bytes(tensors, "none", 0.5) == 4040
     assert compressed_bytes(tensors, "bf16", 0.5) == 2020
-    assert compressed_bytes(tensors, "topk", 0.01) == 11 * 6
+    assert compressed_bytes(tensors, "topk", 0.01) == 11 * 4 + 4
     sent, _ = ErrorFeedback(0.01).encode(dict(zip("ab", tensors, strict=True)), 1.0)
-    assert sum(t.numel() * t.itemsize for t in sent.values()) == 11 * 6
+    assert sum(t.numel() * t.itemsize for t in sent.values()) == 11 * 4 + 4
 
 
-def topk(places: list[int], **changes: Tensor) -> dict[str, Tensor]:
-    indices = torch.tensor(places, dtype=torch.int32)
-    return {"values": torch.ones(len(places), dtype=torch.bfloat16), "indices": indices, **changes}
+BLOCK = 2**16
+LARGE = {"a": torch.zeros(BLOCK + 7, device="meta"), "b": torch.zeros(BLOCK - 3, device="meta")}
+
+
+def topk(places: list[int], counts: list[int], /, **changes: Tensor) -> dict[str, Tensor]:
+    return {
+        "values": torch.ones(len(places), dtype=torch.bfloat16),
+        "places": (torch.tensor(places, dtype=torch.long) - 2**15).to(torch.int16),
+        "counts": torch.tensor(counts, dtype=torch.int32),
+        **changes,
+    }
+
+
+def test_that_places_are_within_blocks() -> None:
+    read = decode(topk([0, 65535, 0, 6, 7, 3], [2, 3, 1]), "topk", LARGE)
+    assert read["a"].nonzero().flatten().tolist() == [0, 65535, 65536, 65542]
+    assert read["b"].nonzero().flatten().tolist() == [0, 65532]
+    generator = torch.Generator().manual_seed(0)
+    sums = {name: torch.randn(like.shape, generator=generator) for name, like in LARGE.items()}
+    sent, residual = ErrorFeedback(0.3).encode(sums, 1.0)
+    assert torch.equal(flat(decode(sent, "topk", LARGE)) + residual, flat(sums))
+    empty = decode(topk([], [0, 0, 0]), "topk", LARGE)
+    assert not any(bool(tensor.any()) for tensor in empty.values())
 
 
 @pytest.mark.parametrize(
     ("compression", "tensors", "reason", "words"),
     [
-        ("topk", topk([0, 55]), "", ""),
-        ("topk", topk([0, 56]), "malformed", "are 0 to 56, of 56"),
-        ("topk", topk([-1, 5]), "malformed", "are -1 to 5, of 56"),
-        ("topk", topk([3, 3]), "malformed", "do not ascend"),
-        ("topk", topk([4, 3]), "malformed", "do not ascend"),
-        ("topk", topk([]), "malformed", "without an element"),
-        ("topk", topk([1, 2], values=torch.ones(1).bfloat16()), "schema", r"values .* \(1,\) and"),
-        ("topk", topk([1, 2], values=torch.ones(2)), "schema", "torch.float32"),
-        ("topk", topk([1, 2], indices=torch.tensor([1, 2])), "schema", "torch.int64"),
-        ("topk", topk([1], indices=torch.ones(1, 1).int()), "schema", r"\(1, 1\)"),
-        ("topk", topk([1], extra=torch.ones(1)), "schema", r"\['extra', 'indices', 'values'\]"),
-        ("topk", {"values": torch.ones(1).bfloat16()}, "schema", r"tensors \['values'\]"),
-        ("topk", LIKE, "schema", "tensors"),
-        ("bf16", LIKE, "schema", "'a' of a bf16 payload is torch.float64"),
+        ("topk", topk([0, 4], [1, 0, 1]), "malformed", "place 131076 of 131076"),
+        ("topk", topk([3, 3], [0, 2, 0]), "malformed", "do not ascend"),
+        ("topk", topk([4, 3], [2, 0, 0]), "malformed", "do not ascend"),
+        ("topk", topk([3, 4], [1, 0, 0]), "malformed", "counts 1 of 2"),
+        ("topk", topk([3, 4], [2**31 - 1] * 3), "malformed", "counts 6442450941 of 2"),
+        ("topk", topk([3, 4], [3, -1, 0]), "malformed", "counts 2 of 2"),
+        ("topk", topk([3], [1, 0]), "schema", r"\(2,\).*expected.*\(3,\)"),
+        ("topk", topk([3], [1, 0, 0], values=torch.ones(2).bfloat16()), "schema", r"\(2,\)"),
+        ("topk", topk([3], [1, 0, 0], values=torch.ones(1)), "schema", "torch.float32"),
+        ("topk", topk([3], [1, 0, 0], values=torch.ones(()).bfloat16()), "schema", r"\(\)"),
+        ("topk", topk([3], [1, 0, 0], places=torch.ones(1).int()), "schema", "torch.int32"),
+        ("topk", topk([3], [1, 0, 0], counts=torch.tensor([1, 0, 0])), "schema", "torch.int64"),
+        ("topk", topk([3], [1, 0, 0], extra=torch.ones(1)), "schema", "'extra'"),
+        ("topk", {"values": torch.ones(1).bfloat16()}, "schema", "expected.*'places'"),
+        ("topk", build_sum(0), "schema", "expected"),
+        ("bf16", build_sum(0), "schema", "'a' of a bf16 payload is torch.float64"),
     ],
 )
 def test_that_what_no_donor_encodes_is_refused(
     compression: str, tensors: dict[str, Tensor], reason: str, words: str
 ) -> None:
-    if not reason:
-        assert flat(decode(tensors, compression, LIKE)).nonzero().flatten().tolist() == [0, 55]
-        return
     with pytest.raises(PayloadError, match=words) as caught:
-        decode(tensors, compression, LIKE)
+        decode(tensors, compression, LARGE)
     assert caught.value.reason == reason

@@ -131,7 +131,7 @@ def donor_arguments() -> argparse.ArgumentParser:
         type=float,
         default=_DEFAULTS.topk_ratio,
         metavar="SHARE",
-        help="--compression topk: the share of the elements that is sent, at 6 bytes each",
+        help="--compression topk: the share of the elements that is sent, at 4 bytes each",
     )
     group.add_argument(
         "--payload_budget_files",

@@ -1,8 +1,9 @@
 """Fewer bytes in a donor's payloads: rounded values, or the largest ones only, with memory.
 
 ``bf16`` rounds every value to nearest, by at most 2^-8 of it. ``topk`` sends the share of the
-elements that are largest in magnitude, over all tensors together, as bfloat16 with their places;
-what it leaves out is kept and added to the next payload (error feedback), so that it is late and
+elements that are largest in magnitude, over all tensors together, as bfloat16 with their places:
+16 bits within a block of 65,536 elements, and how many there are in each block; 4 bytes an element.
+What it leaves out is kept and added to the next payload (error feedback), so that it is late and
 not lost. Over all tensors, because a share of each would send the small values of one in place of
 large ones of another; a tensor whose values are small waits until they have added up.
 
@@ -32,7 +33,8 @@ from toolkit.inner_products import squared_norm
 Compression = Literal["none", "bf16", "topk"]
 COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
 
-_VALUES, _INDICES = "values", "indices"
+_VALUES, _PLACES, _COUNTS = "values", "places", "counts"
+_BLOCK = 2**16  # elements whose places within it are told apart by 16 bits
 _LARGEST = torch.finfo(torch.bfloat16).max
 _SAMPLED, _MARGIN = 2**16, 1.25  # elements that a bound is guessed from, and how low it is guessed
 
@@ -90,7 +92,12 @@ class ErrorFeedback:
         values = flat[places].clamp(-_LARGEST, _LARGEST).bfloat16()
         flat[places] -= values.to(flat.dtype)
         flat /= count
-        return {_VALUES: values, _INDICES: places.to(_index_dtype(flat.numel()))}, flat
+        counts = torch.bincount(places // _BLOCK, minlength=_num_blocks(flat.numel())).int()
+        return {
+            _VALUES: values,
+            _PLACES: (places % _BLOCK - _BLOCK // 2).to(torch.int16),
+            _COUNTS: counts,
+        }, flat
 
     def note_sent(self, sequence: int, residual: Tensor) -> None:
         """A payload is published under this number; ``residual`` is what is left after it."""
@@ -165,32 +172,31 @@ def _widen(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[st
 
 
 def _scatter(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if tensors.keys() != {_VALUES, _INDICES}:
-        raise PayloadError("schema", f"a topk payload has tensors {sorted(tensors)}")
-    values, places = tensors[_VALUES], tensors[_INDICES]
     size = sum(tensor.numel() for tensor in like.values())
-    dtypes = torch.bfloat16, _index_dtype(size)
-    if (values.dtype, places.dtype) != dtypes or values.ndim != 1 or values.shape != places.shape:
-        raise PayloadError(
-            "schema",
-            f"a topk payload has values {values.dtype} {tuple(values.shape)} and indices "
-            f"{places.dtype} {tuple(places.shape)}, expected as many of each, {dtypes}",
-        )
-    if not len(places):
-        raise PayloadError("malformed", "a topk payload without an element")
+    number = len(tensors[_VALUES]) if _VALUES in tensors and tensors[_VALUES].ndim else -1
+    expected = {
+        _VALUES: (torch.bfloat16, (number,)),
+        _PLACES: (torch.int16, (number,)),
+        _COUNTS: (torch.int32, (_num_blocks(size),)),
+    }
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if found != expected:
+        raise PayloadError("schema", f"a topk payload has {found}, expected {expected}")
+    values, counts = tensors[_VALUES], tensors[_COUNTS]
+    if bool((counts < 0).any()) or int(counts.sum()) != number:
+        raise PayloadError("malformed", f"a topk payload counts {int(counts.sum())} of {number}")
+    block = torch.arange(len(counts)).repeat_interleave(counts)
+    places = block * _BLOCK + tensors[_PLACES] + _BLOCK // 2
     if not bool((places[1:] > places[:-1]).all()):
-        raise PayloadError("malformed", "the indices of a topk payload do not ascend")
-    if int(places[0]) < 0 or int(places[-1]) >= size:
-        raise PayloadError(
-            "malformed",
-            f"indices of a topk payload are {int(places[0])} to {int(places[-1])}, of {size}",
-        )
+        raise PayloadError("malformed", "the places of a topk payload do not ascend")
+    if number and int(places[-1]) >= size:
+        raise PayloadError("malformed", f"a topk payload has place {int(places[-1])} of {size}")
     dense, begin, first = {}, 0, 0
     for name in sorted(like):
         tensor = torch.zeros(like[name].shape, dtype=like[name].dtype)
         end = begin + tensor.numel()
         last = int(torch.searchsorted(places, end))
-        tensor.view(-1)[places[first:last].long() - begin] = values[first:last].to(tensor.dtype)
+        tensor.view(-1)[places[first:last] - begin] = values[first:last].to(tensor.dtype)
         dense[name], begin, first = tensor, end, last
     return dense
 
@@ -202,8 +208,8 @@ def compressed_bytes(tensors: Iterable[Tensor], compression: Compression, topk_r
     if compression == "bf16":
         return size * torch.bfloat16.itemsize
     if compression == "topk":
-        each = torch.bfloat16.itemsize + _index_dtype(size).itemsize
-        return math.ceil(topk_ratio * size) * each
+        each = torch.bfloat16.itemsize + torch.int16.itemsize
+        return math.ceil(topk_ratio * size) * each + _num_blocks(size) * torch.int32.itemsize
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
@@ -212,5 +218,5 @@ def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensors[name].reshape(-1) for name in sorted(tensors)])
 
 
-def _index_dtype(size: int) -> torch.dtype:
-    return torch.int32 if size < 2**31 else torch.int64
+def _num_blocks(size: int) -> int:
+    return math.ceil(size / _BLOCK)

@@ -16,6 +16,7 @@ from torch import Tensor
 _CPU_PIECE, _DEVICE_PIECE = 2**16, 2**24  # elements
 # Squares below the least float32 add up to less than 1e-7 of this in a piece.
 _SAFE_SQUARES = 1e-26
+_SQUARE = [(0, 0)]
 
 
 def inner_products(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> Tensor:
@@ -28,27 +29,49 @@ def inner_products(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) 
     Returns:
         One for each pair, float64, on the tensors' device.
     """
-    first = tensors[0]
-    is_on_cpu = first.device.type == "cpu"
-    piece = _CPU_PIECE if is_on_cpu else _DEVICE_PIECE
-    is_single = is_on_cpu and all(tensor.dtype == torch.float32 for tensor in tensors)
-    squares = [place for place, (i, j) in enumerate(pairs) if i == j]
-    total = torch.zeros(len(pairs), dtype=torch.float64, device=first.device)
-    for pieces in zip(*(t.detach().flatten().split(piece) for t in tensors), strict=True):
-        if is_single:
-            found = torch.stack([torch.dot(pieces[i], pieces[j]) for i, j in pairs]).double()
-            norms = found[squares]
-            if float(norms.min()) > _SAFE_SQUARES and float(norms.max()) < math.inf:
-                total += found
-                continue
-        wide = [part.double() for part in pieces]
+    device = tensors[0].device
+    if device.type == "cpu":
+        return torch.tensor(_on_cpu(tensors, pairs), dtype=torch.float64)
+    total = torch.zeros(len(pairs), dtype=torch.float64, device=device)
+    for pieces in _pieces(tensors, _DEVICE_PIECE):
+        wide = [piece.double() for piece in pieces]
         total += torch.stack([torch.dot(wide[i], wide[j]) for i, j in pairs])
     return total
 
 
+def _on_cpu(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> list[float]:
+    """:func:`inner_products` in plain floats: most tensors of a model are small."""
+    total = [0.0] * len(pairs)
+    is_single = all(tensor.dtype == torch.float32 for tensor in tensors)
+    squares = [place for place, (i, j) in enumerate(pairs) if i == j]
+    for pieces in _pieces(tensors, _CPU_PIECE):
+        found = [math.nan] * len(pairs)
+        if is_single:
+            found = [torch.dot(pieces[i], pieces[j]).item() for i, j in pairs]
+        if not all(_SAFE_SQUARES < found[place] < math.inf for place in squares):
+            wide = [piece.double() for piece in pieces]
+            found = [torch.dot(wide[i], wide[j]).item() for i, j in pairs]
+        total = [a + b for a, b in zip(total, found, strict=True)]
+    return total
+
+
+def _pieces(tensors: Sequence[Tensor], size: int) -> Iterable[Sequence[Tensor]]:
+    """The tensors, flat, in pieces of the same elements each."""
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    if flat[0].numel() <= size:
+        return [flat]
+    return zip(*(tensor.split(size) for tensor in flat), strict=True)
+
+
 def squared_norm(tensors: Iterable[Tensor]) -> float:
     """Sum of squares over all tensors; not finite where one of them is not, 0 only for zeros."""
-    return float(sum(float(inner_products([tensor], [(0, 0)])) for tensor in tensors))
+    total = 0.0
+    for tensor in tensors:
+        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        is_on_cpu = real.device.type == "cpu"
+        products = _on_cpu([real], _SQUARE) if is_on_cpu else inner_products([real], _SQUARE)
+        total += float(products[0])
+    return total
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from toolkit.bridge.layout import bytes_of
 
-_SMALL_ELEMENTS = 2**15  # that are digested sooner than a thread starts
+_SMALL_ELEMENTS = 2**18  # that are digested about as soon as a thread starts
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from toolkit.bridge.accumulation import Window, scale_grads_
 from toolkit.bridge.agreement import read_claim
 from toolkit.bridge.config import Role
+from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import DiskError, Interrupted, PayloadError
 from toolkit.bridge.interruption import GRACE_SECONDS
 from toolkit.bridge.job import BridgeJob
@@ -418,14 +419,22 @@ class GradientDonor(BridgeJob):
                 "this donor was given"
             )
         sums: dict[str, Tensor] = {}
+        factor = window.sum_factor / window.scale
         for name, parameter in parameters.items():
             dtype = payload_dtype(parameter.dtype)
             if parameter.grad is None:
                 sums[name] = torch.zeros(parameter.shape, dtype=dtype)
             else:
                 grad = full_tensor(parameter.grad).to(dtype=dtype)
-                sums[name] = (grad * (window.sum_factor / window.scale)).cpu().contiguous()
-        local = all_finite(sums.values()) and window.count > 0 and math.isfinite(window.loss)
+                # While it follows the gradient is the receiver's: no second one is needed.
+                scaled = grad.mul_(factor) if self.following else grad * factor
+                sums[name] = scaled.cpu().contiguous()
+        is_sent = self.accelerator.is_main_process and self.config.compression == "none"
+        digest = Digest(sums) if is_sent else None
+        squares = squared_norm(sums.values())
+        # The squares of large float64 values overflow, finite as they are.
+        local = math.isfinite(squares) or all_finite(sums.values())
+        local = local and window.count > 0 and math.isfinite(window.loss)
         finite = self.control.agree(local)
         if self.following and window.count:  # one without samples says nothing about the scale
             self._loss_scale.update(finite, window.scale)
@@ -433,21 +442,30 @@ class GradientDonor(BridgeJob):
         if self.accelerator.is_main_process and not finite:
             logger.warning("no finite gradient at receiver step %d: skip", self.receiver_step)
         kind: Kind = "gradient" if finite else "skip"
-        size = self._publish_payload(kind, sums if finite else {}, window)
+        size = self._publish_payload(kind, sums if finite else {}, window, digest)
         if self.accelerator.is_main_process:
             self.metrics[f"bridge/payload {self.job} (MiB)"] = size / 2**20
-            self.metrics[f"gradient/{self.job} sum norm"] = norm = math.sqrt(
-                squared_norm(sums.values())
-            )
+            self.metrics[f"gradient/{self.job} sum norm"] = norm = math.sqrt(squares)
             feedback = self._outbox.feedback
             if feedback is not None and finite and norm:
                 ratio = feedback.residual_norm * window.count / norm
                 self.metrics[f"bridge/residual {self.job} (gradient norms)"] = ratio
 
     def _publish_payload(
-        self, kind: Kind, sums: dict[str, Tensor], window: Window | LocalRound | None
+        self,
+        kind: Kind,
+        sums: dict[str, Tensor],
+        window: Window | LocalRound | None,
+        digest: Digest | None = None,
     ) -> int:
-        """Publish a payload, a collective; its size in bytes."""
+        """Publish a payload, a collective; its size in bytes.
+
+        Args:
+            kind: of the payload.
+            sums: its tensors; none in a skip.
+            window: what they are summed over.
+            digest: of the sums, where it has been begun.
+        """
         header = dataclasses.replace(
             self._header(kind),
             count=window.count if window else 0.0,
@@ -457,7 +475,8 @@ class GradientDonor(BridgeJob):
         )
         if kind != "skip":
             self._validation = {}
-        return self._persist(lambda: self._outbox.publish(header, sums))
+        mine = digest if sums else None
+        return self._persist(lambda: self._outbox.publish(header, sums, mine))
 
     # -- checkpoints and results --------------------------------------------------------------
 

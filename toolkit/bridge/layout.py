@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from toolkit.bridge.errors import PayloadError
 
 MAX_HEADER_BYTES = 16 * 2**20
 _PREFIX_BYTES = 8
+_LONG_BYTES = 4 * 2**20  # of tensors, which take longer to write than to begin to
 _METADATA = "__metadata__"
 _DTYPES = {
     "BOOL": torch.bool,
@@ -71,6 +73,8 @@ def write_file(
         _write_all(file, header)
         for name in order:
             _write_all(file, bytes_of(tensors[name]))
+        if position > _LONG_BYTES:  # on its way to the disk while the last of it is digested
+            os.fsync(file.fileno())
         finished = _encode(final(), entries)
         assert len(finished) == len(header), "the draft is as long as what comes in its place"
         file.seek(0)

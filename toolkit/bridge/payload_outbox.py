@@ -13,6 +13,7 @@ from torch import Tensor
 
 from toolkit.bridge.compression import ErrorFeedback, round_values
 from toolkit.bridge.config import BridgeConfig
+from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.payload import Header
 from toolkit.bridge.publisher import Publisher
@@ -50,10 +51,17 @@ class PayloadOutbox:
         self._largest = 0  # bytes
         self._acknowledged, self._num_kept = -1, 0  # when payloads were deleted last, and since
 
-    def publish(self, header: Header, tensors: Mapping[str, Tensor]) -> int:
+    def publish(
+        self, header: Header, tensors: Mapping[str, Tensor], digest: Digest | None = None
+    ) -> int:
         """Publish a payload or a skip record; its size in bytes.
 
         After an ``OSError`` it may be repeated with the same one.
+
+        Args:
+            header: of the record.
+            tensors: by name, not compressed.
+            digest: of them, where they are not to be compressed and it has been begun already.
 
         Raises:
             BridgeError: if the receiver has left more of them than the budget allows.
@@ -69,7 +77,7 @@ class PayloadOutbox:
                 tensors, residual = self.feedback.encode(tensors, divisor)
             elif header.compression == "bf16":
                 tensors = round_values(tensors)
-        size = self._publisher.publish(header, tensors)
+        size = self._publisher.publish(header, tensors, digest)
         if self.feedback is not None and residual is not None:
             self.feedback.note_sent(self._publisher.next_sequence - 1, residual)
         self._inbox.note_answer(header, self._publisher.next_sequence - 1)

@@ -44,7 +44,7 @@ class Figures:
     def _cell(self, heading: str, value: Cell) -> str:
         if isinstance(value, str):
             return value
-        text = f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+        text = f"{value:,.0f}" if isinstance(value, int) or value >= 100 else f"{value:.3g}"
         return f"[bold red]{text}[/]" if self.misses(heading, value) else text
 
     def misses(self, heading: str, value: float) -> bool:

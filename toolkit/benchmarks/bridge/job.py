@@ -44,6 +44,8 @@ class Settings:
         runs_dir: where the run is, and what it has measured; on the disk that is measured.
         num_parameters: shared by both jobs, about.
         batch_size: samples of one rank in a step; how long a step is follows from it.
+        computes: whether steps are computed. Otherwise they sleep as long as one would take, and
+            leave the processors to the other job: this one stands for a job on another machine.
         block: rounds of a kind before the next kind's turn; one more comes first, not counted.
         num_blocks: of each kind.
         config: arguments of :class:`BridgeConfig`.
@@ -52,6 +54,7 @@ class Settings:
     runs_dir: str
     num_parameters: int
     batch_size: int
+    computes: bool = True
     block: int
     num_blocks: int
     config: dict[str, Any]
@@ -129,6 +132,26 @@ class MeasuredJob:
         self.num_turns = 0  # of rounds without the bridge
         self._round = -1  # of this block
         self._round_began = self._blocked = 0.0
+        self._asleep = 0.0  # seconds of a step that is not computed
+
+    def loss(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of a batch."""
+        if self.settings.computes:
+            return cross_entropy(model(inputs, self.head), labels)
+        if not self._asleep:
+            start = time.perf_counter()
+            cross_entropy(model(inputs, self.head), labels).backward()
+            self._asleep = time.perf_counter() - start
+            for parameter in model.parameters():
+                parameter.grad = None
+        time.sleep(self._asleep)
+        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        return sum((parameter.sum() for parameter in trained), torch.zeros(())) / 1e6
+
+    def mark(self, receiver_step: int) -> None:
+        """Note the time; not in the first round of a block, which began before others' turn."""
+        if self._round >= 0:
+            self.marks[receiver_step] = time.monotonic()
 
     @contextlib.contextmanager
     def blocked(self) -> Iterator[None]:
@@ -162,7 +185,7 @@ class MeasuredJob:
         for index in range(-1, self.settings.block):
             start = time.perf_counter()
             inputs, labels = self.batch
-            cross_entropy(self.plain_model(inputs, self.head), labels).backward()
+            self.loss(self.plain_model, inputs, labels).backward()
             self.plain_optimizer.step()
             self.plain_optimizer.zero_grad()
             if index >= 0:
@@ -201,11 +224,11 @@ class MeasuredReceiver(MeasuredJob):
         receiver = GradientReceiver(self.accelerator, self.model, self.optimizer, self.config)
         with receiver, tqdm(total=total, disable=not self.accelerator.is_main_process) as bar:
             for inputs, labels in itertools.islice(self.loader, total):
-                loss = cross_entropy(self.model(inputs, "h1"), labels)
+                loss = self.loss(self.model, inputs, labels)
                 receiver.backward(loss, len(labels))
                 with self.blocked():
                     receiver.inject()
-                self.marks[receiver.completed_steps] = time.monotonic()
+                self.mark(receiver.completed_steps)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 is_last = self._round + 1 == settings.block
@@ -238,9 +261,9 @@ class MeasuredDonor(MeasuredJob):
                 if batch is None:
                     return
                 inputs, labels = batch
-                loss = cross_entropy(self.model(inputs, "h2"), labels)
+                loss = self.loss(self.model, inputs, labels)
                 donor.backward(loss, len(labels))
-                self.marks[donor.receiver_step - 1] = time.monotonic()
+                self.mark(donor.receiver_step - 1)
                 with self.blocked():
                     is_following = donor.publish()
                 if not is_following:

@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit.benchmarks.bridge.figures import Cell, Figures
-from toolkit.benchmarks.bridge.job import Settings
-from toolkit.benchmarks.bridge.rounds import Pair, measure_pair
-from toolkit.launching import new_directory
+from toolkit.benchmarks.bridge.rounds import Pair, measure_pair, settings_of
 
 SMALL_BATCH = 4  # samples of a step that is short
-BLOCK = 6  # rounds of one kind before the next one's turn
 
 
 def measure_lockstep(root: Path, sizes: Sequence[float], repeats: int) -> Figures:
@@ -30,21 +27,22 @@ def measure_lockstep(root: Path, sizes: Sequence[float], repeats: int) -> Figure
         raw = pair.receiver.seconds["raw"]
         rows.append(
             {
-                "parameters (M)": size,
-                "MB each way": pair.receiver.num_bytes / 1e6,
-                "plain step (ms)": 1e3 * pair.plain,
-                "raw hand-over (ms)": 1e3 * raw,
-                "step (ms)": 1e3 * pair.receiver.seconds["bridge"],
+                "M params": size,
+                "MB": pair.receiver.num_bytes / 1e6,
+                "plain ms": 1e3 * pair.plain,
+                "raw ms": 1e3 * raw,
+                "step ms": 1e3 * pair.receiver.seconds["bridge"],
                 "added / raw": pair.added / raw,
-                "latency p50 / raw": statistics.median(latencies) / (raw / 2),
-                "latency p99 / raw": latencies[int(0.99 * len(latencies))] / (raw / 2),
+                "p50 / raw": statistics.median(latencies) / (raw / 2),
+                "p99 / raw": latencies[int(0.99 * len(latencies))] / (raw / 2),
             }
         )
     return Figures(
-        "A round in lockstep over handing over the same bytes",
+        "A step in lockstep: what the bridge adds, and the latency of a gradient (p50, p99), "
+        "over a raw hand-over of the same bytes (MB each way)",
         rows,
-        goals={"added / raw": 1.3, "latency p50 / raw": 1.5, "latency p99 / raw": 1.5},
-        curves=[("parameters (M)", "added / raw", ""), ("parameters (M)", "step (ms)", "")],
+        goals={"added / raw": 1.3, "p50 / raw": 1.5, "p99 / raw": 1.5},
+        curves=[("M params", "added / raw", ""), ("M params", "step ms", "")],
     )
 
 
@@ -64,9 +62,9 @@ def measure_step_lengths(
         pair = _measure(root, size, batch_size, repeats)
         rows.append(
             {
-                "parameters (M)": size,
-                "batch size": batch_size,
-                "plain step (s)": pair.plain,
+                "M params": size,
+                "batch": batch_size,
+                "plain s": pair.plain,
                 "step / plain": pair.receiver.seconds["bridge"] / pair.plain,
                 "added / raw": pair.added / pair.receiver.seconds["raw"],
             }
@@ -74,18 +72,10 @@ def measure_step_lengths(
     return Figures(
         "A step in lockstep over one without the bridge",
         rows,
-        curves=[("plain step (s)", "step / plain", "")],
+        curves=[("plain s", "step / plain", "")],
     )
 
 
 def _measure(root: Path, size: float, batch_size: int, repeats: int) -> Pair:
-    directory = new_directory(root, "lockstep")
-    settings = Settings(
-        runs_dir=str(directory),
-        num_parameters=round(size * 1e6),
-        batch_size=batch_size,
-        block=BLOCK,
-        num_blocks=max(1, round(repeats / BLOCK)),
-        config={"run": "measured", "exchange": "gradient"},
-    )
-    return measure_pair(directory, {"donor": settings, "receiver": settings})
+    settings = settings_of(root, "lockstep", size, batch_size, repeats, {"exchange": "gradient"})
+    return measure_pair({"donor": settings, "receiver": settings})

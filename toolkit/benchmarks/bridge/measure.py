@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from toolkit.benchmarks.bridge.asynchronous import measure_asynchronous
 from toolkit.benchmarks.bridge.figures import Figures, plot
 from toolkit.benchmarks.bridge.lockstep import measure_lockstep, measure_step_lengths
 from toolkit.benchmarks.bridge.transport import measure_transport
@@ -28,6 +29,9 @@ Part = Callable[[argparse.Namespace, Path], Figures]
 PARTS: dict[str, Part] = {
     "rounds": lambda args, root: measure_lockstep(root, args.sizes, args.repeats),
     "steps": lambda args, root: measure_step_lengths(
+        root, args.sizes[-1], args.batch_sizes, args.repeats
+    ),
+    "asynchronous": lambda args, root: measure_asynchronous(
         root, args.sizes[-1], args.batch_sizes, args.repeats
     ),
     "transport": lambda args, root: _measure_transport(args, root),

@@ -12,9 +12,10 @@ from typing import Any
 from rich.progress import Progress
 
 from toolkit.benchmarks.bridge import job
-from toolkit.launching import follow, launch, terminable
+from toolkit.launching import follow, launch, new_directory, terminable
 
 JOB = Path(job.__file__)
+BLOCK = 6  # rounds of one kind before the next one's turn
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,12 +24,14 @@ class Side:
 
     Attributes:
         num_bytes: that cross each way in a round.
-        seconds: medians of a round, by kind: ``bridge``, ``raw``, ``plain``, and ``blocked``.
+        seconds: of a round, by kind: ``bridge``, ``raw``, ``plain``, and ``blocked``; medians.
+        means: the same, means: where not every round exchanges something.
         marks: as the job has them.
     """
 
     num_bytes: int
     seconds: Mapping[str, float]
+    means: Mapping[str, float]
     marks: Mapping[int, float]
 
 
@@ -55,12 +58,34 @@ class Pair:
         return [receiver[step] - donor[step] for step in receiver.keys() & donor.keys()]
 
 
-def measure_pair(root: Path, settings: Mapping[str, job.Settings], num_processes: int = 1) -> Pair:
+def settings_of(
+    root: Path, name: str, size: float, batch_size: int, repeats: int, config: Mapping[str, Any]
+) -> job.Settings:
+    """What a pair is to do, in a new directory.
+
+    Args:
+        root: on the disk that is measured.
+        name: of the directory.
+        size: millions of parameters.
+        batch_size: samples of a step, which make it long or short.
+        repeats: rounds of each kind, about.
+        config: of the bridge, but for where the run is.
+    """
+    return job.Settings(
+        runs_dir=str(new_directory(root, name)),
+        num_parameters=round(size * 1e6),
+        batch_size=batch_size,
+        block=BLOCK,
+        num_blocks=max(1, round(repeats / BLOCK)),
+        config={"run": "measured", **config},
+    )
+
+
+def measure_pair(settings: Mapping[str, job.Settings], num_processes: int = 1) -> Pair:
     """Launch both jobs and wait for their end.
 
     Args:
-        root: a new directory on the disk that is measured; must exist.
-        settings: by role.
+        settings: by role; of one directory.
         num_processes: ranks of the receiver.
 
     Raises:
@@ -69,6 +94,7 @@ def measure_pair(root: Path, settings: Mapping[str, job.Settings], num_processes
     with terminable(), Progress(transient=True) as progress:
         jobs = []
         for role, mine in settings.items():
+            root = Path(mine.runs_dir)
             flags = (role, json.dumps(dataclasses.asdict(mine)))
             ranks = num_processes if role == "receiver" else 1
             jobs.append(launch(JOB, role, root / role, flags, ranks))
@@ -78,6 +104,8 @@ def measure_pair(root: Path, settings: Mapping[str, job.Settings], num_processes
 
 def _read(path: Path) -> Side:
     content: dict[str, Any] = json.loads(path.read_bytes())
-    medians = {kind: statistics.median(found) for kind, found in content["seconds"].items()}
+    found = content["seconds"]
+    medians = {kind: statistics.median(seconds) for kind, seconds in found.items()}
+    means = {kind: statistics.fmean(seconds) for kind, seconds in found.items()}
     marks = {int(step): mark for step, mark in content["marks"].items()}
-    return Side(content["num_bytes"], medians, marks)
+    return Side(content["num_bytes"], medians, means, marks)

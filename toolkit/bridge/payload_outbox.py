@@ -35,7 +35,7 @@ class PayloadOutbox:
         config: its budget, and how payloads are compressed.
 
     Attributes:
-        feedback: what payloads have left out; None where that is lost, or nothing.
+        feedback: what top-k payloads have left out; None for others.
     """
 
     def __init__(

@@ -38,6 +38,9 @@ EVERY_WORLD = [
     Case(accumulation=3, donor_accumulation=3, rescale="pool", optimizer="momentum"),
     Case(accumulation=3, donor_accumulation=3, loss_reduction="sum", scope="head"),
     Case(max_grad_norm=0.05, optimizer="sgd", rescale="append"),
+    Case(compression="topk", donor_accumulation=3, num_steps=15),
+    Case(compression="topk", rescale="append", optimizer="sgd", num_steps=15),
+    Case(compression="bf16", accumulation=3, num_steps=10),
     Case(prepared=False, accumulation=3),
     Case(dtype="float32"),
     Case(dtype="float32", optimizer="sgd", accumulation=3),
@@ -131,6 +134,13 @@ def test_bridge_equals_joint_training(trained: Trained, case: Case) -> None:
     }
     assert moved == set(weights), "a parameter did not train: equality would say nothing"
     check_trained_jointly(trained, case)
+
+
+def test_that_compression_changes_these_cases() -> None:
+    for case in EVERY_WORLD:
+        if case.compression != "none":
+            plain = train_jointly(dataclasses.replace(case, compression="none"))
+            assert largest_difference(train_jointly(case), plain) > 1e-4, case.name
 
 
 def test_that_the_gradients_of_these_cases_conflict() -> None:

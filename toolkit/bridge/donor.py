@@ -13,11 +13,12 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import skip_first_batches
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from toolkit.bridge.accumulation import Window, scale_grads_
@@ -39,6 +40,7 @@ from toolkit.bridge.payload import (
 )
 from toolkit.bridge.payload_outbox import PayloadOutbox
 from toolkit.bridge.prefetch import Prefetch
+from toolkit.bridge.runs import read_checkpoint
 from toolkit.bridge.transport import READ_SECONDS
 from toolkit.bridge.weights_inbox import WeightsInbox
 from toolkit.inner_products import all_finite, squared_norm
@@ -463,7 +465,8 @@ class GradientDonor(BridgeJob):
                 hands_over = self.following and not self._writes_behind
                 scaled = grad.mul_(factor) if hands_over else grad * factor
                 sums[name] = scaled.cpu().contiguous()
-        digest = Digest(sums) if self.accelerator.is_main_process else None
+        is_sent = self.accelerator.is_main_process and self.config.compression == "none"
+        digest = Digest(sums) if is_sent else None
         squares = squared_norm(sums.values())
         # The squares of large float64 values overflow, finite as they are.
         local = math.isfinite(squares) or all_finite(sums.values())
@@ -478,7 +481,11 @@ class GradientDonor(BridgeJob):
         size = self._publish_payload(kind, sums if finite else {}, window, digest)
         if self.accelerator.is_main_process:
             self.metrics[f"bridge/payload {self.job} (MiB)"] = size / 2**20
-            self.metrics[f"gradient/{self.job} sum norm"] = math.sqrt(squares)
+            self.metrics[f"gradient/{self.job} sum norm"] = norm = math.sqrt(squares)
+            feedback = self._outbox.feedback
+            if feedback is not None and finite and norm:
+                ratio = feedback.residual_norm * window.count / norm
+                self.metrics[f"bridge/residual {self.job} (gradient norms)"] = ratio
 
     def _publish_payload(
         self,
@@ -532,6 +539,17 @@ class GradientDonor(BridgeJob):
     def _load_state(self, state: dict[str, Any]) -> None:
         # What was published after the checkpoint is published: go on after it.
         self.completed_windows = max(self.completed_windows, state["completed_windows"])
+
+    def _on_save_state(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
+        super()._on_save_state(models, weights, directory)
+        if self.accelerator.is_main_process:
+            self._outbox.save_feedback(Path(directory))
+
+    def _on_load_state(self, models: list[nn.Module], directory: str) -> None:
+        super()._on_load_state(models, directory)
+        if self.accelerator.is_main_process:
+            then = read_checkpoint(Path(directory))["completed_windows"]
+            self._outbox.load_feedback(Path(directory), self.completed_windows - then)
 
     def _header(self, kind: Kind) -> Header:
         """Of a record that is published now."""

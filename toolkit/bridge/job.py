@@ -22,6 +22,7 @@ from toolkit.bridge import files
 from toolkit.bridge.accumulation import WindowAccumulator
 from toolkit.bridge.authentication import KEY_SOURCES, UNSIGNED, Signer, load_key
 from toolkit.bridge.background import Background
+from toolkit.bridge.compression import compressed_bytes
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.errors import BridgeError, DiskError, Interrupted, PayloadError
@@ -109,6 +110,14 @@ class BridgeJob:
 
     def _attach(self) -> None:
         config = self.config
+        # By head, what the tensors of a payload are like.
+        self._payloads_like = {
+            head: {
+                name: torch.empty(p.shape, dtype=payload_dtype(p.dtype), device="meta")
+                for name, p in self._gradient_parameters(head).items()
+            }
+            for head in self.shared.heads
+        }
         terms = {
             "schemas": self._schemas(),
             "exchange": config.exchange,
@@ -122,10 +131,10 @@ class BridgeJob:
             "max_staleness": config.max_staleness,
             "payload_budget_files": config.payload_budget_files,
             "payload_budget_gib": config.payload_budget_gib,
-            "payload_bytes": sum(
-                parameter.numel() * payload_dtype(parameter.dtype).itemsize
-                for head in self.shared.heads
-                for parameter in self._gradient_parameters(head).values()
+            "payload_bytes": compressed_bytes(
+                (tensor for like in self._payloads_like.values() for tensor in like.values()),
+                config.compression,
+                config.topk_ratio,
             ),
             # No teacher is kept for a checkpoint.
             "checkpoint_interval": None

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from toolkit.bridge.authentication import UNSIGNED, Signer
+from toolkit.bridge.compression import COMPRESSIONS, Compression, decode
 from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.layout import header_bytes, parse_entries, view_tensors, write_file
 from toolkit.inner_products import squared_norm
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Kind = Literal["gradient", "delta", "weights", "skip", "end"]
 _SUMS: tuple[Kind, ...] = ("gradient", "delta")
 _HEADER_KEY, _DIGEST_KEY, _SIGNATURE_KEY = "gradient_bridge", "digest", "hmac_sha256"
@@ -51,7 +52,8 @@ class Header:
     loss: float | None = None  # mean loss over `count`, for display
     # What the receiver's weights are worth on the donor's validation data, by name.
     validation: dict[str, float] = dataclasses.field(default_factory=dict)
-    tensors_digest: str = ""  # digest of the record's own tensors
+    compression: Compression = "none"  # of its tensors: what a gradient or a difference may be
+    tensors_digest: str = ""  # digest of the record's own tensors, compressed if they are
     format_version: int = FORMAT_VERSION
 
     def with_digest(self, digest: str) -> Header:
@@ -164,6 +166,7 @@ def _header_of(metadata: Mapping[str, str], signer: Signer) -> Header:
 
 def _checked_header(fields: dict[str, Any]) -> Header:
     types = {"str": (str,), "int": (int,), "float": (int, float), "Kind": (str,)}
+    types |= {"Compression": (str,)}
     types |= {"float | None": (int, float, type(None)), "dict[str, float]": (dict,)}
     known = {field.name for field in dataclasses.fields(Header)}
     if missing := known - set(fields):
@@ -179,6 +182,9 @@ def _checked_header(fields: dict[str, Any]) -> Header:
             raise PayloadError("malformed", f"validation of {name!r} is {reprlib.repr(value)}")
     if fields["kind"] not in get_args(Kind):
         raise PayloadError("malformed", f"kind {fields['kind']!r} is unknown")
+    compression, is_sum = fields["compression"], fields["kind"] in _SUMS
+    if compression not in COMPRESSIONS or (compression != "none" and not is_sum):
+        raise PayloadError("malformed", f"compression {compression!r} of a {fields['kind']!r}")
     return Header(**fields)
 
 
@@ -216,11 +222,28 @@ def parse_record(data: bytes | memoryview, signer: Signer = UNSIGNED) -> Record:
     tensors = view_tensors(memoryview(bytearray(view)) if view.readonly else view, entries)
     record = Record(header=header, tensors=tensors, num_bytes=len(data))
     digest = Digest(tensors)
-    if header.kind in _SUMS:
+    if header.kind in _SUMS and header.compression == "none":
         _ = record.squares  # which whoever takes it needs, while the digest is computed
     if any("|" in name for name in tensors) or digest.result() != header.tensors_digest:
         raise PayloadError("digest", "the tensors' digest does not match the header")
     return record
+
+
+def decompressed(record: Record, like: Mapping[str, Mapping[str, Tensor]]) -> Record:
+    """The record with the tensors that were compressed; itself, if none were.
+
+    Args:
+        record: of which the digests are verified.
+        like: by head, what the tensors of a payload for it are like, by name.
+
+    Raises:
+        PayloadError: if they cannot be what a payload for that head was compressed to.
+    """
+    header = record.header
+    if header.compression == "none" or header.head not in like:
+        return record
+    tensors = decode(record.tensors, header.compression, like[header.head])
+    return dataclasses.replace(record, tensors=tensors)
 
 
 def check_identity(header: Header, *, run_id: str, job: str, sequence: int) -> None:

@@ -40,7 +40,7 @@ from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS, ArrivalWatch, Pe
 from toolkit.bridge.outage import ride_out
 from toolkit.bridge.outer import OuterOptimizer
 from toolkit.bridge.own_weights import newest_own_weights, stream_of
-from toolkit.bridge.payload import Header, Record
+from toolkit.bridge.payload import Header, Record, decompressed
 from toolkit.bridge.prefetch import Prefetch
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
@@ -158,7 +158,7 @@ class GradientReceiver(BridgeJob):
         is_late = self.config.writes_behind or self.config.exchange == "delta"
         self._copies: dict[str, Tensor] | None = {} if is_late else None
         if isinstance(self._donors, Donors) and self.config.writes_behind:
-            self._prefetch = Prefetch(self._donors.next_records, super()._read)
+            self._prefetch = Prefetch(self._donors.next_records, self._read_now)
         self._ages = [0, 0]  # of the payloads applied in this start: their sum, and how many
         self._to_keep: list[Verdict] = []  # main process: applied, to be kept for good
         self._retention = CheckpointCursors(
@@ -423,7 +423,7 @@ class GradientReceiver(BridgeJob):
 
     def _open_donors(self) -> Donors | Replay:
         if self._kept is not None:
-            return Replay(self._kept)
+            return Replay(self._kept, self._read)
         return open_donors(
             self.transport,
             self.config,
@@ -440,11 +440,13 @@ class GradientReceiver(BridgeJob):
         return self._donors
 
     def _read(self, job: str, sequence: int) -> Record:
-        if self._kept is not None:
-            return self._kept.read(job, sequence)
         if self._prefetch is not None:
             return self._prefetch.read(job, sequence)
-        return super()._read(job, sequence)
+        return self._read_now(job, sequence)
+
+    def _read_now(self, job: str, sequence: int) -> Record:
+        read = super()._read if self._kept is None else self._kept.read
+        return decompressed(read(job, sequence), self._payloads_like)
 
     def _receive(self) -> tuple[_Findings, list[Record], float]:
         """The donors' parts of this step, the same on every rank."""

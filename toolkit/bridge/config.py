@@ -246,7 +246,7 @@ class BridgeConfig:
     @property
     def writes_behind(self) -> bool:
         """Whether no step waits for what the other job brings, nor need it for the disk."""
-        return self.has_stale_gradients or not self.follows
+        return self.replay is None and (self.has_stale_gradients or not self.follows)
 
     def _check_delta(self) -> None:
         if self.aggregate != "sum":

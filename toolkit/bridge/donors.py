@@ -246,7 +246,10 @@ class Donors:
         return [e for v in verdicts for e in self._donors[v.donor].inbox.settle(v)]
 
     def remember(self, receiver_step: int, digest: str) -> None:
-        """Note the digest of the weights after ``receiver_step`` steps; forget the too old ones."""
+        """Note the digest of the weights after ``receiver_step`` steps; forget the too old ones.
+
+        It is empty while it is not known yet.
+        """
         self._digests[receiver_step] = digest
         for step in [s for s in self._digests if s < receiver_step - self._max_staleness]:
             del self._digests[step]

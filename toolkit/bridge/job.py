@@ -207,7 +207,9 @@ class BridgeJob:
             if not self.accelerator.is_main_process:
                 continue
             if into is None:
-                weights[name] = whole.cpu().contiguous()
+                there = whole.cpu().contiguous()
+                # The next forward changes a buffer, and they may be published again after it.
+                weights[name] = there.clone() if name in self.shared.buffers else there
             elif name in into:
                 into[name].copy_(whole)
             else:

@@ -47,6 +47,7 @@ class WeightsOutbox:
         """
         self._header, self._tensors, self._is_on_disk = header, tensors, False
         self._digest = Digest(tensors)
+        self._donors.remember(header.receiver_step, "")
 
     def is_due(self) -> bool:
         """Whether they are to be published: they are not yet, and somebody may read them."""
@@ -57,6 +58,7 @@ class WeightsOutbox:
         if self._publisher.last_rejection is not None:
             logger.warning("a donor could not read the weights; publishing them again")
             self._is_on_disk = False
+        self._digest = None  # of weights as they were then: a record must be what it says
         self.offer()
 
     def offer(self) -> None:

@@ -16,7 +16,10 @@ from torch.utils.data import DataLoader
 
 from tests.oracle import Case, build_dataset
 from tests.unit.jobs import DonorAlone, ReceiverAlone, reset
+from toolkit.bridge import donor as donor_module
+from toolkit.bridge import runs
 from toolkit.bridge.background import Background
+from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import DiskError, PayloadError
 from toolkit.bridge.payload import Header, Record
 from toolkit.bridge.prefetch import Prefetch
@@ -274,6 +277,28 @@ def test_that_the_receiver_says_whether_a_step_waits(tmp_path: Path, max_stalene
     reset()
 
 
+def test_that_the_claim_is_read_once_the_disk_lets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reset()
+    job = DonorAlone(tmp_path / "runs")
+    job.publish_weights(0, 0.01)
+    errors = [OSError(errno.EIO, "Input/output error")]
+    read_claim = donor_module.read_claim
+
+    def failing(transport: DirectoryTransport, name: str) -> dict[str, Any] | None:
+        if job.donor._weights is not None and errors:
+            raise errors.pop()
+        return read_claim(transport, name)
+
+    monkeypatch.setattr(donor_module, "read_claim", failing)
+    loader = job.accelerator.prepare(DataLoader(build_dataset(Case(), "h2"), batch_size=4))
+    assert next(job.donor.follow(loader))
+    assert not errors
+    job.donor._stop()
+    reset()
+
+
 # -- the thread -----------------------------------------------------------------------------------
 
 
@@ -365,3 +390,109 @@ def test_that_a_failing_disk_is_tried_again(shelf: Shelf, prefetch: Prefetch) ->
     shelf.errors[6] = [OSError(errno.EIO, "Input/output error")]
     with pytest.raises(OSError, match="Input/output"):
         prefetch.read("donor", 6)
+
+
+def test_that_nothing_is_read_once_it_has_stopped(shelf: Shelf, prefetch: Prefetch) -> None:
+    """A process that ends while a thread is inside of torch is aborted."""
+    thread = prefetch._thread
+    assert thread is not None
+    assert thread.is_alive()
+    prefetch.stop()
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_that_an_error_waits_for_what_is_written(
+    tmp_path: Path, gate: Callable[[str], Gate], error: type[BaseException]
+) -> None:
+    job = receiver(tmp_path)
+    held = gate("receiver")
+    held.close()
+    opener = threading.Timer(0.2, held.open)
+
+    def fail() -> None:
+        with job.receiver:
+            job.backward()
+            opener.start()
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert not job.receiver._background.is_busy
+    kinds = [record.header.kind for record in records(job, "receiver")]
+    assert kinds == ["weights", *(["end"] if error is KeyboardInterrupt else [])]
+    opener.join()
+
+
+# -- digests that come late -----------------------------------------------------------------------
+
+
+class SlowDigests:
+    """Holds up the digests that a thread waits for, while it is closed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._open = threading.Event()
+        self._open.set()
+        result = Digest.result
+
+        def held(digest: Digest) -> str:
+            if threading.current_thread() is not threading.main_thread():
+                assert self._open.wait(PATIENCE_SECONDS)
+            return result(digest)
+
+        monkeypatch.setattr(Digest, "result", held)
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def test_that_a_replay_knows_its_weights_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = receiver(tmp_path, keep_payloads=True)
+    job.backward()
+    job.donate(job.constant(1.0))
+    job.receiver.inject()
+    job.optimizer.step()
+    job.receiver.commit()
+    job.receiver.close()
+    reset()
+    replay = ReceiverAlone(tmp_path / "replay", max_staleness=2, replay=job.receiver.run_dir)
+    slow = SlowDigests(monkeypatch)
+    slow.close()
+    replay.backward()
+    replay.receiver.inject()
+    slow.open()
+    assert replay.receiver.evidence({})["departed_at"] is None
+    replay.optimizer.step()
+    replay.receiver.commit()
+    assert replay.receiver.fates()["applied"] == 1
+    replay.receiver.close()
+
+
+def test_that_a_payload_is_judged_once_the_digest_of_its_weights_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new start comes to the weights that a payload of the one before was taken at."""
+    monkeypatch.setattr(runs, "BEAT_SECONDS", 0.2)  # it waits for the killed job's silence
+    settings: dict[str, Any] = {"run": "one", "checkpoint_interval": 1}
+    killed = receiver(tmp_path, **settings)
+    killed.backward()
+    killed.donate(killed.constant(1.0))
+    killed.receiver._stop()
+    job = receiver(tmp_path, **settings)
+    slow = SlowDigests(monkeypatch)
+    slow.close()
+    for _ in range(2):
+        job.backward()
+        job.receiver.inject()
+        slow.open()
+        job.optimizer.step()
+        job.receiver.commit()
+        job.receiver._catch_up()
+    fates = job.receiver.fates()
+    assert (fates["applied"], fates["dropped"]) == (1, 0)
+    job.receiver.close()

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from tests.oracle import Case, build_dataset, build_network, compress_by_hand
 from tests.unit.jobs import DonorAlone, ReceiverAlone, reset
+from toolkit import BridgeConfig, GradientDonor
 from toolkit.bridge import runs
 from toolkit.bridge.compression import ErrorFeedback
 from toolkit.bridge.payload import Kind, Record, decompressed
@@ -237,6 +239,19 @@ def test_that_the_difference_of_local_steps_has_a_memory_too(
         assert (record.header.kind, record.header.count) == ("delta", 18 if sequence < 3 else 16)
         expected = compress_by_hand("topk", change, left, 1)
         assert float((vector(record, job) - expected).abs().max()) <= 1e-13
+
+
+@pytest.mark.parametrize("compression", ["bf16", "topk"])
+def test_that_complex_gradients_are_not_compressed(tmp_path: Path, compression: str) -> None:
+    reset()
+    accelerator = Accelerator(cpu=True)
+    network = build_network(Case(), ("h2",))
+    network.backbone.register_parameter("wave", torch.nn.Parameter(torch.ones(2) * 1j))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(network, optimizer)
+    config = BridgeConfig(runs_dir=tmp_path / "runs", compression=compression)
+    with pytest.raises(ValueError, match=r"imaginary part of 'backbone\.wave', which is torch\.c"):
+        GradientDonor(accelerator, model, optimizer, config)
 
 
 # -- the receiver ---------------------------------------------------------------------------------

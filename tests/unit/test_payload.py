@@ -69,7 +69,10 @@ def test_that_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
         assert torch.equal(read.tensors[name], tensor)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint32, torch.float8_e4m3fn],
+)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (5,)])
 def test_that_every_dtype_and_shape_comes_back(
     tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]

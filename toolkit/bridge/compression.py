@@ -39,6 +39,20 @@ _LARGEST = torch.finfo(torch.bfloat16).max
 _SAMPLED, _MARGIN = 2**16, 1.25  # elements that a bound is guessed from, and how low it is guessed
 
 
+def check_compressible(tensors: Mapping[str, Tensor], compression: Compression) -> None:
+    """Refuse to compress what a bfloat16 cannot hold.
+
+    Raises:
+        ValueError: naming a complex tensor, whose imaginary part would be lost.
+    """
+    for name, tensor in tensors.items():
+        if compression != "none" and tensor.is_complex():
+            raise ValueError(
+                f"compression {compression!r} would lose the imaginary part of {name!r}, which is "
+                f"{tensor.dtype}: use compression 'none'"
+            )
+
+
 def round_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every value to the nearest bfloat16."""
     return {name: tensor.bfloat16() for name, tensor in tensors.items()}

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from toolkit.bridge.accumulation import Window, scale_grads_
 from toolkit.bridge.agreement import read_claim
+from toolkit.bridge.compression import check_compressible
 from toolkit.bridge.config import Role
 from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import DiskError, Interrupted, PayloadError
@@ -96,6 +97,7 @@ class GradientDonor(BridgeJob):
         if len(self.shared.heads) != 1:
             raise ValueError(f"a donor gives gradients for one head, got {list(self.shared.heads)}")
         (self.head,) = self.shared.heads
+        check_compressible(self._gradient_parameters(self.head), self.config.compression)
         self._writes_behind = False  # on the main process
         self._prefetch: Prefetch | None = None
         self._receiver_bytes = 0  # of its records, at most, as its newest claim says
@@ -255,6 +257,12 @@ class GradientDonor(BridgeJob):
         self._validation = {name: float(value) for name, value in validation.items()}
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _ask_whether_late(self) -> None:
+        """On the main process: what the receiver's claim says; may be repeated."""
+        claim = read_claim(self.transport, "receiver") or {}
+        may_wait = not claim.get("max_staleness") or self.config.exchange == "delta"
+        self._expect_late(self.config.writes_behind or not may_wait)
 
     def _expect_late(self, writes_behind: bool) -> None:
         """On the main process: whether no step of the receiver waits for the next payload."""
@@ -421,10 +429,8 @@ class GradientDonor(BridgeJob):
         self._weights = record.header
         if self.accelerator.is_main_process:
             self._inbox.note_loaded(record.header)
-            if is_new_start:
-                claim = read_claim(self.transport, "receiver") or {}
-                may_wait = not claim.get("max_staleness") or self.config.exchange == "delta"
-                self._expect_late(self.config.writes_behind or not may_wait)
+        if is_new_start:
+            self._persist(self._ask_whether_late)
         self.receiver_step = record.header.receiver_step + 1
         self._is_alone, self.following, self._replacements = False, True, 0
         if self.config.exchange == "delta":

@@ -257,7 +257,7 @@ class Inbox:
         return self._judged[sequence]
 
     def _is_of_newest(self, header: Header) -> bool:
-        """Whether it may answer weights whose digest is not known yet, as an earlier start's may."""
+        """Whether it names weights whose digest is not known yet, as an earlier start's may."""
         is_checked = self._max_staleness is not None and header.kind != "end"
         return is_checked and self._digests.get(header.receiver_step) == ""
 

@@ -475,10 +475,11 @@ class BridgeJob:
         elif not self._closed:
             # No collective: the other ranks may be elsewhere. After an error the stream stays open,
             # as after a crash: the other job waits for a resume as long as its peer_wait.
-            if issubclass(kind, KeyboardInterrupt) and self._heartbeat is not None:
+            # A process that ends while a thread is inside of torch is aborted.
+            is_written = self._background.join(GRACE_SECONDS)
+            if issubclass(kind, KeyboardInterrupt) and self._heartbeat is not None and is_written:
                 try:
-                    if self._background.join(GRACE_SECONDS):
-                        self._publish_end()
+                    self._publish_end()
                 except OSError as failure:
                     self._say_untold(failure)
             self._stop()

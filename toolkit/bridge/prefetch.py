@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from toolkit.bridge.payload import Record
 
 _PAUSE_SECONDS = 10.0  # between two looks, at most: no step waits for them
+_END_SECONDS = 5.0  # a process that ends while a thread is inside of torch is aborted
 
 
 class Prefetch:
@@ -52,8 +53,10 @@ class Prefetch:
         return self._read(job, sequence)
 
     def stop(self) -> None:
-        """End the thread, once it has read what it is reading."""
+        """End the thread, once it has read what it is reading; wait for that, but not for ever."""
         self._stop.set()
+        if self._thread is not None:
+            self._thread.join(_END_SECONDS)
         self._found.clear()
 
     def _run(self) -> None:

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 
 from tests.oracle import Case, build_dataset
 from tests.unit.jobs import DonorAlone, ReceiverAlone, reset
-from toolkit.bridge import donor as donor_module
 from toolkit.bridge import runs
+from toolkit.bridge.agreement import read_claim
 from toolkit.bridge.background import Background
 from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import DiskError, PayloadError
@@ -284,14 +284,13 @@ def test_that_the_claim_is_read_once_the_disk_lets_it(
     job = DonorAlone(tmp_path / "runs")
     job.publish_weights(0, 0.01)
     errors = [OSError(errno.EIO, "Input/output error")]
-    read_claim = donor_module.read_claim
 
     def failing(transport: DirectoryTransport, name: str) -> dict[str, Any] | None:
         if job.donor._weights is not None and errors:
             raise errors.pop()
         return read_claim(transport, name)
 
-    monkeypatch.setattr(donor_module, "read_claim", failing)
+    monkeypatch.setattr("toolkit.bridge.donor.read_claim", failing)
     loader = job.accelerator.prepare(DataLoader(build_dataset(Case(), "h2"), batch_size=4))
     assert next(job.donor.follow(loader))
     assert not errors

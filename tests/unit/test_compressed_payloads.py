@@ -19,7 +19,7 @@ from tests.oracle import Case, build_dataset, build_network, compress_by_hand
 from tests.unit.jobs import DonorAlone, ReceiverAlone, reset
 from toolkit import BridgeConfig, GradientDonor
 from toolkit.bridge import runs
-from toolkit.bridge.compression import ErrorFeedback
+from toolkit.bridge.compression import Compression, ErrorFeedback
 from toolkit.bridge.payload import Kind, Record, decompressed
 from toolkit.parameters import same_bits
 
@@ -242,7 +242,9 @@ def test_that_the_difference_of_local_steps_has_a_memory_too(
 
 
 @pytest.mark.parametrize("compression", ["bf16", "topk"])
-def test_that_complex_gradients_are_not_compressed(tmp_path: Path, compression: str) -> None:
+def test_that_complex_gradients_are_not_compressed(
+    tmp_path: Path, compression: Compression
+) -> None:
     reset()
     accelerator = Accelerator(cpu=True)
     network = build_network(Case(), ("h2",))

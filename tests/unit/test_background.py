@@ -277,6 +277,31 @@ def test_that_the_receiver_says_whether_a_step_waits(tmp_path: Path, max_stalene
     reset()
 
 
+def test_that_a_donor_that_is_alone_is_told_of_a_write_that_failed(
+    tmp_path: Path, gate: Callable[[str], Gate]
+) -> None:
+    """And not at its end, where it would cost the weights that it has trained since."""
+    reset()
+    job = DonorAlone(tmp_path / "runs", max_staleness=1)
+    job.publish_weights(0, 0.01)
+    loader = job.accelerator.prepare(DataLoader(build_dataset(Case(), "h2"), batch_size=4))
+    batches = job.donor.follow(loader)
+    held = gate("donor")
+    held.close()
+    for follows in (True, False):
+        inputs, targets = next(batches)
+        job.donor.backward(F.cross_entropy(job.network(inputs, "h2"), targets), len(targets))
+        assert job.donor.publish() == follows
+    held.error = OSError(errno.ENOSPC, "No space left on device")
+    held.open()
+    assert job.donor._background.join(PATIENCE_SECONDS)
+    with pytest.raises(DiskError, match="No space left"):
+        next(batches)
+    held.error = None
+    job.donor.close()
+    assert job.donor.transport.sequences("donor.weights") == [0]
+
+
 def test_that_the_claim_is_read_once_the_disk_lets_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

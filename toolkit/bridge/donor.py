@@ -399,9 +399,10 @@ class GradientDonor(BridgeJob):
             if fetched is None:
                 return _Decision(action)
             return _Decision(action, fetched.header.sequence, fetched.header.tensors_digest)
+        is_written = self._background.check()
         if self._is_alone:
             return _Decision("alone")
-        if self.following and self._background.check():
+        if self.following and is_written:
             reason = self._publisher.last_rejection
             if reason is not None:
                 logger.warning("the receiver rejected the last payload (%s)", reason)

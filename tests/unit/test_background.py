@@ -16,10 +16,8 @@ from torch.utils.data import DataLoader
 
 from tests.oracle import Case, build_dataset
 from tests.unit.jobs import DonorAlone, ReceiverAlone, reset
-from toolkit.bridge import runs
 from toolkit.bridge.agreement import read_claim
 from toolkit.bridge.background import Background
-from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import DiskError, PayloadError
 from toolkit.bridge.payload import Header, Record
 from toolkit.bridge.prefetch import Prefetch
@@ -446,77 +444,3 @@ def test_that_an_error_waits_for_what_is_written(
     kinds = [record.header.kind for record in records(job, "receiver")]
     assert kinds == ["weights", *(["end"] if error is KeyboardInterrupt else [])]
     opener.join()
-
-
-# -- digests that come late -----------------------------------------------------------------------
-
-
-class SlowDigests:
-    """Holds up the digests that a thread waits for, while it is closed."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._open = threading.Event()
-        self._open.set()
-        result = Digest.result
-
-        def held(digest: Digest) -> str:
-            if threading.current_thread() is not threading.main_thread():
-                assert self._open.wait(PATIENCE_SECONDS)
-            return result(digest)
-
-        monkeypatch.setattr(Digest, "result", held)
-
-    def close(self) -> None:
-        self._open.clear()
-
-    def open(self) -> None:
-        self._open.set()
-
-
-def test_that_a_replay_knows_its_weights_in_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = receiver(tmp_path, keep_payloads=True)
-    job.backward()
-    job.donate(job.constant(1.0))
-    job.receiver.inject()
-    job.optimizer.step()
-    job.receiver.commit()
-    job.receiver.close()
-    reset()
-    replay = ReceiverAlone(tmp_path / "replay", max_staleness=2, replay=job.receiver.run_dir)
-    slow = SlowDigests(monkeypatch)
-    slow.close()
-    replay.backward()
-    replay.receiver.inject()
-    slow.open()
-    assert replay.receiver.evidence({})["departed_at"] is None
-    replay.optimizer.step()
-    replay.receiver.commit()
-    assert replay.receiver.fates()["applied"] == 1
-    replay.receiver.close()
-
-
-def test_that_a_payload_is_judged_once_the_digest_of_its_weights_is_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A new start comes to the weights that a payload of the one before was taken at."""
-    monkeypatch.setattr(runs, "BEAT_SECONDS", 0.2)  # it waits for the killed job's silence
-    settings: dict[str, Any] = {"run": "one", "checkpoint_interval": 1}
-    killed = receiver(tmp_path, **settings)
-    killed.backward()
-    killed.donate(killed.constant(1.0))
-    killed.receiver._stop()
-    job = receiver(tmp_path, **settings)
-    slow = SlowDigests(monkeypatch)
-    slow.close()
-    for _ in range(2):
-        job.backward()
-        job.receiver.inject()
-        slow.open()
-        job.optimizer.step()
-        job.receiver.commit()
-        job.receiver._catch_up()
-    fates = job.receiver.fates()
-    assert (fates["applied"], fates["dropped"]) == (1, 0)
-    job.receiver.close()

@@ -61,12 +61,12 @@ def test_that_weights_for_a_donor_that_comes_late_can_be_read(
     receiver.commit()
     receiver._catch_up()
     before = transport.sequences("receiver")
-    norm, linear = network.backbone[1], network.backbone[0]
-    committed = norm.running_mean.clone()
+    mean = network.get_buffer("backbone.1.running_mean")
+    committed = mean.clone()
     backward()
-    assert not torch.equal(norm.running_mean, committed)
+    assert not torch.equal(mean, committed)
     with torch.no_grad():
-        linear.weight.add_(1.0)  # as loading a checkpoint does
+        network.get_parameter("backbone.0.weight").add_(1.0)  # as loading a checkpoint does
     transport.beat("donor", 1)
     receiver._on_main.begin()
     receiver._poll()

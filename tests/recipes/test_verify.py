@@ -218,6 +218,7 @@ def test_what_the_system_refuses_is_no_verdict_on_the_weights(verify: Verify) ->
     assert "File name too long" in err
 
 
+@pytest.mark.slow
 def test_a_changed_weight(copied: Path, verify: Verify) -> None:
     path = copied / "receiver" / "model.safetensors"
     weights = load_file(path)

@@ -76,8 +76,19 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def receiver(tmp_path: Path, **settings: Any) -> ReceiverAlone:
+    """One whose first weights are out, and answered."""
     reset()
-    return ReceiverAlone(tmp_path / "runs", max_staleness=2, **settings)
+    job = ReceiverAlone(tmp_path / "runs", max_staleness=2, **settings)
+    job.backward()
+    job.donate(job.constant(1.0))
+    return job
+
+
+def finish_step(job: ReceiverAlone) -> bool:
+    job.receiver.inject()
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    return job.receiver.commit()
 
 
 # -- the receiver ---------------------------------------------------------------------------------
@@ -88,14 +99,9 @@ def test_that_steps_go_on_while_weights_are_written(
 ) -> None:
     """What is written then is what was committed, though the model has changed meanwhile."""
     job = receiver(tmp_path)
-    job.backward()
-    job.donate(job.constant(1.0))
     held = gate("receiver")
     held.close()
-    job.receiver.inject()
-    job.optimizer.step()
-    job.optimizer.zero_grad()
-    assert job.receiver.commit()
+    assert finish_step(job)
     committed = weights(job)
     assert job.receiver.transport.sequences("receiver") == [0], "nobody waited for the disk"
     job.backward()
@@ -132,14 +138,12 @@ def test_that_the_digest_is_known_before_the_weights_can_be_answered(
         return size
 
     monkeypatch.setattr(DirectoryTransport, "publish", looking)
-    for _ in range(2):
-        job.backward()
-        job.donate(job.constant(1.0))
-        job.receiver.inject()
-        job.optimizer.step()
-        job.receiver.commit()
+    finish_step(job)
+    job.backward()
+    job.donate(job.constant(1.0))
+    finish_step(job)
     job.receiver._catch_up()
-    assert known == [True] * 3
+    assert known == [True, True]
     job.receiver.close()
 
 
@@ -147,13 +151,9 @@ def test_that_a_checkpoint_waits_for_the_weights(
     tmp_path: Path, gate: Callable[[str], Gate]
 ) -> None:
     job = receiver(tmp_path)
-    job.backward()
-    job.donate(job.constant(1.0))
     held = gate("receiver")
     held.close()
-    job.receiver.inject()
-    job.optimizer.step()
-    job.receiver.commit()
+    finish_step(job)
     opener = threading.Timer(0.2, held.open)
     opener.start()
     job.accelerator.save_state(str(tmp_path / "checkpoint"))
@@ -166,13 +166,9 @@ def test_that_a_disk_that_fails_for_good_ends_the_next_step(
     tmp_path: Path, gate: Callable[[str], Gate]
 ) -> None:
     job = receiver(tmp_path)
-    job.backward()
-    job.donate(job.constant(1.0))
     held = gate("receiver")
     held.error = OSError(errno.ENOSPC, "No space left on device")
-    job.receiver.inject()
-    job.optimizer.step()
-    assert job.receiver.commit(), "this step is done"
+    assert finish_step(job), "this step is done"
     assert job.receiver._background.join(PATIENCE_SECONDS)
     job.backward()
     with pytest.raises(DiskError, match="the disk has failed for 0"):
@@ -183,13 +179,9 @@ def test_that_a_disk_that_fails_for_good_ends_the_next_step(
 
 def test_that_a_short_outage_loses_nothing(tmp_path: Path, gate: Callable[[str], Gate]) -> None:
     job = receiver(tmp_path, peer_wait=PATIENCE_SECONDS)
-    job.backward()
-    job.donate(job.constant(1.0))
     held = gate("receiver")
     held.error = OSError(errno.EIO, "Input/output error")
-    job.receiver.inject()
-    job.optimizer.step()
-    job.receiver.commit()
+    finish_step(job)
     assert held.has_failed.wait(PATIENCE_SECONDS)
     held.error = None
     assert job.weights_record().header.receiver_step == 1
@@ -200,25 +192,16 @@ def test_that_weights_asked_for_again_are_those_of_the_exchange(tmp_path: Path) 
     """Exchange ``delta``: local steps have changed the model since they were published."""
     reset()
     job = ReceiverAlone(tmp_path / "runs", exchange="delta", local_steps=2)
-    before = None
-    for _ in range(2):
-        with job.accelerator.accumulate(job.model):
-            job.backward()
-            if before is None:
-                before = weights(job)
-                job.receiver.transport.reject("receiver", 0, "digest", "for this test")
-            job.receiver.inject()
-            job.optimizer.step()
-            job.optimizer.zero_grad()
-            if job.receiver.completed_steps == 1:
-                assert not same(weights(job), before)
-                job.receiver._on_main.begin()
-                job.receiver._poll()
-                break
-            job.receiver.commit()
+    job.backward()
+    published = weights(job)
+    finish_step(job)
+    assert not same(weights(job), published)
+    job.receiver.transport.reject("receiver", 0, "digest", "for this test")
+    job.receiver._on_main.begin()
+    job.receiver._poll()
     record = job.weights_record()
-    assert record.header.sequence == 1
-    assert same(record.tensors, before or {})
+    assert (record.header.sequence, record.header.receiver_step) == (1, 0)
+    assert same(record.tensors, published)
     job.receiver.close()
 
 

@@ -21,6 +21,7 @@ def processes_of(directory: Path) -> list[psutil.Process]:
     return [p for p in found if any(str(directory) in word for word in p.info["cmdline"] or [])]
 
 
+@pytest.mark.slow
 def test_that_every_way_has_a_row(tmp_path: Path) -> None:
     rows = {row["way"]: row for row in measure_peers(tmp_path, [0.001], repeats=2).rows}
     lacking = {title: way.lacks() for title, way in WAYS.items() if way.lacks()}

@@ -11,7 +11,7 @@ from toolkit.benchmarks.bridge.figures import Cell, Figures
 from toolkit.benchmarks.bridge.rounds import measure_pair, settings_of
 
 EXCHANGES: Mapping[str, Mapping[str, Any]] = {
-    "late gradients": {"exchange": "gradient", "max_staleness": 1},
+    "late gradients": {"exchange": "gradient", "max_staleness": 4},
     "teacher": {"exchange": "distill", "publish_every": 4},
 }
 

@@ -34,6 +34,7 @@ from toolkit.benchmarks.bridge.raw import RawHandOver
 
 NUM_LAYERS = 10  # of the backbone
 NUM_CLASSES = 10
+ASLEEP = 0.75  # of a step, where none is computed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +45,9 @@ class Settings:
         runs_dir: where the run is, and what it has measured; on the disk that is measured.
         num_parameters: shared by both jobs, about.
         batch_size: samples of one rank in a step; how long a step is follows from it.
-        computes: whether steps are computed. Otherwise they sleep as long as one would take, and
-            leave the processors to the other job: this one stands for a job on another machine.
+        computes: whether steps are computed. Otherwise they sleep, somewhat shorter than one would
+            take, and leave the processors to the other job, which has to wait for the bridge alone:
+            this one stands for a job on another machine.
         block: rounds of a kind before the next kind's turn; one more comes first, not counted.
         num_blocks: of each kind.
         config: arguments of :class:`BridgeConfig`.
@@ -144,7 +146,7 @@ class MeasuredJob:
             self._asleep = time.perf_counter() - start
             for parameter in model.parameters():
                 parameter.grad = None
-        time.sleep(self._asleep)
+        time.sleep(ASLEEP * self._asleep)
         trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
         return sum((parameter.sum() for parameter in trained), torch.zeros(())) / 1e6
 

@@ -417,7 +417,7 @@ def test_that_an_error_waits_for_what_is_written(
 
     def fail() -> None:
         with job.receiver:
-            job.backward()
+            finish_step(job)
             opener.start()
             raise error
 
@@ -425,5 +425,5 @@ def test_that_an_error_waits_for_what_is_written(
         fail()
     assert not job.receiver._background.is_busy
     kinds = [record.header.kind for record in records(job, "receiver")]
-    assert kinds == ["weights", *(["end"] if error is KeyboardInterrupt else [])]
+    assert kinds == ["weights", "weights", *(["end"] if error is KeyboardInterrupt else [])]
     opener.join()

@@ -3,10 +3,12 @@
     python recipes/benchmark.py isolation
     python recipes/benchmark.py rotograd
     python recipes/benchmark.py exchanges --task overlap --plot exchanges.png
+    python recipes/benchmark.py bridge --plot bridge.png
 
 The variants of the first two run side by side in one process and on one thread, interleaved, so
-that a busy machine slows them alike; what counts is the ratio of their medians. The third launches
-real donors and receivers.
+that a busy machine slows them alike; what counts is the ratio of their medians. The others launch
+real donors and receivers; the last compares, interleaved too, what the bridge adds to their steps
+with moving the same bytes by hand.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from toolkit.benchmarks.bridge.measure import PARTS, measure_bridge
 from toolkit.benchmarks.exchanges.measure import measure_exchanges
 from toolkit.benchmarks.exchanges.rows import ROWS
 from toolkit.benchmarks.isolation import measure_isolation
 from toolkit.benchmarks.rotograd import NETWORKS, NUM_TASKS, SIZES, measure_rotograd
 from toolkit.bundled import TASKS
-from toolkit.flag_types import DefaultsFormatter, positive_int
+from toolkit.flag_types import DefaultsFormatter, positive_float, positive_int
 from toolkit.training import clean_errors
 
 
@@ -81,6 +84,33 @@ def parse_arguments() -> argparse.Namespace:
     add("--plot", type=Path, help="write a picture (PNG) here; needs matplotlib")
     add("--runs_dir", type=Path, default=Path("runs"), help="where results go")
     exchanges.set_defaults(measure=measure_exchanges)
+    bridge = commands.add_parser(
+        "bridge",
+        parents=[common],
+        help="what the bridge adds to a step, over the least that it could",
+        description="Launch a receiver and a donor that train on noise, on one thread each, and "
+        "compare the time that the bridge adds with a hand-over of as many raw bytes, as durable "
+        "and as certain. What misses a goal is red. Parts: rounds (in lockstep, by size), steps "
+        "(in lockstep, by length of a step), transport (bandwidth of records), peers (a round trip "
+        "by what else could be used, up to 25 M parameters; of Flower where it is installed), "
+        "donors, files and ranks (how cost grows with their number; ranks with the first two "
+        "sizes), starts (import and --help, 9 times at most).",
+        formatter_class=DefaultsFormatter,
+    )
+    add = bridge.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="to measure")
+    add(
+        "--sizes",
+        nargs="+",
+        type=positive_float,
+        default=[0.1, 5.0, 25.0, 100.0],
+        help="millions of shared parameters",
+    )
+    add("--batch_sizes", nargs="+", type=positive_int, default=[4, 32, 256], help="of steps")
+    add("--repeats", type=positive_int, default=30, help="rounds of each kind")
+    add("--plot", type=Path, help="write a picture (PNG) here; needs matplotlib")
+    add("--runs_dir", type=Path, default=Path("runs"), help="on the disk that is measured")
+    bridge.set_defaults(measure=measure_bridge)
     args = parser.parse_args()
     for name in ("output", "plot"):
         path = getattr(args, name, None)

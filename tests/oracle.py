@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from toolkit.bridge.compression import Compression
 from toolkit.bridge.config import Exchange, Scope
 from toolkit.bridge.rescaling import LossReduction, RescaleRule
 
 NUM_FEATURES, NUM_CLASSES = 6, {"h1": 3, "h2": 4}
 NUM_SAMPLES = {"h1": 83, "h2": 61}
+TOPK_RATIO = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class Case:
     outer_momentum: float = 0.0
     init_h2: Literal["own", "donor"] = "own"
     max_staleness: int = 0
+    compression: Compression = "none"  # "topk" sends TOPK_RATIO of the elements
     donor_pause: float = 0.0  # seconds that the donor sleeps before each window
     mutation: str = ""  # applied in one of the jobs, see tests/jobs/bridge_job.py
     seed: int = 0
@@ -177,6 +180,25 @@ def combine_by_hand(rule: str, own: Tensor, donor: Tensor) -> Tensor:
     return own_projected + donor - (donor @ own) / (own @ own) * own
 
 
+def compress_by_hand(compression: str, total: Tensor, left: Tensor, count: int) -> Tensor:
+    """What crosses of a gradient sum over ``count`` samples, as a vector.
+
+    Args:
+        compression: of the case.
+        total: the sum.
+        left: what was left out of the means so far; brought up to date.
+        count: the samples.
+    """
+    if compression == "bf16":
+        return total.bfloat16().to(total.dtype)
+    wanted = total + count * left
+    places = wanted.abs().topk(math.ceil(TOPK_RATIO * len(wanted))).indices
+    sent = torch.zeros_like(wanted)
+    sent[places] = wanted[places].bfloat16().to(wanted.dtype)
+    left.copy_((wanted - sent) / count)
+    return sent
+
+
 def _take_grads(parameters: list[nn.Parameter]) -> Tensor:
     """All gradients as one vector; afterwards there are none."""
     vector = nn.utils.parameters_to_vector([p.grad for p in parameters if p.grad is not None])
@@ -218,6 +240,8 @@ def train_jointly(
         if number not in lost_windows
     )
     streams = zip(windows(case, "h1", num_receiver), arriving, strict=False)
+    donated = [*model.backbone.parameters(), *model.heads["h2"].parameters()]
+    left = torch.zeros_like(nn.utils.parameters_to_vector(donated)).detach()
     for _, (own, donor) in zip(range(case.num_steps), streams, strict=False):
         n_r, n_d, lam = len(own), len(donor), case.donor_weight
         weights = {
@@ -234,7 +258,17 @@ def train_jointly(
             for part in range(splits):
                 if indices[part::splits]:
                     loss = summed_loss(model, data[head], indices[part::splits], head) * weight
-                    if head == "h2" and case.scope == "head":
+                    if head == "h2" and case.compression != "none":
+                        kept = [p.grad for p in donated]
+                        for parameter in donated:
+                            parameter.grad = None
+                        (loss / weight).backward()
+                        sent = compress_by_hand(case.compression, _take_grads(donated), left, n_d)
+                        _put_grads(donated, weight * sent)
+                        for parameter, grad in zip(donated, kept, strict=True):
+                            if grad is not None and parameter.grad is not None:
+                                parameter.grad += grad
+                    elif head == "h2" and case.scope == "head":
                         parameters = list(model.heads["h2"].parameters())
                         loss.backward(inputs=parameters)
                     else:

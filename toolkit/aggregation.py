@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 
 from toolkit.aggregation_torchjd import PREFIX, TORCHJD_WEIGHTINGS, torchjd_weights
+from toolkit.inner_products import inner_products
 
 Rule = Callable[[Tensor], Tensor]
 
 
 def gramian(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
-    """Inner products of K gradients, summed tensor by tensor in float64.
+    """Inner products of K gradients.
 
     Args:
         gradients: K lists of tensors, alike in number and shapes, each tensor on the same device
@@ -45,16 +46,17 @@ def gramian(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     pairs = list(itertools.combinations_with_replacement(range(len(gradients)), 2))
     total = torch.zeros(len(pairs), dtype=torch.float64)
     for tensors in zip(*gradients, strict=True):
-        flat = [None if t is None else t.detach().double().flatten() for t in tensors]
-        present = next((vector for vector in flat if vector is not None), None)
-        if present is None:
+        present = {index: tensor for index, tensor in enumerate(tensors) if tensor is not None}
+        if not present:
             continue
-        zero = present.new_zeros(())
-        dots = [
-            zero if left is None or right is None else torch.dot(left, right)
-            for left, right in ((flat[i], flat[j]) for i, j in pairs)
-        ]
-        total = total.to(present.device) + torch.stack(dots)
+        place = {index: number for number, index in enumerate(present)}
+        known = [number for number, (i, j) in enumerate(pairs) if i in place and j in place]
+        products = inner_products(
+            list(present.values()),
+            [(place[pairs[number][0]], place[pairs[number][1]]) for number in known],
+        )
+        total = total.to(products.device)
+        total[known] += products
     result = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
     for (i, j), product in zip(pairs, total.tolist(), strict=True):
         result[i, j] = result[j, i] = product

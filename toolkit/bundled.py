@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 from toolkit.data import FloatArray, IntArray, Task, check_labels, make_dataset
 from toolkit.models import build_model
@@ -51,6 +50,8 @@ def load_task(name: str, *, seed: int = 0) -> Task:
         raise ValueError(f"task {name!r} is unknown; choose one of {list(TASKS)}")
     if name == "text":
         return text_task(seed)
+    from sklearn.datasets import load_digits  # slow to import, and not needed for --help
+
     bunch = load_digits()
     images = (bunch.images / 16.0).astype(np.float32)
     digits = bunch.target.astype(np.int64)

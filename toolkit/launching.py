@@ -127,6 +127,19 @@ def launch(
     command = [sys.executable, "-m", "accelerate.commands.launch", *options]
     script = recipe if isinstance(recipe, Path) else bundled("recipes") / f"{recipe}.py"
     command += [str(script), *map(str, flags)]
+    return start(command, name, output_dir, on_gpu=on_gpu, num_threads=num_threads, cwd=cwd)
+
+
+def start(
+    command: Sequence[str],
+    name: str,
+    output_dir: Path,
+    *,
+    on_gpu: bool = False,
+    num_threads: int = 1,
+    cwd: Path | None = None,
+) -> LaunchedJob:
+    """Start any command as a job; the rest is as for :func:`launch`."""
     log = output_dir.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
@@ -136,7 +149,7 @@ def launch(
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            command,
+            [*command],
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,

@@ -14,7 +14,6 @@ from functools import partial
 import numpy as np
 import torch
 from datasets import Dataset
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import TensorDataset
@@ -200,6 +199,8 @@ def digit_pair(seed: int) -> Tasks:
     Args:
         seed: of the split and the pairs.
     """
+    from sklearn.datasets import load_digits  # slow to import, and not needed for --help
+
     bunch = load_digits()
     images = (bunch.images / 16.0).astype(np.float32)
     digits = bunch.target.astype(np.int64)

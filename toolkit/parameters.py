@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -254,11 +254,6 @@ def check_only_shared_trains(model: nn.Module, shared: SharedParameters) -> None
             "make what the donor's loss uses a part of the backbone, and call "
             "requires_grad_(False) on the rest before accelerator.prepare()"
         )
-
-
-def squared_norm(tensors: Iterable[Tensor]) -> float:
-    """Sum of squares over all tensors, accumulated in float64."""
-    return float(sum(float(tensor.detach().double().square().sum()) for tensor in tensors))
 
 
 def same_bits(first: object, second: object) -> bool:

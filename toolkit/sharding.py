@@ -3,28 +3,53 @@
 A sharded parameter is a DTensor: its shape is that of the whole tensor, and each rank holds a part.
 Its gradient, after a synchronised backward, is a DTensor too: the mean over the ranks, as
 DistributedDataParallel gives it. A tensor that is not sharded passes through here as it is.
+
+``torch.distributed.fsdp`` takes half as long to import as all of torch. Who has sharded anything
+has imported it; where nobody has, nothing is sharded.
 """
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING, TypeGuard
+
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
     """Whether the ranks hold parts of the tensor."""
-    return isinstance(tensor, DTensor)
+    return _is_dtensor(tensor)
+
+
+def _is_dtensor(tensor: Tensor | None) -> TypeGuard[DTensor]:
+    return _is_of("torch.distributed.tensor", "DTensor", tensor)
+
+
+def _is_fsdp(module: nn.Module) -> TypeGuard[FSDPModule]:
+    return _is_of("torch.distributed.fsdp", "FSDPModule", module)
+
+
+def _is_fsdp1(module: nn.Module) -> TypeGuard[FullyShardedDataParallel]:
+    return _is_of("torch.distributed.fsdp", "FullyShardedDataParallel", module)
+
+
+def _is_of(module: str, name: str, thing: object) -> bool:
+    """Whether a thing is of a class of a module that may not have been imported."""
+    return isinstance(thing, getattr(sys.modules.get(module), name, ()))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, on every rank. A collective if it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of the tensor, which may be empty."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_dtensor(tensor) else tensor
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
@@ -37,13 +62,14 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     Returns:
         A DTensor on the device of ``like``; ``tensor`` itself where ``like`` is not sharded.
     """
-    if not isinstance(like, DTensor):
-        return tensor
-    mesh = like.device_mesh
-    whole = DTensor.from_local(
-        tensor.to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False
-    )
-    return whole.redistribute(placements=like.placements)
+    if _is_dtensor(like):
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh = like.device_mesh
+        replicated = [Replicate()] * mesh.ndim
+        whole = DTensor.from_local(tensor.to(like.device), mesh, replicated, run_check=False)
+        return whole.redistribute(placements=like.placements)
+    return tensor
 
 
 def reshard(model: nn.Module) -> None:
@@ -53,7 +79,7 @@ def reshard(model: nn.Module) -> None:
     not see what has been written to the shards meanwhile.
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if _is_fsdp(module):
             module.reshard()
 
 
@@ -70,21 +96,20 @@ def check_sharding(model: nn.Module, num_processes: int) -> None:
     in_fsdp: set[int] = set()
     for name, module in model.named_modules():
         parameters = map(id, module.parameters())
-        if isinstance(module, FullyShardedDataParallel):
+        if _is_fsdp1(module):
             raise ValueError(
                 f"module {name!r} is FullyShardedDataParallel (FSDP1), which flattens parameters: "
                 "use FSDP2 (torch.distributed.fsdp.fully_shard, fsdp_version: 2)"
             )
-        if isinstance(module, FSDPModule):
+        if _is_fsdp(module):
             in_fsdp.update(parameters)
             if (factor := _divide_factor(module)) not in (None, num_processes):
                 raise ValueError(
                     f"module {name!r} divides its gradients by {factor}, and not by the "
                     f"{num_processes} ranks: leave out set_gradient_divide_factor()"
                 )
-    for name, parameter in model.named_parameters():
-        if not isinstance(parameter, DTensor):
-            continue
+    sharded = {name: p for name, p in model.named_parameters() if _is_dtensor(p)}
+    for name, parameter in sharded.items():
         if id(parameter) not in in_fsdp:
             raise ValueError(
                 f"parameter {name!r} is a DTensor that fully_shard() does not manage (tensor "

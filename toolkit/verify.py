@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from toolkit.bridge.authentication import Signer, load_key
+from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.errors import BridgeError
-from toolkit.bridge.payload import digest_tensors
 from toolkit.finished_run import FinishedRun, find_run, open_run
 from toolkit.launching import JobFailedError, follow, launch
 from toolkit.parameters import same_bits

@@ -26,21 +26,24 @@ EVERY_WORLD = [
     Case(optimizer="sgd"),
     Case(optimizer="momentum"),
     Case(),
-    Case(rescale="append"),
-    Case(rescale="pool"),
-    Case(loss_reduction="sum"),
-    Case(rescale="append", loss_reduction="sum"),
-    Case(scope="head"),
+    Case(rescale="append", num_steps=20),
+    Case(rescale="pool", num_steps=20),
+    Case(loss_reduction="sum", num_steps=20),
+    Case(rescale="append", loss_reduction="sum", num_steps=20),
+    Case(scope="head", num_steps=20),
     Case(aggregate="pcgrad", accumulation=3, num_steps=20),
     Case(aggregate="mgda", donor_accumulation=3, rescale="append", num_steps=20),
-    Case(accumulation=3),
-    Case(donor_accumulation=3),
-    Case(accumulation=3, donor_accumulation=3, rescale="pool", optimizer="momentum"),
-    Case(accumulation=3, donor_accumulation=3, loss_reduction="sum", scope="head"),
-    Case(max_grad_norm=0.05, optimizer="sgd", rescale="append"),
-    Case(prepared=False, accumulation=3),
-    Case(dtype="float32"),
-    Case(dtype="float32", optimizer="sgd", accumulation=3),
+    Case(accumulation=3, num_steps=20),
+    Case(donor_accumulation=3, num_steps=20),
+    Case(accumulation=3, donor_accumulation=3, rescale="pool", optimizer="momentum", num_steps=20),
+    Case(accumulation=3, donor_accumulation=3, loss_reduction="sum", scope="head", num_steps=20),
+    Case(max_grad_norm=0.05, optimizer="sgd", rescale="append", num_steps=20),
+    Case(compression="topk", donor_accumulation=3, num_steps=15),
+    Case(compression="topk", rescale="append", optimizer="sgd", num_steps=15),
+    Case(compression="bf16", accumulation=3, num_steps=10),
+    Case(prepared=False, accumulation=3, num_steps=20),
+    Case(dtype="float32", num_steps=20),
+    Case(dtype="float32", optimizer="sgd", accumulation=3, num_steps=20),
 ]
 # Every one of these, in a world of two ranks and three micro-steps on both sides, is wrong.
 MUTATIONS = [
@@ -131,6 +134,13 @@ def test_bridge_equals_joint_training(trained: Trained, case: Case) -> None:
     }
     assert moved == set(weights), "a parameter did not train: equality would say nothing"
     check_trained_jointly(trained, case)
+
+
+def test_that_compression_changes_these_cases() -> None:
+    for case in EVERY_WORLD:
+        if case.compression != "none":
+            plain = train_jointly(dataclasses.replace(case, compression="none"))
+            assert largest_difference(train_jointly(case), plain) > 1e-4, case.name
 
 
 def test_that_the_gradients_of_these_cases_conflict() -> None:

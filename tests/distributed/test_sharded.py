@@ -19,6 +19,7 @@ CASES = [
     for case in (
         Case(sharded="both", accumulation=3, donor_accumulation=3, max_grad_norm=0.05),
         Case(sharded="both", accumulation=3, scope="head", loss_reduction="sum"),
+        Case(sharded="both", compression="topk", donor_accumulation=3),
         Case(sharded="both", aggregate="pcgrad", accumulation=3),
         Case(sharded="donor", donor_accumulation=3, rescale="pool"),
         Case(sharded="receiver", max_grad_norm=0.05, rescale="append", optimizer="momentum"),

@@ -29,6 +29,7 @@ from tests.faults.killed import NUM_CHANGES, Killed, killed_after
 from tests.unit.keys import SIGNER
 from toolkit.bridge import inbox as inbox_module
 from toolkit.bridge.authentication import UNSIGNED
+from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.donors import Donors
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.inbox import MISSING_LOOKS, MISSING_SECONDS, Inbox, Verdict
@@ -38,7 +39,6 @@ from toolkit.bridge.payload import (
     Header,
     Record,
     check_identity,
-    digest_tensors,
     parse_record,
 )
 from toolkit.bridge.publisher import Publisher

@@ -52,15 +52,15 @@ with (
     )
     from tests.unit.keys import SIGNER
     from toolkit.bridge.authentication import UNSIGNED, Signer
+    from toolkit.bridge.digests import digest_tensors
     from toolkit.bridge.errors import PayloadError
     from toolkit.bridge.payload import (
         Record,
-        all_finite,
         check_identity,
         check_sum,
-        digest_tensors,
         parse_record,
     )
+    from toolkit.inner_products import all_finite
 
 MAX_MESSAGE = 1000
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from safetensors.torch import save_file
-
 from toolkit.bridge import payload
+from toolkit.bridge.layout import write_file
 
 # Of one publish: the record is written, made readable, synced; linked; its temporary name goes; the
 # directory is synced.
@@ -43,12 +42,10 @@ def killed_after(num_changes: int) -> Iterator[None]:
 
         return call
 
-    def write_half(tensors: Any, path: Path, metadata: Any) -> None:
-        save_file(tensors, path, metadata=metadata)
+    def write_half(path: Path, *content: Any) -> None:
+        write_file(path, *content)
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2])
-        # safetensors writes under a name of its own first
-        path.with_name(".tmpA1b2C3").write_bytes(data[: len(data) // 2])
 
     with contextlib.ExitStack() as stack:
         for owner, name in (
@@ -56,6 +53,6 @@ def killed_after(num_changes: int) -> Iterator[None]:
             (Path, "chmod"), (Path, "unlink"), (Path, "rename"), (Path, "replace"),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, name, bounded(getattr(owner, name))))
-        save = bounded(save_file, write_half)
-        stack.enter_context(mock.patch.object(payload, "save_file", save))
+        write = bounded(write_file, write_half)
+        stack.enter_context(mock.patch.object(payload, "write_file", write))
         yield

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from tests.unit.keys import KEY, OTHER_KEY
 from toolkit.bridge.authentication import UNSIGNED, Signer
-from toolkit.bridge.payload import Header, digest_tensors, write_record
+from toolkit.bridge.digests import digest_tensors
+from toolkit.bridge.payload import Header, write_record
 
 RUN, JOB, SEQUENCE = "run", "donor", 3
 EXPECTED = {"a": torch.zeros(64, 32), "b": torch.zeros(33, dtype=torch.float64)}
@@ -339,7 +340,7 @@ def wrong_unit(of: Originals, rng: random.Random) -> bytes:
 
 
 def wrong_version(of: Originals, rng: random.Random) -> bytes:
-    return of.craft(rng, tensors(), format_version=rng.choice([0, 1, 3, -2, 2.0, "2", None, True]))
+    return of.craft(rng, tensors(), format_version=rng.choice([0, 2, 4, -3, 3.0, "3", None, True]))
 
 
 def wrong_tensors(of: Originals, rng: random.Random) -> bytes:

@@ -33,12 +33,12 @@ from tests.faults.mutants import (
 )
 from tests.unit.keys import SIGNER
 from toolkit.bridge.authentication import UNSIGNED, Signer
+from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.payload import (
     Record,
     check_identity,
     check_sum,
-    digest_tensors,
     parse_record,
 )
 from toolkit.bridge.transport import DirectoryTransport

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from tests.jobs import sharding
-from tests.oracle import NUM_SAMPLES, Case, UnevenBatches, build_dataset, build_network
+from tests.oracle import NUM_SAMPLES, TOPK_RATIO, Case, UnevenBatches, build_dataset, build_network
 from tests.oracle import build_optimizer as build_optimizer_of
 from toolkit import BridgeConfig, GradientDonor, GradientReceiver
 from toolkit.bridge import accumulation
@@ -242,6 +242,8 @@ def main() -> None:
             init_h2=case.init_h2 if args.role == "receiver" else "own",
             require_peer=True,
             max_staleness=case.max_staleness,
+            compression=case.compression,
+            topk_ratio=TOPK_RATIO if case.compression == "topk" else BridgeConfig().topk_ratio,
             **({name: getattr(case, name) for name in DELTA} if case.exchange == "delta" else {}),
         )
         faults = MUTATIONS | sharding.MUTATIONS

@@ -32,7 +32,8 @@ from tests.oracle import build_optimizer as build_optimizer_of
 from tests.terms import distill_terms
 from toolkit import BridgeConfig, GradientReceiver
 from toolkit.bridge import teachers as reading
-from toolkit.bridge.payload import Header, digest_tensors, parse_header, write_record
+from toolkit.bridge.digests import digest_tensors
+from toolkit.bridge.payload import Header, parse_header, write_record
 from toolkit.bridge.runs import attach
 from toolkit.bridge.transport import DirectoryTransport
 
@@ -173,14 +174,16 @@ def bad_disk(
     """The last rank never sees the second weights, or sees others under their name."""
     read = DirectoryTransport.read
 
-    def read_badly(self: DirectoryTransport, job: str, sequence: int, *, max_bytes: int) -> bytes:
+    def read_badly(
+        self: DirectoryTransport, job: str, sequence: int, *, max_bytes: int
+    ) -> memoryview:
         data = read(self, job, sequence, max_bytes=max_bytes)
         if not accelerator.is_last_process or (job, sequence) != (STREAM, 1):
             return data
         if setting.fault == "missing":
             raise FileNotFoundError(sequence)
         write_record(directory / "other", parse_header(data), teacher_weights(setting, 9))
-        return (directory / "other").read_bytes()
+        return memoryview((directory / "other").read_bytes())
 
     return mock.patch.object(DirectoryTransport, "read", read_badly)
 

@@ -82,11 +82,10 @@ def test_exchanges(tmp_path: Path) -> None:
     benchmark = exchanges(tmp_path, "--rows", *rows, *steps)
     printed, errors = benchmark.communicate(timeout=TIMEOUT)
     assert benchmark.returncode == 0, errors
-    assert "3 trials" in printed
-    assert "left out: distill" in printed
+    assert "4 trials" in printed
     figures = json.loads(output.read_text())
     found = {row["row"]: row for row in figures["rows"]}
-    assert list(found) == ["seed", "gradient-0", "gradient-8"]
+    assert list(found) == rows
     assert found["seed"]["payloads"] == 24
     assert found["gradient-0"]["mean_staleness"] == 0.0
     assert found["gradient-0"]["time_ratio"] == 1.0
@@ -127,3 +126,37 @@ def test_an_interrupt_leaves_no_job_behind(
     assert benchmark.returncode == 128 + number
     assert errors == words
     assert not any(job.is_running() for job in jobs)
+
+
+# -- the bridge ----------------------------------------------------------------------------------
+
+
+def test_transport(tmp_path: Path) -> None:
+    flags = ["--parts", "transport", "--sizes", "0.01", "--runs_dir", str(tmp_path)]
+    printed, figures = measure(tmp_path, "bridge", *flags)
+    assert "Bandwidth of records over raw files" in printed
+    rows = figures["transport"]
+    assert {row["disk"] for row in rows} >= {"disk"}
+    for row in rows:
+        assert row["M params"] == 0.01
+        assert min(row["publish / raw"], row["read / raw"]) > 0
+    assert max(map(len, printed.splitlines()[:-1])) <= 80, "a table is as wide as a terminal"
+
+
+@pytest.mark.slow
+def test_rounds_with_and_without_the_bridge(tmp_path: Path) -> None:
+    """Both kinds of parts that launch: in lockstep, and where no job waits for the other."""
+    parts = ["rounds", "steps", "asynchronous"]
+    flags = ["--sizes", "0.01", "--batch_sizes", "2", "--runs_dir", str(tmp_path)]
+    flags += ["--plot", str(tmp_path / "bridge.png")]
+    printed, figures = measure(tmp_path, "bridge", "--parts", *parts, *flags)
+    (row,) = figures["rounds"]
+    assert row["MB"] == pytest.approx(0.04, rel=0.2)
+    assert row["added / raw"] == pytest.approx((row["step ms"] - row["plain ms"]) / row["raw ms"])
+    assert 0 < row["p50 / raw"] <= row["p99 / raw"]
+    assert len(figures["steps"]) == 1
+    jobs = [(row["exchange"], row["job"]) for row in figures["asynchronous"]]
+    assert jobs == [(e, j) for e in ("late gradients", "teacher") for j in ("receiver", "donor")]
+    assert all(0 <= row["blocked %"] <= 100 for row in figures["asynchronous"])
+    assert (tmp_path / "bridge.png").stat().st_size > 10_000
+    assert max(map(len, printed.splitlines()[:-1])) <= 80, "a table is as wide as a terminal"

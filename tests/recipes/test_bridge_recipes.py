@@ -157,7 +157,8 @@ def test_one_alone_trains_alone_with_a_loud_warning(recipes: Recipes, recipe: st
     assert recipes.results("0001", role)["completed_steps"] == 5
 
 
-@pytest.mark.parametrize("recipe", [DONOR, pytest.param(RECEIVER, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [DONOR, RECEIVER])
 def test_one_alone_ends_with_an_error_where_the_peer_is_required(
     recipes: Recipes, recipe: str
 ) -> None:

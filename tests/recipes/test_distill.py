@@ -15,7 +15,8 @@ from tests.recipes.running import DONOR, RECEIVER, ROOT, TIMEOUT, Recipes, wait_
 from tests.recipes.test_fsdp2 import CONFIG, SHARDING
 from tests.terms import distill_terms
 from toolkit import BridgeConfig
-from toolkit.bridge.payload import Header, digest_tensors, write_record
+from toolkit.bridge.digests import digest_tensors
+from toolkit.bridge.payload import Header, write_record
 from toolkit.bridge.runs import attach
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.models import build_model

@@ -88,7 +88,7 @@ def largest_difference(output_dir: Path, expected: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize(
     ("rule", "reduction", "num_processes"),
     [
-        ("pool", "mean", 2),
+        pytest.param("pool", "mean", 2, marks=pytest.mark.slow),
         pytest.param("match", "mean", 1, marks=pytest.mark.slow),
         pytest.param("match", "mean", 2, marks=pytest.mark.slow),  # the bridge's tests run it too
         pytest.param("append", "sum", 1, marks=pytest.mark.slow),

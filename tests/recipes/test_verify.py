@@ -83,6 +83,37 @@ def test_a_run_that_was_killed_and_resumed(resumed: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compression", ["none", "topk"])
+def test_kills_of_jobs_that_write_beside_their_steps(
+    recipes: Recipes, verify: Verify, compression: str
+) -> None:
+    """What the receiver's ledgers say was applied is what gives its weights, kills or not."""
+    donor_flags = ["--compression", compression]
+    flags = ["--keep_payloads", "--max_staleness", 3, "--checkpointing_steps", 10]
+    donor = recipes(DONOR, *donor_flags)
+    receiver = recipes(RECEIVER, *flags, "--max_train_steps", 2000)
+    for number in (20, 50, 70):
+        step = recipes.path("0001", "receiver", f"step_{number}")
+        wait_until(step.exists, f"the checkpoint at step {number}")
+        receiver.kill()
+        if number == 50:
+            donor.kill()
+            donor = recipes(DONOR, "--run", "0001", *donor_flags)
+        last = 90 if number == 70 else 2000
+        resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", last]
+        receiver = recipes(RECEIVER, *flags, *resume)
+    receiver.wait(TIMEOUT)
+    donor.wait(TIMEOUT)
+    status, out, err = verify("0001", "--runs_dir", recipes.path(), "--json")
+
+    assert status == 0, out + err
+    figures = json.loads(out)
+    assert figures["bitwise_equal"], figures
+    assert figures["steps"] == 90
+    assert recipes.results("0001", "receiver")["fates"]["applied"] >= 60
+
+
+@pytest.mark.slow
 def test_two_ranks_with_settings_of_their_own_and_steps_alone(
     recipes: Recipes, verify: Verify
 ) -> None:
@@ -218,6 +249,7 @@ def test_what_the_system_refuses_is_no_verdict_on_the_weights(verify: Verify) ->
     assert "File name too long" in err
 
 
+@pytest.mark.slow
 def test_a_changed_weight(copied: Path, verify: Verify) -> None:
     path = copied / "receiver" / "model.safetensors"
     weights = load_file(path)

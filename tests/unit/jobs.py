@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from tests.oracle import Case, Network, build_dataset, build_network
 from toolkit import BridgeConfig, GradientDonor, GradientReceiver
+from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.payload import (
     Header,
     Kind,
     Record,
-    digest_tensors,
     parse_record,
     write_record,
 )
@@ -81,6 +81,7 @@ class ReceiverAlone:
 
     def weights_record(self) -> Record:
         """The newest weights that the receiver published."""
+        self.receiver._catch_up()
         transport = self.receiver.transport
         newest = transport.sequences("receiver")[-1]
         return parse_record(transport.read("receiver", newest, max_bytes=10**6), transport.signer)
@@ -146,14 +147,27 @@ class DonorAlone:
         self.network = network
         self.published = 0
 
-    def publish_weights(self, step: int, fill: float, kind: Kind = "weights") -> None:
-        """Publish weights with the same value everywhere, as a receiver after ``step`` steps."""
+    def publish_weights(
+        self, step: int, fill: float, kind: Kind = "weights", noise: bool = False
+    ) -> None:
+        """Publish weights as a receiver after ``step`` steps.
+
+        Args:
+            step: of the receiver.
+            fill: the value of all of them.
+            kind: of the record.
+            noise: add noise, of ``step`` alone: equal weights have equal gradients.
+        """
         transport = self.donor.transport
         transport.open_stream("receiver")
         tensors = {
             name: torch.full_like(tensor, fill).detach()
             for name, tensor in self.donor.shared.weights.items()
         }
+        if noise:
+            generator = torch.Generator().manual_seed(step)
+            for name in sorted(tensors):
+                tensors[name] += torch.randn(tensors[name].shape, generator=generator)
         header = Header(
             kind=kind, run_id=self.donor.run_id, job="receiver", sequence=self.published,
             attempt=1, receiver_step=step, weights_digest=digest_tensors(tensors),
@@ -167,5 +181,6 @@ class DonorAlone:
 
     def payload(self, sequence: int) -> Record:
         """What the donor published."""
+        self.donor._catch_up()
         transport = self.donor.transport
         return parse_record(transport.read("donor", sequence, max_bytes=10**6), transport.signer)

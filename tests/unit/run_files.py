@@ -17,8 +17,9 @@ from tests.unit.jobs import ReceiverAlone
 from toolkit import cli
 from toolkit.bridge.agreement import claim_name, to_json
 from toolkit.bridge.authentication import UNSIGNED, Signer
+from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.ledger import Entry, Ledger, trail_path
-from toolkit.bridge.payload import Header, Kind, digest_tensors, write_record
+from toolkit.bridge.payload import Header, Kind, write_record
 from toolkit.bridge.signed_files import SignedFiles
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.inspection.command import watch

@@ -17,7 +17,8 @@ from tests.terms import distill_terms
 from tests.unit.jobs import batches, reset
 from toolkit import BridgeConfig, GradientReceiver
 from toolkit.bridge.authentication import Signer
-from toolkit.bridge.payload import Header, Kind, digest_tensors, write_record
+from toolkit.bridge.digests import digest_tensors
+from toolkit.bridge.payload import Header, Kind, write_record
 from toolkit.bridge.runs import attach
 from toolkit.bridge.transport import DirectoryTransport
 

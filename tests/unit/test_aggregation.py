@@ -300,11 +300,12 @@ def test_opposite_gradients_cancel() -> None:
 # -- Gramian, names --------------------------------------------------------------------------
 
 
-def test_the_gramian_of_lists_of_tensors() -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_the_gramian_of_lists_of_tensors(dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 4), (5,), ()]
     parts: list[list[Tensor | None]] = [
-        [torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)
+        [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes] for _ in range(3)
     ]
     parts[1][0] = parts[2][0] = parts[0][1] = parts[1][1] = parts[2][1] = None
     rows = torch.zeros(3, 18, dtype=torch.float64)
@@ -313,7 +314,7 @@ def test_the_gramian_of_lists_of_tensors() -> None:
             if tensor is not None:
                 piece.copy_(tensor.flatten())
     found = gramian(parts)
-    torch.testing.assert_close(found, rows @ rows.T, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(found, rows @ rows.T, rtol=tolerance, atol=tolerance)
     assert torch.equal(found, found.T)
     assert gramian([[], []]).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tests.unit.rescaled import two_factors
 from tests.unit.test_accumulation import Job, reset
-from toolkit.bridge.payload import Header, digest_tensors, parse_record, write_record
+from toolkit.bridge.digests import digest_tensors
+from toolkit.bridge.payload import Header, parse_record, write_record
 from toolkit.bridge.rescaling import (
     LOSS_REDUCTIONS,
     LossReduction,

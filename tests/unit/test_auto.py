@@ -19,9 +19,10 @@ from toolkit import BridgeError
 from toolkit.bridge import liveness, runs
 from toolkit.bridge import receiver as receiver_module
 from toolkit.bridge import teachers as teachers_module
+from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.donors import Donors
 from toolkit.bridge.liveness import STALL_FACTOR, PeerWatch
-from toolkit.bridge.payload import digest_tensors, write_record
+from toolkit.bridge.payload import write_record
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
 

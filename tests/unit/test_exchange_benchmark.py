@@ -24,7 +24,7 @@ PARSERS = {"donor": parse_donor, "receiver": parse_receiver, "joint": parse_join
 
 def outcome(row: str, seed: int, h1: float, h2: float, seconds: float = 1.0) -> Outcome:
     return Outcome(
-        row=row, seed=seed, accuracies={"h1": h1, "h2": h2}, payloads=10, mib=2.0,
+        row=row, seed=seed, accuracies={"h1": h1, "h2": h2}, payloads=10, mib=2.0, donor_mib=1.0,
         mean_staleness=None, training_seconds=seconds,
     )  # fmt: skip
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from toolkit.parameters import (
     check_in_optimizer,
     schema_differences,
     shared_parameters,
-    squared_norm,
 )
 
 
@@ -185,12 +183,3 @@ def test_that_an_equal_tensor_is_not_the_same_tensor() -> None:
 
     with pytest.raises(ValueError, match="in no optimizer group"):
         check_in_optimizer(shared, torch.optim.SGD(other.parameters(), lr=0.1))
-
-
-def test_the_squared_norm() -> None:
-    assert squared_norm([]) == 0.0
-    assert squared_norm([torch.tensor([3.0, 4.0]), torch.tensor(2.0)]) == 29.0
-    assert squared_norm([nn.Parameter(torch.ones(2))]) == 2.0
-    assert squared_norm(torch.ones(1, dtype=torch.bfloat16) for _ in range(1000)) == 1000.0
-    assert squared_norm([torch.full((1,), 1e30)]) == pytest.approx(1e60)
-    assert math.isnan(squared_norm([torch.tensor([math.nan])]))

@@ -15,19 +15,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.payload import (
     Header,
     Record,
-    all_finite,
     check_identity,
     check_sum,
-    digest_tensors,
     parse_header,
     parse_record,
     payload_dtype,
     write_record,
 )
+from toolkit.inner_products import all_finite
 
 HEADER = Header(
     kind="gradient", run_id="run", job="donor", sequence=3, attempt=1, receiver_step=7,
@@ -69,7 +69,10 @@ def test_that_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
         assert torch.equal(read.tensors[name], tensor)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.int64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint32, torch.float8_e4m3fn],
+)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (5,)])
 def test_that_every_dtype_and_shape_comes_back(
     tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]

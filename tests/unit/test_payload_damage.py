@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.payload import (
     Header,
     Record,
     check_sum,
-    digest_tensors,
     parse_record,
     write_record,
 )

@@ -16,7 +16,7 @@ from tests.unit.streams import Bridge
 from toolkit.bridge.payload import Header, Record
 from toolkit.bridge.sentinel import LOSS_SPAN, MEMORY, NORM_FACTOR, PATIENCE, WARM_UP, Sentinel
 from toolkit.bridge.transport import DirectoryTransport
-from toolkit.parameters import squared_norm
+from toolkit.inner_products import squared_norm
 
 
 def record(

@@ -224,7 +224,7 @@ def test_that_a_checkpoint_is_gone_back_to(
     start: Start, tmp_path: Path, rule: str, restarts: bool
 ) -> None:
     """Of what was taken before it, all is applied but what needs the weights of then."""
-    settings = {"stale": rule, "max_staleness": 1}
+    settings = {"stale": rule, "max_staleness": 1, "exchange": "gradient"}
     checkpoint = tmp_path / "checkpoint"
     job = start(**settings)
     run = Run(job)

@@ -88,7 +88,7 @@ def test_that_a_rejected_read_leaves_no_descriptor_open(transport: DirectoryTran
 def test_that_an_empty_file_is_read_as_it_is(transport: DirectoryTransport) -> None:
     publish(transport, 0, b"")
 
-    assert transport.read("donor", 0, max_bytes=LIMIT) == b""
+    assert bytes(transport.read("donor", 0, max_bytes=LIMIT)) == b""
 
 
 def test_that_a_file_that_is_too_large_is_not_read(transport: DirectoryTransport) -> None:

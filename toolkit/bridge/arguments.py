@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from toolkit.bridge.compression import COMPRESSIONS
 from toolkit.bridge.config import (
     ALARM_RULES,
     DISTILL_LOSSES,
@@ -116,6 +117,21 @@ def donor_arguments() -> argparse.ArgumentParser:
         default=_DEFAULTS.publish_every,
         metavar="N|epoch",
         help="--exchange head, distill: steps of the donor between two payloads",
+    )
+    group.add_argument(
+        "--compression",
+        choices=COMPRESSIONS,
+        default=_DEFAULTS.compression,
+        help="of its payloads. bf16: rounded, half the bytes. topk: the elements that are largest "
+        "in magnitude, and what is left out is added to the next payload; the main process keeps "
+        "that twice, each the size of backbone and head",
+    )
+    group.add_argument(
+        "--topk_ratio",
+        type=float,
+        default=_DEFAULTS.topk_ratio,
+        metavar="SHARE",
+        help="--compression topk: the share of the elements that is sent, at 4 bytes each",
     )
     group.add_argument(
         "--payload_budget_files",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from toolkit.aggregation import find_rule
+from toolkit.bridge.compression import COMPRESSIONS, Compression
 from toolkit.bridge.rescaling import LossReduction, RescaleRule, check_rule
 
 Exchange = Literal["auto", "gradient", "delta", "distill", "head"]
@@ -29,6 +30,7 @@ _ONLY_OF: Mapping[str, tuple[Exchange, ...]] = {  # settings that other exchange
     "stale": ("auto", "gradient"),
     "on_alarm": ("auto", "gradient", "delta", "head"),
     "max_donor_norm": ("auto", "gradient", "head"),
+    "compression": ("auto", "gradient", "delta", "head"),
     "publish_every": ("distill", "head"),
     "init_h2": ("head",),
     "local_steps": ("delta",),
@@ -60,6 +62,8 @@ class BridgeConfig:
     stale: StaleRule = "apply"  # receiver: what becomes of one that comes late (staleness.py)
     compensation: float | None = None  # lambda of "compensate" (None: 0.04), or "..._adaptive" (2)
     publish_every: int | Literal["epoch"] = 1  # distill, head: donor's steps between payloads
+    compression: Compression = "none"  # donor: of its payloads (compression.py)
+    topk_ratio: float = 0.01  # donor: share of a payload's elements that "topk" sends
     init_h2: Literal["own", "donor"] = "own"  # head, receiver: the head that it begins with
     local_steps: int = 32  # delta: steps of either job between two exchanges
     outer_learning_rate: float = 1.0  # delta, receiver: of the outer step
@@ -147,6 +151,14 @@ class BridgeConfig:
             )
 
     def _check_payload_rules(self) -> None:
+        if self.compression not in COMPRESSIONS:
+            raise ValueError(
+                f"compression {self.compression!r} is unknown; choose one of {list(COMPRESSIONS)}"
+            )
+        if not 0 < self.topk_ratio <= 1:
+            raise ValueError(f"topk_ratio must be above 0 and at most 1, got {self.topk_ratio}")
+        if self.compression != "topk":
+            self._check_default("topk_ratio", "it is of compression 'topk'", "compression")
         if self.on_alarm not in ALARM_RULES:
             raise ValueError(
                 f"on_alarm {self.on_alarm!r} is unknown; choose one of {list(ALARM_RULES)}"
@@ -231,6 +243,11 @@ class BridgeConfig:
         """Whether gradients may come that were taken at older weights of the receiver."""
         return self.exchange in ("auto", "gradient") and self.max_staleness > 0
 
+    @property
+    def writes_behind(self) -> bool:
+        """Whether no step waits for what the other job brings, nor need it for the disk."""
+        return self.replay is None and (self.has_stale_gradients or not self.follows)
+
     def _check_delta(self) -> None:
         if self.aggregate != "sum":
             raise ValueError(
@@ -271,12 +288,15 @@ class BridgeConfig:
         for name, reason in reasons.items():
             self._check_default(name, f"{reason}. Or use exchange 'gradient'")
 
-    def _check_default(self, name: str, reason: str) -> None:
-        """Refuse a setting that this exchange would not look at, unless nobody has set it."""
+    def _check_default(self, name: str, reason: str, of: str = "exchange") -> None:
+        """Refuse a setting that this exchange would not look at, unless nobody has set it.
+
+        Or this value of another setting than ``exchange``.
+        """
         value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
         if value != default:
             raise ValueError(
-                f"{name} {value!r} has no meaning for exchange {self.exchange!r}, leave it at "
+                f"{name} {value!r} has no meaning for {of} {getattr(self, of)!r}, leave it at "
                 f"{default!r}: {reason}"
             )
 

@@ -13,16 +13,19 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import skip_first_batches
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from toolkit.bridge.accumulation import Window, scale_grads_
 from toolkit.bridge.agreement import read_claim
+from toolkit.bridge.compression import check_compressible
 from toolkit.bridge.config import Role
+from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import DiskError, Interrupted, PayloadError
 from toolkit.bridge.interruption import GRACE_SECONDS
 from toolkit.bridge.job import BridgeJob
@@ -34,14 +37,15 @@ from toolkit.bridge.payload import (
     Header,
     Kind,
     Record,
-    all_finite,
-    digest_tensors,
     payload_dtype,
 )
 from toolkit.bridge.payload_outbox import PayloadOutbox
+from toolkit.bridge.prefetch import Prefetch
+from toolkit.bridge.runs import read_checkpoint
 from toolkit.bridge.transport import READ_SECONDS
 from toolkit.bridge.weights_inbox import WeightsInbox
-from toolkit.parameters import check_only_shared_trains, innermost_optimizer, squared_norm
+from toolkit.inner_products import all_finite, squared_norm
+from toolkit.parameters import check_only_shared_trains, innermost_optimizer
 from toolkit.sharding import full_tensor, reshard, shard_like
 
 logger = logging.getLogger(__name__)
@@ -93,6 +97,9 @@ class GradientDonor(BridgeJob):
         if len(self.shared.heads) != 1:
             raise ValueError(f"a donor gives gradients for one head, got {list(self.shared.heads)}")
         (self.head,) = self.shared.heads
+        check_compressible(self._gradient_parameters(self.head), self.config.compression)
+        self._writes_behind = False  # on the main process
+        self._prefetch: Prefetch | None = None
         self._receiver_bytes = 0  # of its records, at most, as its newest claim says
         super()._attach()
         self.following = False
@@ -107,6 +114,7 @@ class GradientDonor(BridgeJob):
         self._is_alone = False
         self._round: LocalRound | None = None  # exchange "delta": the steps since these weights
         self._publish_every = 1
+        self._copies: dict[str, Tensor] = {}  # of its own weights, while they are published
         self._own_published = -1  # windows after which the donor's own weights were published
         self._replacements = 0  # at the present weights
         self._validation: dict[str, float] = {}  # what the next payload tells the receiver
@@ -118,6 +126,7 @@ class GradientDonor(BridgeJob):
         read = functools.partial(self._read, "receiver")
         self._inbox = WeightsInbox(self.job, self.transport, read)
         self._outbox = PayloadOutbox(self.transport, self._publisher, self._inbox, self.config)
+        self._expect_late(self.config.writes_behind)
         if self.config.has_own_weights:
             self._own_weights = self._open_stream(stream_of(self.job))
         return self._inbox.completed_windows
@@ -249,7 +258,29 @@ class GradientDonor(BridgeJob):
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _read_bytes(self, job: str, sequence: int) -> bytes:
+    def _ask_whether_late(self) -> None:
+        """On the main process: what the receiver's claim says; may be repeated."""
+        claim = read_claim(self.transport, "receiver") or {}
+        may_wait = not claim.get("max_staleness") or self.config.exchange == "delta"
+        self._expect_late(self.config.writes_behind or not may_wait)
+
+    def _expect_late(self, writes_behind: bool) -> None:
+        """On the main process: whether no step of the receiver waits for the next payload."""
+        self._writes_behind = writes_behind
+        if writes_behind and self._prefetch is None:
+            self._prefetch = Prefetch(self._inbox.next_records, super()._read)
+
+    def _read(self, job: str, sequence: int) -> Record:
+        if self._prefetch is not None:
+            return self._prefetch.read(job, sequence)
+        return super()._read(job, sequence)
+
+    def _stop(self) -> None:
+        if self._prefetch is not None:
+            self._prefetch.stop()
+        super()._stop()
+
+    def _read_bytes(self, job: str, sequence: int) -> memoryview:
         try:
             return self.transport.read(job, sequence, max_bytes=self._receiver_bytes)
         except PayloadError:  # no claim was read yet, or the receiver has more heads now
@@ -324,14 +355,22 @@ class GradientDonor(BridgeJob):
         return True
 
     def _publish_own_weights(self, grace: float = math.inf) -> None:
-        """Publish the weights that this donor has trained. A collective; ``grace`` as elsewhere."""
+        """Publish the weights that this donor has trained. A collective.
+
+        Args:
+            grace: as elsewhere; where it is finite they are published when this returns.
+        """
         if self._own_published == self.completed_windows:
             return
         self._own_published = self.completed_windows
-        weights = self._whole_weights()
-        digest = digest_tensors(weights) if self.accelerator.is_main_process else ""
-        header = self._header("weights").of_weights(digest)
-        self._persist(lambda: self._own_weights.publish_weights(header, weights), grace)
+        self._catch_up(grace)
+        is_behind = self.config.writes_behind and grace == math.inf
+        weights = self._whole_weights(self._copies if is_behind else None)
+        header = self._header("weights").of_weights("")  # their digest is filled in
+        if not is_behind:
+            self._persist(lambda: self._own_weights.publish_weights(header, weights), grace)
+        elif self.accelerator.is_main_process:
+            self._write_behind(lambda: self._own_weights.publish_weights(header, weights))
 
     def _poll(self) -> _Decision | None:
         """On the main process: what the next window is for, or None to wait."""
@@ -360,9 +399,10 @@ class GradientDonor(BridgeJob):
             if fetched is None:
                 return _Decision(action)
             return _Decision(action, fetched.header.sequence, fetched.header.tensors_digest)
+        is_written = self._background.check()
         if self._is_alone:
             return _Decision("alone")
-        if self.following:
+        if self.following and is_written:
             reason = self._publisher.last_rejection
             if reason is not None:
                 logger.warning("the receiver rejected the last payload (%s)", reason)
@@ -386,9 +426,12 @@ class GradientDonor(BridgeJob):
         reshard(self.model)  # after an evaluation it may hold copies of the old ones
         for name, tensor in self.shared.weights.items():
             tensor.copy_(shard_like(record.tensors[name], tensor))
+        is_new_start = self._weights is None or self._weights.attempt != record.header.attempt
         self._weights = record.header
         if self.accelerator.is_main_process:
             self._inbox.note_loaded(record.header)
+        if is_new_start:
+            self._persist(self._ask_whether_late)
         self.receiver_step = record.header.receiver_step + 1
         self._is_alone, self.following, self._replacements = False, True, 0
         if self.config.exchange == "delta":
@@ -418,14 +461,23 @@ class GradientDonor(BridgeJob):
                 "this donor was given"
             )
         sums: dict[str, Tensor] = {}
+        factor = window.sum_factor / window.scale
         for name, parameter in parameters.items():
             dtype = payload_dtype(parameter.dtype)
             if parameter.grad is None:
                 sums[name] = torch.zeros(parameter.shape, dtype=dtype)
             else:
                 grad = full_tensor(parameter.grad).to(dtype=dtype)
-                sums[name] = (grad * (window.sum_factor / window.scale)).cpu().contiguous()
-        local = all_finite(sums.values()) and window.count > 0 and math.isfinite(window.loss)
+                # A gradient that is the receiver's, and written at once, needs no second one.
+                hands_over = self.following and not self._writes_behind
+                scaled = grad.mul_(factor) if hands_over else grad * factor
+                sums[name] = scaled.cpu().contiguous()
+        is_sent = self.accelerator.is_main_process and self.config.compression == "none"
+        digest = Digest(sums) if is_sent else None
+        squares = squared_norm(sums.values())
+        # The squares of large float64 values overflow, finite as they are.
+        local = math.isfinite(squares) or all_finite(sums.values())
+        local = local and window.count > 0 and math.isfinite(window.loss)
         finite = self.control.agree(local)
         if self.following and window.count:  # one without samples says nothing about the scale
             self._loss_scale.update(finite, window.scale)
@@ -433,15 +485,30 @@ class GradientDonor(BridgeJob):
         if self.accelerator.is_main_process and not finite:
             logger.warning("no finite gradient at receiver step %d: skip", self.receiver_step)
         kind: Kind = "gradient" if finite else "skip"
-        size = self._publish_payload(kind, sums if finite else {}, window)
+        size = self._publish_payload(kind, sums if finite else {}, window, digest)
         if self.accelerator.is_main_process:
             self.metrics[f"bridge/payload {self.job} (MiB)"] = size / 2**20
-            self.metrics[f"gradient/{self.job} sum norm"] = math.sqrt(squared_norm(sums.values()))
+            self.metrics[f"gradient/{self.job} sum norm"] = norm = math.sqrt(squares)
+            feedback = self._outbox.feedback
+            if feedback is not None and finite and norm:
+                ratio = feedback.residual_norm * window.count / norm
+                self.metrics[f"bridge/residual {self.job} (gradient norms)"] = ratio
 
     def _publish_payload(
-        self, kind: Kind, sums: dict[str, Tensor], window: Window | LocalRound | None
+        self,
+        kind: Kind,
+        sums: dict[str, Tensor],
+        window: Window | LocalRound | None,
+        digest: Digest | None = None,
     ) -> int:
-        """Publish a payload, a collective; its size in bytes."""
+        """Publish a payload, a collective; its size in bytes.
+
+        Args:
+            kind: of the payload.
+            sums: its tensors; none in a skip.
+            window: what they are summed over.
+            digest: of the sums, where it has been begun.
+        """
         header = dataclasses.replace(
             self._header(kind),
             count=window.count if window else 0.0,
@@ -451,7 +518,23 @@ class GradientDonor(BridgeJob):
         )
         if kind != "skip":
             self._validation = {}
-        return self._persist(lambda: self._outbox.publish(header, sums))
+        mine = digest if sums else None
+        self._catch_up()
+        return self._persist(lambda: self._hand_over(header, sums, mine))
+
+    def _hand_over(self, header: Header, sums: dict[str, Tensor], digest: Digest | None) -> int:
+        """On the main process: publish a payload, or begin to.
+
+        Returns:
+            Its size in bytes; of one that is only begun, that of the one before.
+        """
+        if not self._writes_behind:
+            return self._outbox.publish(header, sums, digest)
+        self._outbox.prune()
+        size = self._outbox.newest_bytes
+        self._inbox.note_answer(header, self._publisher.next_sequence)
+        self._write_behind(lambda: self._outbox.write(header, sums, digest))
+        return size
 
     # -- checkpoints and results --------------------------------------------------------------
 
@@ -463,6 +546,17 @@ class GradientDonor(BridgeJob):
     def _load_state(self, state: dict[str, Any]) -> None:
         # What was published after the checkpoint is published: go on after it.
         self.completed_windows = max(self.completed_windows, state["completed_windows"])
+
+    def _on_save_state(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
+        super()._on_save_state(models, weights, directory)
+        if self.accelerator.is_main_process:
+            self._outbox.save_feedback(Path(directory))
+
+    def _on_load_state(self, models: list[nn.Module], directory: str) -> None:
+        super()._on_load_state(models, directory)
+        if self.accelerator.is_main_process:
+            then = read_checkpoint(Path(directory))["completed_windows"]
+            self._outbox.load_feedback(Path(directory), self.completed_windows - then)
 
     def _header(self, kind: Kind) -> Header:
         """Of a record that is published now."""

@@ -98,7 +98,8 @@ class Donors:
         inbox = self._open_inbox(name, self._digests, self._has_started)
         self._donors[name] = _Donor(inbox, PeerWatch(self._transport, name), self._head_of(name))
         if self._digests:
-            logger.info("the %s joins at receiver step %d", name, max(self._digests))
+            newest = max(list(self._digests))  # a copy: weights may be published meanwhile
+            logger.info("the %s joins at receiver step %d", name, newest)
 
     @property
     def names(self) -> list[str]:
@@ -225,6 +226,11 @@ class Donors:
             self._num_expected = len(self._donors)
         return reason is not None
 
+    def next_records(self) -> list[tuple[str, int]]:
+        """The donors and numbers of the payloads that are next and are there; of any thread."""
+        following = [(name, donor.inbox.cursor) for name, donor in list(self._donors.items())]
+        return [record for record in following if self._transport.has(*record)]
+
     def fetched(self, verdict: Verdict) -> Record | None:
         """The record that a verdict of this step speaks of."""
         return self._donors[verdict.donor].inbox.fetched
@@ -240,7 +246,10 @@ class Donors:
         return [e for v in verdicts for e in self._donors[v.donor].inbox.settle(v)]
 
     def remember(self, receiver_step: int, digest: str) -> None:
-        """Note the digest of the weights after ``receiver_step`` steps; forget the too old ones."""
+        """Note the digest of the weights after ``receiver_step`` steps; forget the too old ones.
+
+        It is empty while it is not known yet.
+        """
         self._digests[receiver_step] = digest
         for step in [s for s in self._digests if s < receiver_step - self._max_staleness]:
             del self._digests[step]

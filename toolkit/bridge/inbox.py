@@ -17,7 +17,7 @@ from torch import Tensor
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.ledger import Entry, Fate
 from toolkit.bridge.liveness import PeerWatch
-from toolkit.bridge.payload import Kind, Record, check_sum
+from toolkit.bridge.payload import Header, Kind, Record, check_sum
 from toolkit.bridge.sentinel import OF_ONE_PAYLOAD, Sentinel
 from toolkit.bridge.transport import DirectoryTransport
 
@@ -67,6 +67,7 @@ class Inbox:
         max_staleness: receiver steps that its weights may be old; None for payloads that were not
             taken at the receiver's weights, which are all taken, one a step, and never waited for.
         digests: of the weights, by receiver step; the newest few, kept up to date by the owner.
+            Empty while it is computed: what names that step is judged later.
         is_new: whether the donor came after this start of the receiver: its stream begins at the
             beginning, and all of its records say that it lives.
 
@@ -240,7 +241,10 @@ class Inbox:
                 self._judged[sequence] = ("rejected", reason, None)
             else:
                 try:
-                    self._judged[sequence] = self._judge_record(self._read(sequence), step)
+                    record = self._read(sequence)
+                    if self._is_of_newest(record.header):
+                        return None
+                    self._judged[sequence] = self._judge_record(record, step)
                 except FileNotFoundError:
                     if sequence < self._pruned_below:
                         # A resume from an older checkpoint than those the payloads were kept for.
@@ -251,6 +255,11 @@ class Inbox:
                 except PayloadError as error:
                     self.reject(sequence, error)
         return self._judged[sequence]
+
+    def _is_of_newest(self, header: Header) -> bool:
+        """Whether it names weights whose digest is not known yet, as an earlier start's may."""
+        is_checked = self._max_staleness is not None and header.kind != "end"
+        return is_checked and self._digests.get(header.receiver_step) == ""
 
     def _judge_record(self, record: Record, step: int) -> tuple[Outcome, str, Record | None]:
         header = record.header

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from toolkit.bridge import files
 from toolkit.bridge.accumulation import WindowAccumulator
 from toolkit.bridge.authentication import KEY_SOURCES, UNSIGNED, Signer, load_key
+from toolkit.bridge.background import Background
+from toolkit.bridge.compression import compressed_bytes
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.errors import BridgeError, DiskError, Interrupted, PayloadError
 from toolkit.bridge.interruption import GRACE_SECONDS, Interruption
 from toolkit.bridge.liveness import Heartbeat, PeerWatch, Wait
-from toolkit.bridge.outage import riding_out
+from toolkit.bridge.outage import ride_out, riding_out
 from toolkit.bridge.payload import (
     Header,
     Record,
@@ -108,6 +110,14 @@ class BridgeJob:
 
     def _attach(self) -> None:
         config = self.config
+        # By head, what the tensors of a payload are like.
+        self._payloads_like = {
+            head: {
+                name: torch.empty(p.shape, dtype=payload_dtype(p.dtype), device="meta")
+                for name, p in self._gradient_parameters(head).items()
+            }
+            for head in self.shared.heads
+        }
         terms = {
             "schemas": self._schemas(),
             "exchange": config.exchange,
@@ -118,12 +128,13 @@ class BridgeJob:
         }
         claim = {
             "record_bytes": self._record_bytes(),
+            "max_staleness": config.max_staleness,
             "payload_budget_files": config.payload_budget_files,
             "payload_budget_gib": config.payload_budget_gib,
-            "payload_bytes": sum(
-                parameter.numel() * payload_dtype(parameter.dtype).itemsize
-                for head in self.shared.heads
-                for parameter in self._gradient_parameters(head).values()
+            "payload_bytes": compressed_bytes(
+                (tensor for like in self._payloads_like.values() for tensor in like.values()),
+                config.compression,
+                config.topk_ratio,
             ),
             # No teacher is kept for a checkpoint.
             "checkpoint_interval": None
@@ -149,6 +160,7 @@ class BridgeJob:
             signs = ", which signs with a key" if self._signer.has_key else ""
             logger.info("%s of run %s%s", self.job, self.run_dir, signs)
         self._rest = Rest(self._heartbeat)
+        self._background = Background()  # main process: where no step waits for what it writes
 
     def _schemas(self) -> dict[str, dict[str, list[Any]]]:
         """What all jobs must have alike: tensors, or in exchange ``distill`` heads by name only.
@@ -181,16 +193,29 @@ class BridgeJob:
         return self.shared.backbone | parameters if self.config.scope == "all" else parameters
 
     @torch.no_grad()
-    def _whole_weights(self) -> dict[str, Tensor]:
+    def _whole_weights(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The present shared weights and buffers, whole, on the CPU; empty but on the main process.
 
         A collective where they are sharded.
+
+        Args:
+            into: take a copy, in these tensors of the last call; empty before the first.
         """
-        weights = {}
+        weights = {} if into is None else into
         for name, tensor in self.shared.weights.items():
             whole = full_tensor(tensor.detach())
-            if self.accelerator.is_main_process:
-                weights[name] = whole.cpu().contiguous()
+            if not self.accelerator.is_main_process:
+                continue
+            if into is None:
+                there = whole.cpu().contiguous()
+                # The next forward changes a buffer, and they may be published again after it.
+                weights[name] = there.clone() if name in self.shared.buffers else there
+            elif name in into:
+                into[name].copy_(whole)
+            else:
+                into[name] = torch.empty_like(
+                    whole, device="cpu", memory_format=torch.contiguous_format
+                ).copy_(whole)
         return weights
 
     # -- reading ----------------------------------------------------------------------------
@@ -207,7 +232,7 @@ class BridgeJob:
         check_identity(record.header, run_id=self.run_id, job=job, sequence=sequence)
         return record
 
-    def _read_bytes(self, job: str, sequence: int) -> bytes:
+    def _read_bytes(self, job: str, sequence: int) -> memoryview:
         return self.transport.read(job, sequence, max_bytes=self._record_bytes())
 
     def _read_everywhere(
@@ -312,6 +337,21 @@ class BridgeJob:
         (outcome,), _ = self._decide(lambda: (action(),), grace)
         return outcome
 
+    def _write_behind(self, action: Callable[[], object]) -> None:
+        """Begin a write that no step waits for (main process), after :meth:`_catch_up`.
+
+        It must touch nothing that this thread changes meanwhile. It is tried again while the disk
+        fails; what it raises is raised by the next :meth:`_catch_up`.
+        """
+        directory, patience = self.run_dir, self.config.peer_wait
+        self._background.start(lambda: ride_out(action, directory, patience))
+
+    def _catch_up(self, grace: float = math.inf) -> None:
+        """Wait for the write that :meth:`_write_behind` has begun. A collective."""
+        # A donor is told by the receiver, its main process alone, whether a step waits for it.
+        if self.config.writes_behind or self.role == "donor":
+            self._decide(lambda: self._background.check() or None, grace)
+
     def _open_wait(self, peer: PeerWatch, what: str, patience: float | None = None) -> Wait:
         """Begin a wait for something of another job (main process).
 
@@ -348,6 +388,7 @@ class BridgeJob:
         raise NotImplementedError
 
     def _on_save_state(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
+        self._catch_up()
         if (obstacle := self.obstacle_to_saving) is not None:
             raise RuntimeError(obstacle)
         sharded = any(map(is_sharded, self.parameters.values()))
@@ -367,6 +408,7 @@ class BridgeJob:
 
     def _on_load_state(self, models: list[nn.Module], directory: str) -> None:
         content = read_checkpoint(Path(directory))
+        self._catch_up()
         if content["run_id"] != self.run_id:
             raise BridgeError(
                 f"{directory} is a checkpoint of run {content['run']}, but this job has joined "
@@ -399,6 +441,7 @@ class BridgeJob:
         if self._closed:
             return
         try:
+            self._catch_up(GRACE_SECONDS)
             self._persist(self._publish_end, GRACE_SECONDS)
         except (DiskError, Interrupted) as error:
             self._say_untold(error)
@@ -432,7 +475,9 @@ class BridgeJob:
         elif not self._closed:
             # No collective: the other ranks may be elsewhere. After an error the stream stays open,
             # as after a crash: the other job waits for a resume as long as its peer_wait.
-            if issubclass(kind, KeyboardInterrupt) and self._heartbeat is not None:
+            # A process that ends while a thread is inside of torch is aborted.
+            is_written = self._background.join(GRACE_SECONDS)
+            if issubclass(kind, KeyboardInterrupt) and self._heartbeat is not None and is_written:
                 try:
                     self._publish_end()
                 except OSError as failure:

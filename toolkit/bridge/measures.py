@@ -12,7 +12,7 @@ from toolkit.aggregation import gramian
 from toolkit.bridge.accumulation import Window
 from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.payload import Record
-from toolkit.parameters import squared_norm
+from toolkit.inner_products import squared_norm
 from toolkit.sharding import is_sharded, local_tensor
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from toolkit.bridge.accumulation import Window
 from toolkit.bridge.measures import validation_metrics
 from toolkit.bridge.payload import Record, payload_dtype
-from toolkit.parameters import SharedParameters, squared_norm
+from toolkit.parameters import SharedParameters
 from toolkit.sharding import full_tensor, shard_like
 
 
@@ -108,7 +108,7 @@ class OuterOptimizer:
                     parameter.grad = (
                         gradient if parameter.grad is None else parameter.grad + gradient
                     )
-            norm = math.sqrt(squared_norm(record.tensors.values()))
+            norm = math.sqrt(sum(record.squares.values()))
             metrics |= {f"delta/{header.job} norm": norm, **validation_metrics(record)}
         self.optimizer.step()
         for name, parameter in self._trained.items():

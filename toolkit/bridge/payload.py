@@ -8,30 +8,30 @@ scaled by a loss scaler, a world size or an accumulation count. Nothing here is 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-import os
-import re
 import reprlib
-import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from torch import Tensor
 
 from toolkit.bridge.authentication import UNSIGNED, Signer
+from toolkit.bridge.compression import COMPRESSIONS, Compression, decode
+from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import PayloadError
+from toolkit.bridge.layout import header_bytes, parse_entries, view_tensors, write_file
+from toolkit.inner_products import squared_norm
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 Kind = Literal["gradient", "delta", "weights", "skip", "end"]
+_SUMS: tuple[Kind, ...] = ("gradient", "delta")
 _HEADER_KEY, _DIGEST_KEY, _SIGNATURE_KEY = "gradient_bridge", "digest", "hmac_sha256"
-MAX_HEADER_BYTES = 16 * 2**20
-_OS_ERROR = re.compile(r"\(os error ([0-9]+)\)")  # as Rust tells of it
+_UNKNOWN = "0" * 64  # as long as a digest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,15 +52,22 @@ class Header:
     loss: float | None = None  # mean loss over `count`, for display
     # What the receiver's weights are worth on the donor's validation data, by name.
     validation: dict[str, float] = dataclasses.field(default_factory=dict)
-    tensors_digest: str = ""  # digest of the record's own tensors
+    compression: Compression = "none"  # of its tensors: what a gradient or a difference may be
+    tensors_digest: str = ""  # digest of the record's own tensors, compressed if they are
     format_version: int = FORMAT_VERSION
+
+    def with_digest(self, digest: str) -> Header:
+        """The header of a record whose tensors have this digest."""
+        header = dataclasses.replace(self, tensors_digest=digest)
+        is_unknown = self.kind == "weights" and not self.weights_digest
+        return header.of_weights(digest) if is_unknown else header
 
     def of_weights(self, digest: str) -> Header:
         """The same place, for weights with this digest."""
         return dataclasses.replace(self, kind="weights", weights_digest=digest)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Record:
     """A header with its tensors (by plain parameter name, on the CPU) and its size on disk."""
 
@@ -68,23 +75,10 @@ class Record:
     tensors: dict[str, Tensor]
     num_bytes: int
 
-
-def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over name, dtype, shape and bytes of each tensor, in the order of the names.
-
-    It tells any two sets of tensors apart whose names have no ``|``.
-    """
-    state = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        state.update(_bytes_of(tensor))
-    return state.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())  # type: ignore[arg-type]
+    @functools.cached_property
+    def squares(self) -> dict[str, float]:
+        """The sum of squares of each tensor: one pass for all who look at the values."""
+        return {name: squared_norm([tensor]) for name, tensor in self.tensors.items()}
 
 
 def _check_header_text(text: str, metadata: Mapping[str, str], signer: Signer) -> None:
@@ -95,15 +89,21 @@ def _check_header_text(text: str, metadata: Mapping[str, str], signer: Signer) -
 
 
 def write_record(
-    path: Path, header: Header, tensors: Mapping[str, Tensor], signer: Signer = UNSIGNED
+    path: Path,
+    header: Header,
+    tensors: Mapping[str, Tensor],
+    signer: Signer = UNSIGNED,
+    digest: Digest | None = None,
 ) -> Header:
     """Write a record to ``path`` (not atomically: the transport sees to that).
 
     Args:
         path: the file to write.
-        header: its metadata; ``tensors_digest`` is filled in here.
-        tensors: contiguous CPU tensors by name; may be empty.
+        header: its metadata; ``tensors_digest`` is filled in here, and so is, of weights,
+            ``weights_digest`` where it is empty: it is the same.
+        tensors: by name; may be empty.
         signer: of the run; with a key, what it signs holds the digest of the tensors.
+        digest: of the tensors, where it has been begun already.
 
     Returns:
         The header as written.
@@ -114,48 +114,37 @@ def write_record(
     """
     if any("|" in name for name in tensors):
         raise ValueError(f"a name of a tensor must have no '|': {sorted(tensors)}")
-    header = dataclasses.replace(header, tensors_digest=digest_tensors(tensors))
+    digest = digest or Digest(tensors)  # while they are written
+    draft = _metadata_of(header.with_digest(_UNKNOWN), signer)
+    write_file(
+        path, tensors, draft, lambda: _metadata_of(header.with_digest(digest.result()), signer)
+    )
+    # Who may enter the directory may read what lies in it, whatever this job's umask.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    return header.with_digest(digest.result())
+
+
+def _metadata_of(header: Header, signer: Signer) -> dict[str, str]:
     text = json.dumps(dataclasses.asdict(header), sort_keys=True)
     if signer.has_key:
         proof = {_SIGNATURE_KEY: signer.sign("record", text.encode())}
     else:
         proof = {_DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
-    try:
-        save_file(dict(tensors), path, metadata={_HEADER_KEY: text, **proof})
-    except SafetensorError as error:
-        if (found := _OS_ERROR.search(str(error))) is None:
-            raise
-        number = int(found[1])
-        raise OSError(number, os.strerror(number), str(path)) from None
-    # safetensors lets only the owner read; who may enter the directory may read what lies in it.
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    return header
+    return {_HEADER_KEY: text, **proof}
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    """The safetensors metadata at the start of ``data``, which may go on beyond it."""
-    if len(data) < 8:
-        raise PayloadError("truncated", f"{len(data)} bytes are too few for a safetensors file")
-    (length,) = struct.unpack("<Q", data[:8])
-    if length > MAX_HEADER_BYTES:
-        raise PayloadError("malformed", f"header length {length} is above {MAX_HEADER_BYTES}")
-    if len(data) < 8 + length:
-        raise PayloadError("truncated", f"header of {length} bytes, file of {len(data)}")
-    try:
-        metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-        return {str(key): str(value) for key, value in metadata.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PayloadError("malformed", f"no metadata in the safetensors header: {error}") from None
-
-
-def parse_header(data: bytes, signer: Signer = UNSIGNED) -> Header:
+def parse_header(data: bytes | memoryview, signer: Signer = UNSIGNED) -> Header:
     """The header of a record from its first bytes (all of the safetensors header, at least).
 
     Raises:
         PayloadError: if there is no header, or it is not the one that was written; with a key, by
             a job of this run.
     """
-    metadata = _metadata(data)
+    metadata, _ = parse_entries(data)
+    return _header_of(metadata, signer)
+
+
+def _header_of(metadata: Mapping[str, str], signer: Signer) -> Header:
     text = metadata.get(_HEADER_KEY)
     if text is None:
         raise PayloadError("alien", f"no {_HEADER_KEY!r} entry: not a file of this bridge")
@@ -177,6 +166,7 @@ def parse_header(data: bytes, signer: Signer = UNSIGNED) -> Header:
 
 def _checked_header(fields: dict[str, Any]) -> Header:
     types = {"str": (str,), "int": (int,), "float": (int, float), "Kind": (str,)}
+    types |= {"Compression": (str,)}
     types |= {"float | None": (int, float, type(None)), "dict[str, float]": (dict,)}
     known = {field.name for field in dataclasses.fields(Header)}
     if missing := known - set(fields):
@@ -192,6 +182,9 @@ def _checked_header(fields: dict[str, Any]) -> Header:
             raise PayloadError("malformed", f"validation of {name!r} is {reprlib.repr(value)}")
     if fields["kind"] not in get_args(Kind):
         raise PayloadError("malformed", f"kind {fields['kind']!r} is unknown")
+    compression, is_sum = fields["compression"], fields["kind"] in _SUMS
+    if compression not in COMPRESSIONS or (compression != "none" and not is_sum):
+        raise PayloadError("malformed", f"compression {compression!r} of a {fields['kind']!r}")
     return Header(**fields)
 
 
@@ -210,28 +203,47 @@ def read_header(read_head: Callable[[int], bytes], signer: Signer = UNSIGNED) ->
     Raises:
         PayloadError: as :func:`parse_header`.
     """
-    start = read_head(8)
-    if len(start) < 8:
-        raise PayloadError("truncated", f"{len(start)} bytes are too few for a safetensors file")
-    (length,) = struct.unpack("<Q", start)
-    return parse_header(read_head(8 + min(length, MAX_HEADER_BYTES)), signer)
+    return parse_header(read_head(header_bytes(read_head(8))), signer)
 
 
-def parse_record(data: bytes, signer: Signer = UNSIGNED) -> Record:
+def parse_record(data: bytes | memoryview, signer: Signer = UNSIGNED) -> Record:
     """A whole record, its digests verified.
+
+    Args:
+        data: the bytes of the file. Where they are writable, the tensors are views of them.
+        signer: of the run.
 
     Raises:
         PayloadError: for anything but exactly the bytes that ``write_record`` wrote.
     """
-    header = parse_header(data, signer)
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        # A TypeError is torch's, for a shape of more than 63 bits beside a 0.
-        raise PayloadError("truncated", f"not a complete safetensors file: {error}") from None
-    if any("|" in name for name in tensors) or digest_tensors(tensors) != header.tensors_digest:
+    metadata, entries = parse_entries(data)
+    header = _header_of(metadata, signer)
+    view = memoryview(data)
+    tensors = view_tensors(memoryview(bytearray(view)) if view.readonly else view, entries)
+    record = Record(header=header, tensors=tensors, num_bytes=len(data))
+    digest = Digest(tensors)
+    if header.kind in _SUMS and header.compression == "none":
+        _ = record.squares  # which whoever takes it needs, while the digest is computed
+    if any("|" in name for name in tensors) or digest.result() != header.tensors_digest:
         raise PayloadError("digest", "the tensors' digest does not match the header")
-    return Record(header=header, tensors=tensors, num_bytes=len(data))
+    return record
+
+
+def decompressed(record: Record, like: Mapping[str, Mapping[str, Tensor]]) -> Record:
+    """The record with the tensors that were compressed; itself, if none were.
+
+    Args:
+        record: of which the digests are verified.
+        like: by head, what the tensors of a payload for it are like, by name.
+
+    Raises:
+        PayloadError: if they cannot be what a payload for that head was compressed to.
+    """
+    header = record.header
+    if header.compression == "none" or header.head not in like:
+        return record
+    tensors = decode(record.tensors, header.compression, like[header.head])
+    return dataclasses.replace(record, tensors=tensors)
 
 
 def check_identity(header: Header, *, run_id: str, job: str, sequence: int) -> None:
@@ -271,15 +283,12 @@ def check_sum(record: Record, expected: Mapping[str, Tensor], unit: str) -> None
         raise PayloadError("count", f"count {header.count!r} is not finite and positive")
     if header.unit != unit:
         raise PayloadError("unit", f"the count is in {header.unit!r}, expected {unit!r}")
-    if not all_finite(tensors.values()):
-        raise PayloadError("nonfinite", f"a {header.kind} value is not finite")
+    for name, squares in record.squares.items():
+        # The squares of large float64 values overflow, finite as they are.
+        if not math.isfinite(squares) and not bool(torch.isfinite(tensors[name]).all()):
+            raise PayloadError("nonfinite", f"a {header.kind} value of {name!r} is not finite")
 
 
 def payload_dtype(parameter_dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a gradient crosses: the parameter's, but at least float32."""
     return torch.promote_types(parameter_dtype, torch.float32)
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether every value of every tensor is finite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

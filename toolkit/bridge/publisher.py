@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.payload import (
     Header,
     check_identity,
-    digest_tensors,
     parse_header,
     write_record,
 )
@@ -57,7 +57,9 @@ class Publisher:
         self.num_records = self.num_bytes = 0
         self._tried: Header | None = None  # of the record whose publishing failed last
 
-    def publish(self, header: Header, tensors: Mapping[str, Tensor]) -> int:
+    def publish(
+        self, header: Header, tensors: Mapping[str, Tensor], digest: Digest | None = None
+    ) -> int:
         """Publish the next record; its size in bytes.
 
         A number that an alien file occupies, or that the reader has refused already, is passed
@@ -66,12 +68,14 @@ class Publisher:
 
         Args:
             header: of the record, whose stream and number are filled in.
-            tensors: contiguous CPU tensors by name.
+            tensors: by name.
+            digest: of them, where it has been begun already.
 
         Raises:
             BridgeError: if another living process publishes in this stream.
             OSError: if the disk fails.
         """
+        digest = digest or Digest(tensors)
         while True:
             sequence = self.next_sequence
             if self._transport.rejection(self.stream, sequence) is not None:
@@ -80,7 +84,7 @@ class Publisher:
             numbered = dataclasses.replace(header, job=self.stream, sequence=sequence)
 
             def write(path: Path, header: Header = numbered) -> None:
-                write_record(path, header, tensors, self._transport.signer)
+                write_record(path, header, tensors, self._transport.signer, digest)
 
             try:
                 size = self._transport.publish(self.stream, sequence, write)
@@ -91,9 +95,9 @@ class Publisher:
                     self.next_sequence += 1
                     continue
                 size = self._transport.complete(self.stream, sequence)
-                is_this_one = self._tried == _as_written(numbered, tensors)
+                is_this_one = self._tried == numbered.with_digest(digest.result())
             except OSError:
-                self._tried = _as_written(numbered, tensors)
+                self._tried = numbered.with_digest(digest.result())
                 raise
             self._newest = sequence
             self.next_sequence += 1
@@ -102,12 +106,14 @@ class Publisher:
             if is_this_one:
                 return size
 
-    def publish_weights(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    def publish_weights(
+        self, header: Header, tensors: Mapping[str, Tensor], digest: Digest | None = None
+    ) -> None:
         """Publish the newest state of some weights, as :meth:`publish` does, and delete old ones.
 
         Files in the place of older ones go too.
         """
-        self.publish(header, tensors)
+        self.publish(header, tensors, digest)
         self.prune(self.next_sequence - _WEIGHTS_KEPT)
 
     def prune(self, sequence: int) -> None:
@@ -164,7 +170,3 @@ class Publisher:
             f"{path} exists already: another process publishes as the {self.stream} of this run. "
             "End one of the two, or start a new run"
         )
-
-
-def _as_written(header: Header, tensors: Mapping[str, Tensor]) -> Header:
-    return dataclasses.replace(header, tensors_digest=digest_tensors(tensors))

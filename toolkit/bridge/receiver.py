@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from toolkit.bridge.config import BridgeConfig, Role
+from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.donors import Donors, open_donors
 from toolkit.bridge.errors import BridgeError, Interrupted, PayloadError
 from toolkit.bridge.frozen_state import FrozenOptimizerState, frozen_sharded
@@ -39,7 +40,8 @@ from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS, ArrivalWatch, Pe
 from toolkit.bridge.outage import ride_out
 from toolkit.bridge.outer import OuterOptimizer
 from toolkit.bridge.own_weights import newest_own_weights, stream_of
-from toolkit.bridge.payload import Header, Record, digest_tensors
+from toolkit.bridge.payload import Header, Record, decompressed
+from toolkit.bridge.prefetch import Prefetch
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
 from toolkit.bridge.teacher import Blueprint, TeacherFactory, blueprints_of, tensors_of
@@ -131,6 +133,7 @@ class GradientReceiver(BridgeJob):
         self._injector = Injector(
             self.accelerator, self.parameters.values(), self.shared, self.control, self.config
         )
+        self._prefetch: Prefetch | None = None
         super()._attach()
         self.completed_steps = 0
         self.completed_windows = 0
@@ -151,6 +154,11 @@ class GradientReceiver(BridgeJob):
             self._outbox = WeightsOutbox(
                 self._publisher, self._donors, publishes=self.config.follows
             )
+        # Weights that change before they are published, or are asked for again: a copy of them.
+        is_late = self.config.writes_behind or self.config.exchange == "delta"
+        self._copies: dict[str, Tensor] | None = {} if is_late else None
+        if isinstance(self._donors, Donors) and self.config.writes_behind:
+            self._prefetch = Prefetch(self._donors.next_records, self._read_now)
         self._ages = [0, 0]  # of the payloads applied in this start: their sum, and how many
         self._to_keep: list[Verdict] = []  # main process: applied, to be kept for good
         self._retention = CheckpointCursors(
@@ -415,7 +423,7 @@ class GradientReceiver(BridgeJob):
 
     def _open_donors(self) -> Donors | Replay:
         if self._kept is not None:
-            return Replay(self._kept)
+            return Replay(self._kept, self._read)
         return open_donors(
             self.transport,
             self.config,
@@ -432,9 +440,13 @@ class GradientReceiver(BridgeJob):
         return self._donors
 
     def _read(self, job: str, sequence: int) -> Record:
-        if self._kept is not None:
-            return self._kept.read(job, sequence)
-        return super()._read(job, sequence)
+        if self._prefetch is not None:
+            return self._prefetch.read(job, sequence)
+        return self._read_now(job, sequence)
+
+    def _read_now(self, job: str, sequence: int) -> Record:
+        read = super()._read if self._kept is None else self._kept.read
+        return decompressed(read(job, sequence), self._payloads_like)
 
     def _receive(self) -> tuple[_Findings, list[Record], float]:
         """The donors' parts of this step, the same on every rank."""
@@ -470,7 +482,8 @@ class GradientReceiver(BridgeJob):
         donors, num_away = self._on_main, self._on_main.num_away
         if self._rest.lasts(donors.waits()):
             return None
-        self._outbox.look()
+        if self._background.check():
+            self._outbox.look()
         verdicts = donors.look(self.completed_steps, self.taught_heads)
         if self._interruption.signal and donors.num_away > num_away:  # by the same signal, maybe
             raise Interrupted(self._interruption.signal)  # sooner than a step without its part
@@ -493,12 +506,16 @@ class GradientReceiver(BridgeJob):
     def _publish_weights(self) -> None:
         """Take the present weights and publish them. A collective."""
         self._has_published = True
+        self._catch_up()
         if self._outbox is not None:
             self._outbox.forget()  # the last ones, before these take as much memory
-        weights = self._whole_weights()
+        weights = self._whole_weights(self._copies)
         if self._outbox is not None:
-            self._outbox.take(self._header("weights", digest_tensors(weights)), weights)
+            self._outbox.take(self._header("weights", ""), weights)
         self._persist(self._write_step)
+        if self._outbox is not None and self.config.writes_behind:
+            publish, is_due = self._outbox.publish, self._outbox.is_due()
+            self._write_behind(lambda: publish(is_due))
 
     def _write_step(self) -> None:
         """On the main process: what the disk must have of a step; may be repeated."""
@@ -507,7 +524,8 @@ class GradientReceiver(BridgeJob):
             self.transport.keep(verdict.donor, verdict.sequence)
         self._to_keep = []
         self.ledger.flush()
-        self._outbox.offer()
+        if not self.config.writes_behind:
+            self._outbox.offer()
         self._retention.acknowledge(self._on_main.cursors())
 
     def _header(self, kind: Any, digest: str) -> Header:
@@ -541,6 +559,8 @@ class GradientReceiver(BridgeJob):
     def _stop(self) -> None:
         if self._lessons is not None:
             self._lessons.teachers.close()
+        if self._prefetch is not None:
+            self._prefetch.stop()
         super()._stop()
 
     # -- checkpoints and results --------------------------------------------------------------

@@ -7,7 +7,7 @@ ledger says. The run itself is only read.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +85,15 @@ class Replay:
 
     Args:
         kept: the run's payloads, and the fates on the way to its weights.
+        read: reads one of the payloads, by donor and number, and decompresses it.
 
     Attributes:
         departed_at: receiver steps after which the weights were first seen to be others than the
             run's, which the payloads name; None if that was never seen.
     """
 
-    def __init__(self, kept: KeptPayloads) -> None:
-        self._kept = kept
+    def __init__(self, kept: KeptPayloads, read: Callable[[str, int], Record]) -> None:
+        self._read = read
         self._by_step: dict[int, dict[str, tuple[Entry, ...]]] = {}
         for entry in kept.path:
             of_step = self._by_step.setdefault(entry.receiver_step, {})
@@ -142,7 +143,7 @@ class Replay:
         applied = next((entry for entry in entries if entry.fate == "applied"), None)
         if applied is None:
             return Verdict(donor, 0, -1, entries)
-        self._fetched[donor] = record = self._kept.read(donor, applied.sequence)
+        self._fetched[donor] = record = self._read(donor, applied.sequence)
         at = record.header.receiver_step
         if self.departed_at is None and self._digests.get(at) != record.header.weights_digest:
             self.departed_at = at

@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from toolkit.bridge.payload import Record
-from toolkit.parameters import squared_norm
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,6 @@ class Sentinel:
         self._idle: dict[Alarm, int] = {"zero": 0, "idle head": 0, "idle backbone": 0}
         self._first_losses: list[float] = []
         self._last_losses: deque[float] = deque(maxlen=LOSS_SPAN)
-        self._measured: tuple[Record, tuple[float, dict[Alarm, bool]]] | None = None
         self.alarms: tuple[Alarm, ...] = ()
         self.counts: dict[str, int] = {}
 
@@ -92,7 +90,6 @@ class Sentinel:
             is_early = len(self._first_losses) < LOSS_SPAN
             (self._first_losses if is_early else self._last_losses).append(loss)
         self.raise_alarms(alarms)
-        self._measured = None  # keeps a record
 
     def _remember_norm(self, norm: float, is_usual: bool) -> None:
         if is_usual:
@@ -118,20 +115,16 @@ class Sentinel:
 
     def _measure(self, record: Record) -> tuple[float, dict[Alarm, bool]]:
         """The norm of the mean over samples, and which parts of it are exactly zero."""
-        if self._measured is not None and self._measured[0] is record:  # a pass over all values
-            return self._measured[1]
-        backbone = [t for name, t in record.tensors.items() if name in self._backbone]
-        head = [t for name, t in record.tensors.items() if name not in self._backbone]
-        squares = {"backbone": squared_norm(backbone), "head": squared_norm(head)}
+        backbone = [x for name, x in record.squares.items() if name in self._backbone]
+        head = [x for name, x in record.squares.items() if name not in self._backbone]
+        squares = {"backbone": sum(backbone), "head": sum(head)}
         total = squares["backbone"] + squares["head"]
         parts: dict[Alarm, bool] = {
             "zero": total == 0,
             "idle head": bool(head) and squares["head"] == 0 < total,
             "idle backbone": bool(backbone) and squares["backbone"] == 0 < total,
         }
-        measured = math.sqrt(total) / record.header.count, parts
-        self._measured = record, measured
-        return measured
+        return math.sqrt(total) / record.header.count, parts
 
     def _is_flat(self, loss: float | None) -> bool:
         """Whether the newest losses, with this one, are hardly lower on average than the first."""

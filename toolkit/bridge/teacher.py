@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from toolkit.bridge.errors import BridgeError, PayloadError
-from toolkit.bridge.payload import Record, all_finite
+from toolkit.bridge.payload import Record
+from toolkit.inner_products import all_finite
 from toolkit.parameters import SharedParameters, plain_name, schema_differences, schema_of
 from toolkit.sharding import full_tensor, is_sharded
 

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 READ_SECONDS = 5.0  # a network file system may show a new file to one host before another
 _RECORD_NAME = re.compile(r"([0-9]{10})\.safetensors")
-_BEING_WRITTEN = ".tmp"  # what begins so, here (files.TEMPORARY_PREFIX) and in safetensors
+
 _NOTE_NAME = re.compile(r"([0-9]{10})\.json")
 
 
@@ -74,7 +74,7 @@ class DirectoryTransport:
             files.create(probe, lambda path: path.write_bytes(b""))
             probe.unlink()
             for name in self._names(job):
-                if name.startswith(_BEING_WRITTEN):
+                if name.startswith(files.TEMPORARY_PREFIX):
                     self._delete(self.root / job / "records" / name)
         except OSError as error:
             raise BridgeError(
@@ -111,6 +111,10 @@ class DirectoryTransport:
         files.fsync_path(path.parent)
         return path.stat().st_size
 
+    def has(self, job: str, sequence: int) -> bool:
+        """Whether there is something under the name of record ``sequence``; one look-up."""
+        return os.path.lexists(self.path(job, sequence))
+
     def sequences(self, job: str) -> list[int]:
         """The numbers of the records that are there, ascending; a listing that pruning bounds."""
         return sorted(int(match[1]) for name in self._names(job) if (match := _match(name)))
@@ -120,10 +124,10 @@ class DirectoryTransport:
         return sorted(
             name
             for name in self._names(job)
-            if not _match(name) and not name.startswith(_BEING_WRITTEN)
+            if not _match(name) and not name.startswith(files.TEMPORARY_PREFIX)
         )
 
-    def read(self, job: str, sequence: int, *, max_bytes: int) -> bytes:
+    def read(self, job: str, sequence: int, *, max_bytes: int) -> memoryview:
         """The bytes of a record.
 
         Raises:

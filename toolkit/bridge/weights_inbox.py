@@ -78,6 +78,11 @@ class WeightsInbox:
         self.fetched = newest
         return True
 
+    def next_records(self) -> list[tuple[str, int]]:
+        """The receiver and the number of its newest record, if it is new; of any thread."""
+        newest = self._transport.sequences("receiver")[-1:]
+        return [("receiver", sequence) for sequence in newest if sequence > self._seen]
+
     def note_loaded(self, header: Header) -> None:
         """These weights are in the model now."""
         self._seen = header.sequence

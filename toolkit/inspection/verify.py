@@ -85,7 +85,7 @@ class Verification:
         stream, sequence, transport = place.stream, place.sequence, self._look.transport
         if place.path == transport.path(stream, sequence):
             size = self._look.record_bytes or place.path.lstat().st_size
-            data = transport.read(stream, sequence, max_bytes=size)
+            data: bytes | memoryview = transport.read(stream, sequence, max_bytes=size)
         else:
             data = files.read_plain(place.path, place.path.lstat().st_size)
         record = parse_record(data, transport.signer)

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 import toolkit
+from toolkit.bridge.digests import Digest
 from toolkit.bridge.donor import GradientDonor
 from toolkit.bridge.payload import Header
 from toolkit.bridge.publisher import Publisher
@@ -40,10 +41,12 @@ class LatePublisher(Publisher):
         self._present = 0  # newest step of the receiver that is known
         self._released = -1  # step of the newest payload that is visible
 
-    def publish(self, header: Header, tensors: Mapping[str, Tensor]) -> int:
+    def publish(
+        self, header: Header, tensors: Mapping[str, Tensor], digest: Digest | None = None
+    ) -> int:
         """Hold a payload back; its size then does not count yet. An end is published at once."""
         if header.kind == "end":
-            return super().publish(header, tensors)
+            return super().publish(header, tensors, digest)
         self._held.append((header, tensors))
         return self.release(self._present)
 

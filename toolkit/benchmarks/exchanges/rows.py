@@ -60,6 +60,15 @@ def _gradient(late: int, stale: str = "") -> Row:
     )
 
 
+def _compressed(name: str, title: str, *flags: object) -> Row:
+    return Row(
+        name=f"gradient-{name}",
+        title=f"gradient, {title}",
+        exchange="gradient",
+        donor_flags=("--compression", *flags),
+    )
+
+
 def _delta(local_steps: int) -> Row:
     flags = ("--local_steps", local_steps)
     return Row(
@@ -86,6 +95,8 @@ _ROWS = (
     Row(name="head", title="head", exchange="head", receiver_flags=("--init_h2", "donor")),
     *map(_gradient, (0, 1, 8, 32)),
     _gradient(32, "damp"),
+    _compressed("bf16", "bf16", "bf16"),
+    _compressed("topk", "top 1 %", "topk"),
     *map(_delta, (8, 32, 128)),
     *map(_distill, (25, 100)),
     Row(

@@ -28,6 +28,7 @@ class Summary:
         recovery: by head, in percent of joint training's gain; None where that cannot be said.
         payloads: that a donor published, mean.
         mib: of all records of both jobs, mean; None where that is not known.
+        donor_mib: of them the donor's, likewise.
         mean_staleness: of payloads, in receiver steps; None where they have no age.
         seconds: of training, mean.
         time_ratio: to lockstep, median over seeds; None without lockstep.
@@ -39,6 +40,7 @@ class Summary:
     recovery: dict[str, float | None]
     payloads: float
     mib: float | None
+    donor_mib: float | None
     mean_staleness: float | None
     seconds: float
     time_ratio: float | None
@@ -65,6 +67,7 @@ def summarize(outcomes: Sequence[Outcome]) -> list[Summary]:
                 recovery={head: recovery(means, mean, head) for head in HEADS},
                 payloads=statistics.mean(o.payloads for o in found),
                 mib=_mean([o.mib for o in found]),
+                donor_mib=_mean([o.donor_mib for o in found]),
                 mean_staleness=_mean([o.mean_staleness for o in found]),
                 seconds=statistics.mean(o.training_seconds for o in found),
                 time_ratio=statistics.median(ratios) if ratios else None,
@@ -111,7 +114,7 @@ def table(summaries: Sequence[Summary], task: str, num_steps: int) -> Table:
     )
     result.add_column("row", no_wrap=True)
     headings = [*(f"{head}\n(%)" for head in HEADS), *(f"{head}\ngain\n(%)" for head in HEADS)]
-    for heading in [*headings, "payloads", "MiB", "time"]:
+    for heading in [*headings, "payloads", "MiB", "donor's\nMiB", "time"]:
         result.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
         result.add_row(
@@ -120,6 +123,7 @@ def table(summaries: Sequence[Summary], task: str, num_steps: int) -> Table:
             *(_cell(summary.recovery[head], ".0f") for head in HEADS),
             f"{summary.payloads:.0f}",
             _cell(summary.mib, ".1f"),
+            _cell(summary.donor_mib, ".2f"),
             _cell(summary.time_ratio, ".2f"),
         )
     return result

@@ -25,6 +25,7 @@ class Outcome:
         accuracies: in percent, by head.
         payloads: that the donor published.
         mib: size of all records of both jobs; None where a killed donor has not told its own.
+        donor_mib: of them the donor's.
         mean_staleness: of the payloads applied, in receiver steps; None where they have no age.
         training_seconds: from the end of the first step to that of the last one.
     """
@@ -34,6 +35,7 @@ class Outcome:
     accuracies: dict[str, float]
     payloads: int
     mib: float | None
+    donor_mib: float | None
     mean_staleness: float | None
     training_seconds: float
 
@@ -106,13 +108,16 @@ class Trial:
             payloads = results["fates"]["published"]
         elif self.row.exchange:
             payloads -= 1  # its end
-        both = [content.get("published_bytes", 0) for content in (results, of_donor)]
+        mine, donors = (
+            content.get("published_bytes", 0) / 2**20 for content in (results, of_donor)
+        )
         return Outcome(
             row=self.row.name,
             seed=self.seed,
             accuracies=results["accuracies (%)"],
             payloads=payloads,
-            mib=None if self._is_killed else sum(both) / 2**20,
+            mib=None if self._is_killed else mine + donors,
+            donor_mib=None if self._is_killed else donors,
             mean_staleness=results.get("mean_staleness (receiver steps)"),
             training_seconds=training_seconds(measured.output_dir),
         )

@@ -1,0 +1,56 @@
+"""Digests of tensors, computed beside other work."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from toolkit.bridge.layout import bytes_of
+
+_SMALL_ELEMENTS = 2**18  # that are digested about as soon as a thread starts
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of each tensor, in the order of the names.
+
+    It tells any two sets of tensors apart whose names have no ``|``.
+    """
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        state.update(bytes_of(tensor))
+    return state.hexdigest()
+
+
+class Digest:
+    """:func:`digest_tensors` on a thread of its own, which leaves the interpreter to others.
+
+    Args:
+        tensors: not to be changed before the first :meth:`result`.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors: Mapping[str, Tensor] | None = tensors
+        self._digest = ""
+        self._thread: threading.Thread | None = None
+        if sum(tensor.numel() for tensor in tensors.values()) > _SMALL_ELEMENTS:
+            self._thread = threading.Thread(target=self._run, name="digest", daemon=True)
+            self._thread.start()
+
+    def result(self) -> str:
+        """The digest, once it is known."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._tensors is not None:  # they are few, or the thread has failed: fail here
+            self._run()
+        return self._digest
+
+    def _run(self) -> None:
+        assert self._tensors is not None
+        self._digest = digest_tensors(self._tensors)
+        self._tensors = None

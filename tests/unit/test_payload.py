@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import pickle
@@ -187,6 +188,16 @@ def test_what_the_digest_depends_on() -> None:
         {"c": torch.zeros(0)},
     ):
         assert digest != digest_tensors({**content, **change})
+
+
+def test_the_digest_of_more_than_one_piece() -> None:
+    """By hand; the last piece is short, and a later tensor begins a piece of its own."""
+    long, short = torch.randn(2**21 + 3), torch.arange(5)
+    data = long.numpy().tobytes()
+    text = b"2|a|torch.float32|(2097155,)|b|torch.int64|(5,)|"
+    for piece in (data[: 2**22], data[2**22 : 2**23], data[2**23 :], short.numpy().tobytes()):
+        text += hashlib.sha256(piece).digest()
+    assert digest_tensors({"b": short, "a": long}) == hashlib.sha256(text).hexdigest()
 
 
 def test_in_which_dtype_a_gradient_crosses() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ class Side:
         num_bytes: that cross each way in a round.
         seconds: of a round, by kind: ``bridge``, ``raw``, ``plain``, and ``blocked``; medians.
         means: the same, means: where not every round exchanges something.
+        tails: the same, 99th percentiles.
         marks: as the job has them.
     """
 
     num_bytes: int
     seconds: Mapping[str, float]
     means: Mapping[str, float]
+    tails: Mapping[str, float]
     marks: Mapping[int, float]
 
 
@@ -107,5 +109,11 @@ def _read(path: Path) -> Side:
     found = content["seconds"]
     medians = {kind: statistics.median(seconds) for kind, seconds in found.items()}
     means = {kind: statistics.fmean(seconds) for kind, seconds in found.items()}
+    tails = {kind: tail(seconds) for kind, seconds in found.items()}
     marks = {int(step): mark for step, mark in content["marks"].items()}
-    return Side(content["num_bytes"], medians, means, marks)
+    return Side(content["num_bytes"], medians, means, tails, marks)
+
+
+def tail(seconds: Sequence[float]) -> float:
+    """The 99th percentile: of fewer than a hundred, the largest."""
+    return sorted(seconds)[int(0.99 * len(seconds))]

@@ -44,7 +44,7 @@ from toolkit.bridge.prefetch import Prefetch
 from toolkit.bridge.runs import read_checkpoint
 from toolkit.bridge.transport import READ_SECONDS
 from toolkit.bridge.weights_inbox import WeightsInbox
-from toolkit.inner_products import all_finite, squared_norm
+from toolkit.inner_products import all_finite, is_finite, squared_norm
 from toolkit.parameters import check_only_shared_trains, innermost_optimizer
 from toolkit.sharding import full_tensor, reshard, shard_like
 
@@ -474,9 +474,8 @@ class GradientDonor(BridgeJob):
                 sums[name] = scaled.cpu().contiguous()
         is_sent = self.accelerator.is_main_process and self.config.compression == "none"
         digest = Digest(sums) if is_sent else None
-        squares = squared_norm(sums.values())
-        # The squares of large float64 values overflow, finite as they are.
-        local = math.isfinite(squares) or all_finite(sums.values())
+        squares = [squared_norm([tensor]) for tensor in sums.values()]
+        local = all(map(is_finite, sums.values(), squares))
         local = local and window.count > 0 and math.isfinite(window.loss)
         finite = self.control.agree(local)
         if self.following and window.count:  # one without samples says nothing about the scale
@@ -488,7 +487,7 @@ class GradientDonor(BridgeJob):
         size = self._publish_payload(kind, sums if finite else {}, window, digest)
         if self.accelerator.is_main_process:
             self.metrics[f"bridge/payload {self.job} (MiB)"] = size / 2**20
-            self.metrics[f"gradient/{self.job} sum norm"] = norm = math.sqrt(squares)
+            self.metrics[f"gradient/{self.job} sum norm"] = norm = math.sqrt(sum(squares))
             feedback = self._outbox.feedback
             if feedback is not None and finite and norm:
                 ratio = feedback.residual_norm * window.count / norm

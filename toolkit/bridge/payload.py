@@ -25,7 +25,7 @@ from toolkit.bridge.compression import COMPRESSIONS, Compression, decode
 from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.layout import header_bytes, parse_entries, view_tensors, write_file
-from toolkit.inner_products import squared_norm
+from toolkit.inner_products import is_finite, squared_norm
 
 FORMAT_VERSION = 3
 Kind = Literal["gradient", "delta", "weights", "skip", "end"]
@@ -284,8 +284,7 @@ def check_sum(record: Record, expected: Mapping[str, Tensor], unit: str) -> None
     if header.unit != unit:
         raise PayloadError("unit", f"the count is in {header.unit!r}, expected {unit!r}")
     for name, squares in record.squares.items():
-        # The squares of large float64 values overflow, finite as they are.
-        if not math.isfinite(squares) and not bool(torch.isfinite(tensors[name]).all()):
+        if not is_finite(tensors[name], squares):
             raise PayloadError("nonfinite", f"a {header.kind} value of {name!r} is not finite")
 
 

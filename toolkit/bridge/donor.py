@@ -261,8 +261,7 @@ class GradientDonor(BridgeJob):
     def _ask_whether_late(self) -> None:
         """On the main process: what the receiver's claim says; may be repeated."""
         claim = read_claim(self.transport, "receiver") or {}
-        may_wait = not claim.get("max_staleness") or self.config.exchange == "delta"
-        self._expect_late(self.config.writes_behind or not may_wait)
+        self._expect_late(self.config.writes_behind or bool(claim.get("writes_behind")))
 
     def _expect_late(self, writes_behind: bool) -> None:
         """On the main process: whether no step of the receiver waits for the next payload."""

@@ -128,7 +128,7 @@ class BridgeJob:
         }
         claim = {
             "record_bytes": self._record_bytes(),
-            "max_staleness": config.max_staleness,
+            "writes_behind": config.writes_behind,
             "payload_budget_files": config.payload_budget_files,
             "payload_budget_gib": config.payload_budget_gib,
             "payload_bytes": compressed_bytes(

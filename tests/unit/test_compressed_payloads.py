@@ -212,6 +212,23 @@ def test_that_a_restart_begins_at_zero_where_the_residual_is_not_known(
     assert float((found - compress_by_hand("topk", total, zero, count)).abs().max()) <= 1e-13
 
 
+@pytest.mark.parametrize(("before", "is_lost"), [("topk", True), ("none", False)])
+def test_that_a_start_without_topk_says_what_it_loses(
+    start: Callable[..., DonorAlone], tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    before: str, is_lost: bool,
+) -> None:  # fmt: skip
+    plain = {"compression": "none", "topk_ratio": 0.01}
+    job = start(**(plain if before == "none" else {}))
+    Following(job).answer(0)
+    job.accelerator.save_state(str(tmp_path / "checkpoint"))
+    job.donor._stop()
+    resumed = start(resume_from_checkpoint=tmp_path / "checkpoint", **plain)
+    with caplog.at_level(logging.WARNING):
+        resumed.accelerator.load_state(str(tmp_path / "checkpoint"))
+    assert ("has it, and this start has compression 'none'" in caplog.text) == is_lost
+    assert ("is lost" in caplog.text) == is_lost
+
+
 def test_that_the_difference_of_local_steps_has_a_memory_too(
     start: Callable[..., DonorAlone],
 ) -> None:

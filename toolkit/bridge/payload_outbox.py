@@ -111,15 +111,19 @@ class PayloadOutbox:
             num_later: accumulation windows since then. What their payloads have sent of the
                 residual, and added to it, is not known: it would be applied twice.
         """
-        if self.feedback is None:
-            return
-        path = directory / _FEEDBACK_FILE
-        if not path.is_file() or num_later:
-            reason = "is older than the newest payload" if path.is_file() else "has none of it"
+        path, lost = directory / _FEEDBACK_FILE, ""
+        if not path.is_file():
+            lost = "has none of it" if self.feedback is not None else ""
+        elif self.feedback is None:
+            lost = f"has it, and this start has compression {self._config.compression!r}"
+        elif num_later:
+            lost = "is older than the newest payload"
+        if lost:
             logger.warning(
                 "what earlier payloads have left out (compression 'topk') is lost: the checkpoint "
-                "%s %s", directory, reason,
+                "%s %s", directory, lost,
             )  # fmt: skip
+        if lost or self.feedback is None:
             return
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

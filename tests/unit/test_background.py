@@ -18,9 +18,8 @@ from tests.oracle import Case, build_dataset
 from tests.unit.jobs import DonorAlone, ReceiverAlone, reset
 from toolkit.bridge.agreement import read_claim
 from toolkit.bridge.background import Background
-from toolkit.bridge.errors import DiskError, PayloadError
-from toolkit.bridge.payload import Header, Record
-from toolkit.bridge.prefetch import Prefetch
+from toolkit.bridge.errors import DiskError
+from toolkit.bridge.payload import Record
 from toolkit.bridge.transport import DirectoryTransport
 
 PATIENCE_SECONDS = 30.0  # of this test, where something hangs
@@ -205,6 +204,46 @@ def test_that_weights_asked_for_again_are_those_of_the_exchange(tmp_path: Path) 
     job.receiver.close()
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_that_an_error_waits_for_what_is_written(
+    tmp_path: Path, gate: Callable[[str], Gate], error: type[BaseException]
+) -> None:
+    job = receiver(tmp_path)
+    held = gate("receiver")
+    held.close()
+    opener = threading.Timer(0.2, held.open)
+
+    def fail() -> None:
+        with job.receiver:
+            finish_step(job)
+            opener.start()
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert not job.receiver._background.is_busy
+    kinds = [record.header.kind for record in records(job, "receiver")]
+    assert kinds == ["weights", "weights", *(["end"] if error is KeyboardInterrupt else [])]
+    opener.join()
+
+
+def test_that_an_error_does_not_hide_a_write_that_failed(
+    tmp_path: Path, gate: Callable[[str], Gate], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = receiver(tmp_path)
+    held = gate("receiver")
+    held.error = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail() -> None:
+        with job.receiver:
+            finish_step(job)
+            raise RuntimeError("of the user")
+
+    with pytest.raises(RuntimeError, match="of the user"):
+        fail()
+    assert "the newest record of the receiver is not written: the disk has failed" in caplog.text
+
+
 # -- the donor ------------------------------------------------------------------------------------
 
 
@@ -315,115 +354,3 @@ def test_that_an_error_is_raised_once() -> None:
     with pytest.raises(ZeroDivisionError):
         background.check()
     assert background.check()
-
-
-class Shelf:
-    """Records that are there, and how often each was read."""
-
-    def __init__(self) -> None:
-        self.there: list[int] = []
-        self.num_reads: dict[int, int] = {}
-        self.errors: dict[int, list[Exception]] = {}
-        self.was_read = threading.Condition()
-
-    def find(self) -> list[tuple[str, int]]:
-        return [("donor", number) for number in self.there[-1:]]
-
-    def read(self, job: str, sequence: int) -> Record:
-        with self.was_read:
-            self.num_reads[sequence] = self.num_reads.get(sequence, 0) + 1
-            self.was_read.notify_all()
-        if self.errors.get(sequence):
-            raise self.errors[sequence].pop(0)
-        header = Header(
-            kind="gradient", run_id="r", job=job, sequence=sequence, attempt=1, receiver_step=0,
-            weights_digest="",
-        )  # fmt: skip
-        return Record(header=header, tensors={}, num_bytes=0)
-
-    def await_reads(self, sequence: int, number: int = 1) -> None:
-        with self.was_read:
-            assert self.was_read.wait_for(
-                lambda: self.num_reads.get(sequence, 0) >= number, PATIENCE_SECONDS
-            )
-
-
-@pytest.fixture
-def shelf() -> Shelf:
-    return Shelf()
-
-
-@pytest.fixture
-def prefetch(shelf: Shelf) -> Iterator[Prefetch]:
-    made = Prefetch(shelf.find, shelf.read)
-    made.read("donor", 0)  # it begins with the first
-    shelf.num_reads.clear()
-    yield made
-    made.stop()
-
-
-def test_that_a_record_is_read_ahead_and_once(shelf: Shelf, prefetch: Prefetch) -> None:
-    for number in (3, 4):
-        shelf.there.append(number)
-        shelf.await_reads(number)
-        assert prefetch.read("donor", number).header.sequence == number
-    assert shelf.num_reads == {3: 1, 4: 1}
-
-
-def test_that_what_was_not_read_ahead_is_read(shelf: Shelf, prefetch: Prefetch) -> None:
-    assert prefetch.read("donor", 7).header.sequence == 7
-    shelf.there.append(8)
-    shelf.await_reads(8)
-    assert prefetch.read("other", 8).header.job == "other"
-    assert prefetch.read("donor", 6).header.sequence == 6
-
-
-def test_that_a_refusal_is_raised_where_it_is_asked_for(shelf: Shelf, prefetch: Prefetch) -> None:
-    shelf.errors[2] = [PayloadError("digest", "for this test")]
-    shelf.there.append(2)
-    shelf.await_reads(2)
-    with pytest.raises(PayloadError, match="for this test"):
-        prefetch.read("donor", 2)
-    assert shelf.num_reads == {2: 1}
-
-
-def test_that_a_failing_disk_is_tried_again(shelf: Shelf, prefetch: Prefetch) -> None:
-    shelf.errors[5] = [OSError(errno.EIO, "Input/output error")] * 3
-    shelf.there.append(5)
-    shelf.await_reads(5, 4)
-    assert prefetch.read("donor", 5).header.sequence == 5
-    shelf.errors[6] = [OSError(errno.EIO, "Input/output error")]
-    with pytest.raises(OSError, match="Input/output"):
-        prefetch.read("donor", 6)
-
-
-def test_that_nothing_is_read_once_it_has_stopped(shelf: Shelf, prefetch: Prefetch) -> None:
-    """A process that ends while a thread is inside of torch is aborted."""
-    thread = prefetch._thread
-    assert thread is not None
-    assert thread.is_alive()
-    prefetch.stop()
-    assert not thread.is_alive()
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_that_an_error_waits_for_what_is_written(
-    tmp_path: Path, gate: Callable[[str], Gate], error: type[BaseException]
-) -> None:
-    job = receiver(tmp_path)
-    held = gate("receiver")
-    held.close()
-    opener = threading.Timer(0.2, held.open)
-
-    def fail() -> None:
-        with job.receiver:
-            finish_step(job)
-            opener.start()
-            raise error
-
-    with pytest.raises(error):
-        fail()
-    assert not job.receiver._background.is_busy
-    kinds = [record.header.kind for record in records(job, "receiver")]
-    assert kinds == ["weights", "weights", *(["end"] if error is KeyboardInterrupt else [])]
-    opener.join()

@@ -477,6 +477,11 @@ class BridgeJob:
             # as after a crash: the other job waits for a resume as long as its peer_wait.
             # A process that ends while a thread is inside of torch is aborted.
             is_written = self._background.join(GRACE_SECONDS)
+            try:
+                self._background.check()
+            except Exception as failure:  # the error that ends this job is the one to raise
+                logger.error("the newest record of the %s is not written: %s", self.job, failure)
+                is_written = False
             if issubclass(kind, KeyboardInterrupt) and self._heartbeat is not None and is_written:
                 try:
                     self._publish_end()

@@ -12,7 +12,7 @@ from torch import Tensor
 from toolkit.bridge.layout import bytes_of
 
 _PIECE_BYTES = 4 * 2**20
-_NUM_THREADS = 2  # the disk is no faster than so many of them
+_NUM_THREADS = 2  # for more than one piece
 _SMALL_ELEMENTS = 2**18  # that are digested about as soon as a thread starts
 
 

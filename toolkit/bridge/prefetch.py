@@ -16,8 +16,8 @@ _END_SECONDS = 5.0  # a process that ends while a thread is inside of torch is a
 class Prefetch:
     """Reads the records that a job will ask for next as soon as they are there.
 
-    It changes when a record is read, and nothing else: what it could not read is read again, by
-    who asks for it. It begins with the first record that is asked for, and looks the less often the
+    It changes when a record is read, and nothing else: what the disk refused is read again, by who
+    asks for it, and a record that was refused is refused there. It begins with the first record that is asked for, and looks the less often the
     longer nothing has come.
 
     Args:

@@ -17,8 +17,8 @@ class Prefetch:
     """Reads the records that a job will ask for next as soon as they are there.
 
     It changes when a record is read, and nothing else: what the disk refused is read again, by who
-    asks for it, and a record that was refused is refused there. It begins with the first record that is asked for, and looks the less often the
-    longer nothing has come.
+    asks for it, and a record that was refused is refused there. It begins with the first record
+    that is asked for, and looks the less often the longer nothing has come.
 
     Args:
         find: the job and the number of each record that is there and will be asked for next. Called

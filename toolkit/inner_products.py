@@ -74,6 +74,16 @@ def squared_norm(tensors: Iterable[Tensor]) -> float:
     return total
 
 
+def squared_distance(one: Tensor, other: Tensor) -> float:
+    """Sum of the squared differences of two tensors of one shape, dtype and device.
+
+    It takes no memory of their size.
+    """
+    size = _CPU_PIECE if one.device.type == "cpu" else _DEVICE_PIECE
+    pieces = _pieces([one, other], size)
+    return squared_norm(piece - counterpart for piece, counterpart in pieces)
+
+
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every value of every tensor is finite."""
     return all(is_finite(tensor, squared_norm([tensor])) for tensor in tensors)

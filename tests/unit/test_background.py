@@ -278,6 +278,7 @@ def test_that_windows_go_on_while_a_payload_is_written(
     record = job.payload(1)
     assert (record.header.receiver_step, record.header.donor_step) == (1, 2)
     assert same(record.tensors, sums[1])
+    assert list(donor._staged) == list(sums[1]), "they were staged, in the same memory each time"
     donor.close()
 
 

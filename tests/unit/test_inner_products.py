@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from toolkit.inner_products import all_finite, inner_products, squared_norm
+from toolkit.inner_products import (
+    all_finite,
+    inner_products,
+    squared_distance,
+    squared_norm,
+)
 
 PAIRS = [(0, 0), (0, 1), (1, 1)]
 
@@ -60,6 +65,18 @@ def test_the_squared_norm() -> None:
     assert squared_norm(torch.ones(1, dtype=torch.bfloat16) for _ in range(1000)) == 1000.0
     assert squared_norm([torch.full((1,), 1e30)]) == pytest.approx(1e60)
     assert math.isnan(squared_norm([torch.tensor([math.nan])]))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 7), (2**16 + 1,), (300, 1000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_squared_distance(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randn(shape, generator=generator).to(dtype)
+    other = one + 1e-3 * torch.randn(shape, generator=generator).to(dtype)
+
+    exact = float((one - other).double().square().sum())
+    assert squared_distance(one, other) == pytest.approx(exact, rel=1e-6)
+    assert squared_distance(one, one) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

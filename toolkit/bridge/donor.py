@@ -115,6 +115,7 @@ class GradientDonor(BridgeJob):
         self._round: LocalRound | None = None  # exchange "delta": the steps since these weights
         self._publish_every = 1
         self._copies: dict[str, Tensor] = {}  # of its own weights, while they are published
+        self._staged: dict[str, Tensor] = {}  # gradient sums, while they are written behind
         self._own_published = -1  # windows after which the donor's own weights were published
         self._replacements = 0  # at the present weights
         self._validation: dict[str, float] = {}  # what the next payload tells the receiver
@@ -314,6 +315,7 @@ class GradientDonor(BridgeJob):
             if decision.action == "again":
                 return True
             if decision.action == "skip":
+                self._catch_up()
                 self._publish_payload("skip", {}, None)
                 continue
             if decision.sequence >= 0:
@@ -443,6 +445,7 @@ class GradientDonor(BridgeJob):
         if local is None or local.num_windows < self.config.local_steps:
             return
         self._round = None
+        self._catch_up()
         changes = local.difference()
         finite = self.control.agree(all_finite(changes.values()) and local.count > 0)
         self._published_windows += local.num_windows
@@ -459,17 +462,24 @@ class GradientDonor(BridgeJob):
                 "no shared parameter got a gradient: the loss was not computed with the model that "
                 "this donor was given"
             )
+        self._catch_up()  # the one before is staged until it is written
         sums: dict[str, Tensor] = {}
         factor = window.sum_factor / window.scale
         for name, parameter in parameters.items():
             dtype = payload_dtype(parameter.dtype)
             if parameter.grad is None:
                 sums[name] = torch.zeros(parameter.shape, dtype=dtype)
+                continue
+            grad = full_tensor(parameter.grad)
+            if self._writes_behind:
+                # New memory takes longer to get than to fill.
+                if name not in self._staged:
+                    self._staged[name] = torch.empty(grad.shape, dtype=dtype)
+                sums[name] = self._staged[name].copy_(grad).mul_(factor)
             else:
-                grad = full_tensor(parameter.grad).to(dtype=dtype)
-                # A gradient that is the receiver's, and written at once, needs no second one.
-                hands_over = self.following and not self._writes_behind
-                scaled = grad.mul_(factor) if hands_over else grad * factor
+                grad = grad.to(dtype=dtype)
+                # One that is the receiver's, and written at once, needs no copy.
+                scaled = grad.mul_(factor) if self.following else grad * factor
                 sums[name] = scaled.cpu().contiguous()
         is_sent = self.accelerator.is_main_process and self.config.compression == "none"
         digest = Digest(sums) if is_sent else None
@@ -499,7 +509,7 @@ class GradientDonor(BridgeJob):
         window: Window | LocalRound | None,
         digest: Digest | None = None,
     ) -> int:
-        """Publish a payload, a collective; its size in bytes.
+        """Publish a payload, after :meth:`_catch_up`; its size in bytes. A collective.
 
         Args:
             kind: of the payload.
@@ -517,7 +527,6 @@ class GradientDonor(BridgeJob):
         if kind != "skip":
             self._validation = {}
         mine = digest if sums else None
-        self._catch_up()
         return self._persist(lambda: self._hand_over(header, sums, mine))
 
     def _hand_over(self, header: Header, sums: dict[str, Tensor], digest: Digest | None) -> int:
@@ -528,10 +537,9 @@ class GradientDonor(BridgeJob):
         """
         if not self._writes_behind:
             return self._outbox.publish(header, sums, digest)
-        self._outbox.prune()
         size = self._outbox.newest_bytes
         self._inbox.note_answer(header, self._publisher.next_sequence)
-        self._write_behind(lambda: self._outbox.write(header, sums, digest))
+        self._write_behind(functools.partial(self._outbox.write, header, sums, digest))
         return size
 
     # -- checkpoints and results --------------------------------------------------------------

@@ -125,23 +125,23 @@ class Injector:
         Returns:
             The staleness of each payload, by tag.
         """
-        config, ages, changes = self._config, [], []
+        config, ages, weights = self._config, [], []
         if not config.follows:  # the donors' weights are their own, and have no such age
             return {}
         for place, record in enumerate(records):
             header = record.header
             age = receiver_step - header.receiver_step
-            change = self._history.change_since(header.receiver_step, header.head)
+            since = self._history.since(header.receiver_step, header.head)
             if config.stale == "damp":
                 factors[place] *= damping(age)
             elif self.needs_older_weights:
-                assert change is not None, f"no weights of step {header.receiver_step} are kept"
+                assert since is not None, f"no weights of step {header.receiver_step} are kept"
                 strength = config.compensation or COMPENSATION[config.stale]
                 adaptive = config.stale == "compensate_adaptive"
-                sums[place] = compensate(sums[place], header.count, change, strength, adaptive)
+                sums[place] = compensate(sums[place], header.count, since, strength, adaptive)
             ages.append(age)
-            changes.append(change)
-        return staleness_metrics([r.header.job for r in records], ages, changes, self._control)
+            weights.append(since)
+        return staleness_metrics([r.header.job for r in records], ages, weights, self._control)
 
     def _placed(self, record: Record) -> dict[str, Tensor]:
         """A payload's tensors where their parameters are, without those of frozen parameters."""

@@ -12,7 +12,7 @@ from toolkit.aggregation import gramian
 from toolkit.bridge.accumulation import Window
 from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.payload import Record
-from toolkit.inner_products import squared_norm
+from toolkit.inner_products import squared_distance, squared_norm
 from toolkit.sharding import is_sharded, local_tensor
 
 
@@ -137,7 +137,7 @@ def aggregation_metrics(
 def staleness_metrics(
     jobs: Sequence[str],
     ages: Sequence[int],
-    changes: Sequence[Mapping[str, Tensor] | None],
+    weights: Sequence[Mapping[str, tuple[Tensor, Tensor]] | None],
     control: ControlGroup,
 ) -> dict[str, float]:
     """How old the weights of each donor's payload are. A collective where they are sharded.
@@ -145,8 +145,8 @@ def staleness_metrics(
     Args:
         jobs: the donors' names.
         ages: in receiver steps.
-        changes: what the weights have changed by since, like the parameters in sharding; None
-            where that is not known.
+        weights: those of now and of then, like the parameters in sharding; None where they are not
+            known.
         control: the job's control group.
     """
     metrics = {
@@ -154,19 +154,23 @@ def staleness_metrics(
         for job, age in zip(jobs, ages, strict=True)
     }
     known = [
-        (job, list(change.values()))
-        for job, change in zip(jobs, changes, strict=True)
-        if change is not None
+        (job, list(since.values()))
+        for job, since in zip(jobs, weights, strict=True)
+        if since is not None
     ]
 
     def squares(shards: bool) -> list[float]:
         return [
-            squared_norm(local_tensor(t) for t in tensors if is_sharded(t) is shards)
-            for _, tensors in known
+            sum(
+                squared_distance(local_tensor(now), local_tensor(then))
+                for now, then in pairs
+                if is_sharded(now) is shards
+            )
+            for _, pairs in known
         ]
 
     totals = squares(shards=False)
-    if any(is_sharded(t) for _, tensors in known for t in tensors):
+    if any(is_sharded(now) for _, pairs in known for now, _ in pairs):
         totals = [a + b for a, b in zip(totals, control.sum(squares(shards=True)), strict=True)]
     for (job, _), total in zip(known, totals, strict=True):
         metrics[f"bridge/staleness {job} (norm of weight change)"] = math.sqrt(total)

@@ -68,7 +68,6 @@ class PayloadOutbox:
         Raises:
             BridgeError: if the receiver has left more of them than the budget allows.
         """
-        self.prune()
         self.write(header, tensors, digest)
         self._inbox.note_answer(header, self._publisher.next_sequence - 1)
         return self.newest_bytes
@@ -76,7 +75,8 @@ class PayloadOutbox:
     def write(
         self, header: Header, tensors: Mapping[str, Tensor], digest: Digest | None = None
     ) -> None:
-        """The part of :meth:`publish` that takes long and touches nothing else."""
+        """:meth:`publish`, but for the note of what was answered; of any thread."""
+        self._prune()
         residual: Tensor | None = None
         if self.feedback is not None:
             self.feedback.settle(self._is_rejected)
@@ -132,7 +132,7 @@ class PayloadOutbox:
     def _is_rejected(self, sequence: int) -> bool:
         return self._transport.rejection(self._publisher.stream, sequence) is not None
 
-    def prune(self) -> None:
+    def _prune(self) -> None:
         """Delete what will never be asked for again; refuse to grow beyond the budget.
 
         Raises:

@@ -51,7 +51,7 @@ def damping(age: int) -> float:
 def compensate(
     sums: Mapping[str, Tensor],
     count: float,
-    change: Mapping[str, Tensor],
+    weights: Mapping[str, tuple[Tensor, Tensor]],
     strength: float,
     adaptive: bool,
 ) -> dict[str, Tensor]:
@@ -76,7 +76,7 @@ def compensate(
     Args:
         sums: S by name, like the parameters in device and sharding; left as they are.
         count: n, the samples in the sums.
-        change: ``theta_now - theta_then`` by name. A name that is absent has not changed.
+        weights: ``(theta_now, theta_then)`` by name. A name that is absent has not changed.
         strength: lambda.
         adaptive: the second form.
 
@@ -85,13 +85,13 @@ def compensate(
         arXiv 1609.08326: DC-ASGD-c and, with m = 0 and epsilon = 0, DC-ASGD-a.
     """
 
-    def compensated(total: Tensor, moved: Tensor) -> Tensor:
+    def compensated(total: Tensor, now: Tensor, then: Tensor) -> Tensor:
         if adaptive:
-            return torch.addcmul(total, total.abs(), moved, value=strength)
-        return torch.addcmul(total, total.square(), moved, value=strength / count)
+            return torch.addcmul(total, total.abs(), now - then, value=strength)
+        return torch.addcmul(total, total.square(), now - then, value=strength / count)
 
     return {
-        name: compensated(total, change[name]) if name in change else total
+        name: compensated(total, *weights[name]) if name in weights else total
         for name, total in sums.items()
     }
 
@@ -111,6 +111,7 @@ class WeightHistory:
         self._shared, self._max_staleness = shared, max_staleness
         self._versions: dict[int, dict[str, Tensor]] = {}
 
+    @torch.no_grad()
     def remember(self, receiver_step: int) -> None:
         """Keep the present weights, those after ``receiver_step`` steps; forget the too old ones.
 
@@ -118,17 +119,20 @@ class WeightHistory:
         """
         if not self._max_staleness:
             return
+        spare = self._versions.pop(receiver_step, {})
         for step in [s for s in self._versions if s < receiver_step - self._max_staleness]:
-            del self._versions[step]
-        trained = self._shared.trained
-        self._versions[receiver_step] = {n: p.detach().clone() for n, p in trained.items()}
+            spare = self._versions.pop(step)  # new memory takes longer to get than to fill
+        self._versions[receiver_step] = {
+            name: spare[name].copy_(parameter) if name in spare else parameter.detach().clone()
+            for name, parameter in self._shared.trained.items()
+        }
 
     def clear(self) -> None:
         """Forget all: other weights have been loaded."""
         self._versions.clear()
 
-    def change_since(self, receiver_step: int, head: str) -> dict[str, Tensor] | None:
-        """``theta_now - theta_then`` of the backbone and one head, by name of what may differ.
+    def since(self, receiver_step: int, head: str) -> dict[str, tuple[Tensor, Tensor]] | None:
+        """``(theta_now, theta_then)`` of the backbone and one head, by name of what may differ.
 
         Args:
             receiver_step: completed steps of the receiver then.
@@ -144,4 +148,4 @@ class WeightHistory:
         if receiver_step == max(self._versions):
             return {}
         now = self._shared.backbone | self._shared.heads[head]
-        return {name: p.detach() - then[name] for name, p in now.items() if name in then}
+        return {name: (p.detach(), then[name]) for name, p in now.items() if name in then}

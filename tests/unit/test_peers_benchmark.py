@@ -47,15 +47,17 @@ def test_that_both_processes_end_if_one_fails(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(
-    "title", ["bridge", "torch.save", "save, rename", "save, fsync", "DCP async"]
+    "title", ["bridge", "bridge, late", "torch.save", "save, rename", "save, fsync", "DCP async"]
 )
 def test_that_what_arrives_is_what_was_sent(title: str, tmp_path: Path) -> None:
     tensors = {side: random_tensors(side, 1000) for side in SIDES}
     receiver, donor = (WAYS[title](tmp_path, side, tensors[side]) for side in SIDES)
     for number in range(3):
         receiver.send(number)
+        donor.wait(number)
         assert donor.is_right(donor.receive(number), tensors["receiver"])
         donor.send(number)
+        receiver.wait(number)
         received = receiver.receive(number)
         assert receiver.is_right(received, tensors["donor"])
         assert not receiver.is_right(received, tensors["receiver"])

@@ -33,7 +33,8 @@ from toolkit.benchmarks.timing import write_figures
 from toolkit.launching import new_directory
 
 MEMORY = Path("/dev/shm")
-LARGEST_OF_PEERS = 25.0  # millions of parameters; some ways take a minute for four times as many
+# Millions of parameters; some ways of the peers take a minute for four times as many.
+LARGEST_OF_PEERS = LARGEST_OF_STEPS = 25.0
 MOST_STARTS = 9  # of an interpreter, which takes seconds
 
 Part = Callable[[argparse.Namespace, Path], Figures]
@@ -41,10 +42,10 @@ Part = Callable[[argparse.Namespace, Path], Figures]
 PARTS: dict[str, Part] = {
     "rounds": lambda args, root: measure_lockstep(root, args.sizes, args.repeats),
     "steps": lambda args, root: measure_step_lengths(
-        root, args.sizes[-1], args.batch_sizes, args.repeats
+        root, _size_of_steps(args), args.batch_sizes, args.repeats
     ),
     "asynchronous": lambda args, root: measure_asynchronous(
-        root, args.sizes[-1], args.batch_sizes, args.repeats
+        root, _size_of_steps(args), args.batch_sizes, args.repeats
     ),
     "transport": lambda args, root: _measure_transport(args, root),
     "peers": lambda args, root: measure_peers(
@@ -55,6 +56,11 @@ PARTS: dict[str, Part] = {
     "ranks": lambda args, root: measure_ranks(root, args.sizes[:2], NUM_RANKS, args.repeats),
     "starts": lambda args, root: measure_starts(min(args.repeats, MOST_STARTS)),
 }
+
+
+def _size_of_steps(args: argparse.Namespace) -> float:
+    """The largest size that steps of every length are measured with."""
+    return max((s for s in args.sizes if s <= LARGEST_OF_STEPS), default=min(args.sizes))
 
 
 def _measure_transport(args: argparse.Namespace, root: Path) -> Figures:

@@ -18,10 +18,10 @@ import torch
 from tqdm import tqdm
 
 from toolkit.benchmarks.bridge.flower import Flower
+from toolkit.benchmarks.bridge.own_ways import Behind, Bridge
 from toolkit.benchmarks.bridge.ways import (
     AllReduce,
     AsyncCheckpoint,
-    Bridge,
     RawFile,
     Renamed,
     Saved,
@@ -35,7 +35,8 @@ from toolkit.benchmarks.bridge.ways import (
 )
 
 _ALL: tuple[type[Way], ...] = (
-    RawFile, Bridge, Saved, Renamed, Synced, AsyncCheckpoint, Flower, SendReceive, AllReduce,
+    RawFile, Bridge, Behind, Saved, Renamed, Synced, AsyncCheckpoint, Flower, SendReceive,
+    AllReduce,
 )  # fmt: skip
 WAYS = {way.title: way for way in _ALL}
 
@@ -68,16 +69,27 @@ def random_tensors(side: Side, num_parameters: int) -> Tensors:
 
 
 def hand_over(way: Way, number: int) -> tuple[Tensors, float]:
-    """One round; what has arrived, and the seconds for which sending has kept this process."""
-    received = way.receive(number) if way.side == "donor" else {}
-    start = time.perf_counter()
-    way.send(number)
-    seconds = time.perf_counter() - start
-    return (way.receive(number) if way.side == "receiver" else received), seconds
+    """One round; what has arrived, and the seconds for which a loop would have been kept.
+
+    That is by sending, and by taking what is there; where that cannot be told from waiting, by
+    both.
+    """
+    received: Tensors = {}
+    stall = 0.0
+    for is_sending in (way.side == "receiver", way.side == "donor"):
+        if not is_sending:
+            way.wait(number)
+        start = time.perf_counter()
+        if is_sending:
+            way.send(number)
+        else:
+            received = way.receive(number)
+        stall += time.perf_counter() - start
+    return received, stall
 
 
 def measure(side: Side, settings: PeerSettings) -> dict[str, object]:
-    """All rounds; by way, seconds of a round, seconds in ``send``, and torn files."""
+    """All rounds; by way, seconds of a round, those of a stall, and torn files."""
     ours = random_tensors(side, settings.num_parameters)
     theirs = random_tensors(other(side), settings.num_parameters)
     seconds: dict[str, list[float]] = defaultdict(list)

@@ -36,7 +36,7 @@ def measure_peers(root: Path, sizes: Sequence[float], repeats: int) -> Figures:
         rows += measure_size(new_directory(root, "peers"), size, ways, repeats)
     rows += [{"way": title, "ms": lacks} for title, lacks in lacking.items()]
     return Figures(
-        "A round trip (ms) of MB each way, and how long sending blocks (ms)",
+        "A round trip of MB each way, and for how long a loop stalls (ms)",
         rows,
         curves=[("MB", "/ raw", "way"), ("MB", "/ seed", "way")],
     )

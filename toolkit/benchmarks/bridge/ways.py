@@ -24,15 +24,9 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from toolkit.benchmarks.bridge.raw import POLL_SECONDS, RawHandOver
 from toolkit.bridge.files import fsync_path
-from toolkit.bridge.payload import Header, check_identity, parse_record
-from toolkit.bridge.polling import pause
-from toolkit.bridge.publisher import Publisher
-from toolkit.bridge.transport import DirectoryTransport
 
 Side = Literal["receiver", "donor"]
 Tensors = Mapping[str, Tensor]
-
-RUN = "measured"
 
 
 def other(side: Side) -> Side:
@@ -74,13 +68,21 @@ class Way:
         """Hand over; returns once the tensors may be changed again."""
         raise NotImplementedError
 
+    def wait(self, number: int) -> None:
+        """Wait until what the other side hands over is there, where that can be seen."""
+
     def receive(self, number: int) -> Tensors:
-        """Wait for what the other side hands over in this round."""
+        """Take what the other side hands over in this round."""
         raise NotImplementedError
 
     def path(self, side: Side, number: int) -> Path:
         """The file of a round that a side writes."""
         return self.directory / f"{side}-{number}.pt"
+
+    def wait_for(self, path: Path) -> None:
+        """Wait for a file."""
+        while not path.exists():
+            time.sleep(POLL_SECONDS)
 
     def is_right(self, received: Tensors, theirs: Tensors) -> bool:
         """Whether what the last round has brought is what the other side sends."""
@@ -105,44 +107,15 @@ class RawFile(Way):
     def send(self, number: int) -> None:
         self._raw.write(self.path(self.side, number).name)
 
+    def wait(self, number: int) -> None:
+        self.wait_for(self.path(other(self.side), number))
+
     def receive(self, number: int) -> Tensors:
         self._raw.read(self.path(other(self.side), number).name)
         return {}
 
     def is_right(self, received: Tensors, theirs: Tensors) -> bool:
         return True  # the digest was compared
-
-
-class Bridge(Way):
-    """Records of this package, published and read as both jobs do."""
-
-    title = "bridge"
-    durable = "yes"
-
-    def __init__(self, directory: Path, side: Side, tensors: Tensors) -> None:
-        super().__init__(directory, side, tensors)
-        self._transport = DirectoryTransport(directory)
-        self._max_bytes = num_bytes_of(tensors) + 2**20
-        self._publisher = Publisher(self._transport, side, RUN, self._max_bytes)
-
-    def send(self, number: int) -> None:
-        header = Header(
-            kind="weights" if self.side == "receiver" else "gradient", run_id=RUN, job=self.side,
-            attempt=1, receiver_step=number, weights_digest="", count=1.0,
-        )  # fmt: skip
-        self._publisher.publish_weights(header, self.tensors)
-
-    def receive(self, number: int) -> Tensors:
-        sender, start = other(self.side), time.monotonic()
-        while True:
-            try:
-                data = self._transport.read(sender, number, max_bytes=self._max_bytes)
-                break
-            except FileNotFoundError:
-                pause(time.monotonic() - start)
-        record = parse_record(data)
-        check_identity(record.header, run_id=RUN, job=sender, sequence=number)
-        return record.tensors
 
 
 class Saved(Way):
@@ -154,13 +127,14 @@ class Saved(Way):
     def send(self, number: int) -> None:
         torch.save(self.tensors, self.path(self.side, number))
 
+    def wait(self, number: int) -> None:
+        self.wait_for(self.path(other(self.side), number))
+
     def receive(self, number: int) -> Tensors:
         path = self.path(other(self.side), number)
         while True:
             try:
                 tensors: Tensors = torch.load(path)
-            except FileNotFoundError:
-                pass
             except Exception:  # torch.load has no error of its own for half a file
                 self.num_torn += 1
             else:
@@ -223,10 +197,11 @@ class AsyncCheckpoint(Way):
         assert isinstance(saving, Future)
         self._saving = saving
 
+    def wait(self, number: int) -> None:
+        self.wait_for(self.path(other(self.side), number) / ".metadata")
+
     def receive(self, number: int) -> Tensors:
         path = self.path(other(self.side), number)
-        while not (path / ".metadata").exists():
-            time.sleep(POLL_SECONDS)
         load(self._loaded, checkpoint_id=path, no_dist=True)
         shutil.rmtree(path)
         return self._loaded

@@ -1,18 +1,26 @@
 """Two models, one feeding the other, each trained by its own loss and its own optimizer.
 
 ``model2(inputs)`` is the input of ``model1``. ``loss1`` is to train ``model1`` only, ``loss2``
-``model2`` only, and the graph of ``loss2`` runs through both. One step, with one forward of
+``model2`` only, and the graph of ``loss2`` runs through both. With one forward of
 ``model2`` for both losses::
 
-    cut = CutPoint(model2(inputs), model2)
-    backward_for(loss1(model1(cut.detached)), model1, accelerator)
-    optimizer1.step()
-    optimizer1.zero_grad()
-    with accelerator.no_sync(model1):
-        output = model1(cut.attached)
-    cut.backward(loss2(output), accelerator)
-    optimizer2.step()
-    optimizer2.zero_grad()
+    check_disjoint(critic=(model1, optimizer1), generator=(model2, optimizer2))
+    for latents, real in dataloader:
+        with accelerator.accumulate(model1, model2), one_loss_scale(accelerator):
+            cut = CutPoint(model2(latents), model2)
+            with no_leak(model2, optimizer2):  # for tests and first steps: it copies model2
+                loss1 = model1(cut.detached).mean() - model1(real).mean()
+                backward_for(loss1, model1, accelerator)
+            optimizer1.step()
+            optimizer1.zero_grad()
+            with accelerator.no_sync(model1):  # no gradient of model1 will come
+                loss2 = -model1(cut.attached).mean()
+            cut.backward(loss2, accelerator)
+            optimizer2.step()
+            optimizer2.zero_grad()
+
+``check_disjoint`` names the parameters that two optimizers share, ``no_leak`` each value, gradient,
+buffer and optimizer state that moved and should not have.
 
 The order matters. A forward of ``model1`` from before ``optimizer1.step()`` cannot serve a backward
 after it: if both losses are to see the same ``model1``, do both backwards and then both steps.

@@ -91,8 +91,9 @@ def parse_arguments() -> argparse.Namespace:
         description="Launch a receiver and a donor that train on noise, on one thread each, and "
         "compare the time that the bridge adds with a hand-over of as many raw bytes, as durable "
         "and as certain. What misses a goal is red. Parts: rounds (in lockstep, by size), steps "
-        "(in lockstep, by length of a step), transport (bandwidth of records), peers (a round trip "
-        "by what else could be used, up to 25 M parameters; of Flower where it is installed), "
+        "(in lockstep, by length of a step), asynchronous (where no step waits), profile (of their "
+        "calls), transport (bandwidth of records), peers (a round trip by what else could be used, "
+        "up to 25 M parameters; of Flower where it is installed), "
         "donors, files and ranks (how cost grows with their number; ranks with the first two "
         "sizes), starts (import and --help, 9 times at most).",
         formatter_class=DefaultsFormatter,

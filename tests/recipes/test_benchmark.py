@@ -146,7 +146,7 @@ def test_transport(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rounds_with_and_without_the_bridge(tmp_path: Path) -> None:
     """Both kinds of parts that launch: in lockstep, and where no job waits for the other."""
-    parts = ["rounds", "steps", "asynchronous"]
+    parts = ["rounds", "steps", "asynchronous", "profile"]
     flags = ["--sizes", "0.01", "--batch_sizes", "2", "--runs_dir", str(tmp_path)]
     flags += ["--plot", str(tmp_path / "bridge.png")]
     printed, figures = measure(tmp_path, "bridge", "--parts", *parts, *flags)
@@ -158,5 +158,11 @@ def test_rounds_with_and_without_the_bridge(tmp_path: Path) -> None:
     jobs = [(row["exchange"], row["job"]) for row in figures["asynchronous"]]
     assert jobs == [(e, j) for e in ("late gradients", "teacher") for j in ("receiver", "donor")]
     assert all(0 <= row["blocked %"] <= 100 for row in figures["asynchronous"])
+    for job in ("receiver", "donor"):
+        rows = [row for row in figures["profile"] if row["job"] == job]
+        *functions, total = (row["ms a step"] for row in rows)
+        assert rows[-1]["function"] == "all"
+        assert functions == sorted(functions, reverse=True)
+        assert 0 < sum(functions) <= total
     assert (tmp_path / "bridge.png").stat().st_size > 10_000
     assert max(map(len, printed.splitlines()[:-1])) <= 80, "a table is as wide as a terminal"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import cProfile
 import dataclasses
 import itertools
 import json
@@ -50,6 +51,7 @@ class Settings:
             this one stands for a job on another machine.
         block: rounds of a kind before the next kind's turn; one more comes first, not counted.
         num_blocks: of each kind.
+        profiles: whether the bridge's calls are profiled, which makes them a little slower.
         config: arguments of :class:`BridgeConfig`.
     """
 
@@ -59,6 +61,7 @@ class Settings:
     computes: bool = True
     block: int
     num_blocks: int
+    profiles: bool = False
     config: dict[str, Any]
 
 
@@ -132,6 +135,7 @@ class MeasuredJob:
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.marks: dict[int, float] = {}
         self.num_turns = 0  # of rounds without the bridge
+        self._profile = cProfile.Profile()
         self._round = -1  # of this block
         self._round_began = self._blocked = 0.0
         self._asleep = 0.0  # seconds of a step that is not computed
@@ -158,8 +162,13 @@ class MeasuredJob:
     @contextlib.contextmanager
     def blocked(self) -> Iterator[None]:
         """Count what stands in it as the bridge's part of this round."""
+        is_profiled = self.settings.profiles and self._round >= 0
         start = time.perf_counter()
+        if is_profiled:
+            self._profile.enable()
         yield
+        if is_profiled:
+            self._profile.disable()
         self._blocked += time.perf_counter() - start
 
     def end_round(self) -> None:
@@ -203,10 +212,24 @@ class MeasuredJob:
         """All rounds."""
         raise NotImplementedError
 
+    def profiled(self) -> dict[str, float]:
+        """Seconds a round in each function itself, in the bridge's calls and this thread."""
+        self._profile.create_stats()
+        found: dict[str, float] = defaultdict(float)
+        for (path, _, name), (_, _, own_seconds, *_) in self._profile.stats.items():
+            place = name if path == "~" else f"{Path(path).stem}: {name}"
+            found[place] += own_seconds / max(1, len(self.seconds["bridge"]))
+        return found
+
     def write(self) -> None:
         """Leave the figures."""
         if self.accelerator.is_main_process:
-            figures = {"seconds": self.seconds, "marks": self.marks, "num_bytes": self.num_bytes}
+            figures = {
+                "seconds": self.seconds,
+                "marks": self.marks,
+                "num_bytes": self.num_bytes,
+                "profile": self.profiled(),
+            }
             path = Path(self.settings.runs_dir, f"{self.role}.json")
             path.write_text(json.dumps(figures))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from toolkit.benchmarks.bridge.asynchronous import measure_asynchronous
+from toolkit.benchmarks.bridge.asynchronous import measure_asynchronous, measure_profile
 from toolkit.benchmarks.bridge.figures import Figures, plot
 from toolkit.benchmarks.bridge.growth import (
     NUM_DONORS,
@@ -46,6 +46,9 @@ PARTS: dict[str, Part] = {
     ),
     "asynchronous": lambda args, root: measure_asynchronous(
         root, _size_of_steps(args), args.batch_sizes, args.repeats
+    ),
+    "profile": lambda args, root: measure_profile(
+        root, _size_of_steps(args), args.batch_sizes[-1], args.repeats
     ),
     "transport": lambda args, root: _measure_transport(args, root),
     "peers": lambda args, root: measure_peers(

@@ -28,6 +28,7 @@ class Side:
         means: the same, means: where not every round exchanges something.
         tails: the same, 99th percentiles.
         marks: as the job has them.
+        profile: seconds a round in each function itself, where the job was profiled.
     """
 
     num_bytes: int
@@ -35,6 +36,7 @@ class Side:
     means: Mapping[str, float]
     tails: Mapping[str, float]
     marks: Mapping[int, float]
+    profile: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def _read(path: Path) -> Side:
     means = {kind: statistics.fmean(seconds) for kind, seconds in found.items()}
     tails = {kind: tail(seconds) for kind, seconds in found.items()}
     marks = {int(step): mark for step, mark in content["marks"].items()}
-    return Side(content["num_bytes"], medians, means, tails, marks)
+    return Side(content["num_bytes"], medians, means, tails, marks, content["profile"])
 
 
 def tail(seconds: Sequence[float]) -> float:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from toolkit.bridge.config import BridgeConfig
     from toolkit.bridge.donor import GradientDonor
-    from toolkit.bridge.errors import BridgeError, PayloadError, PeerError, SchemaMismatchError
+    from toolkit.bridge.errors import (
+        BridgeError,
+        ClassMismatchError,
+        DiskError,
+        Interrupted,
+        OtherKeyError,
+        PayloadError,
+        PeerError,
+        SchemaMismatchError,
+    )
     from toolkit.bridge.receiver import GradientReceiver
 
 __version__ = "0.1.0"
@@ -16,8 +25,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BridgeConfig",
     "BridgeError",
+    "ClassMismatchError",
+    "DiskError",
     "GradientDonor",
     "GradientReceiver",
+    "Interrupted",
+    "OtherKeyError",
     "PayloadError",
     "PeerError",
     "SchemaMismatchError",
@@ -36,3 +49,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"toolkit.bridge.{_MODULES.get(name, 'errors')}")
     return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -29,6 +29,10 @@ def build_parser() -> argparse.ArgumentParser:
             "Launch four real jobs on bundled data: a donor and a receiver side by side, "
             "the receiver alone, and joint training in one job as the oracle. Ends with one table."
         ),
+        epilog=(
+            "Exit status: 0 if all jobs ended well, 1 if one failed, 2 if --runs_dir cannot be "
+            "used. The fields of --json: toolkit/demo.py."
+        ),
         formatter_class=DefaultsFormatter,
     )
     demo.add_argument("--task", choices=["digits", "overlap", "text"], default="digits")
@@ -44,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--num_processes", type=positive_int, default=1, help="ranks of donor and of receiver"
     )
     demo.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where results go")
+    _add_json(demo)
     demo.set_defaults(run=_demo)
     verify = commands.add_parser(
         "verify",
@@ -58,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
             "Exit status: 0 if the weights are bitwise equal, 1 if not, 2 if the run cannot be "
             "replayed (not ended, no payloads kept, a payload missing or changed). Equal bits can "
             "be asked for on the CPU, with the versions of torch that the run had; on a GPU, look "
-            "at the largest difference."
+            "at the largest difference. The fields of --json: toolkit/verify.py."
         ),
         formatter_class=DefaultsFormatter,
     )
@@ -70,6 +75,17 @@ def build_parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
     _add_inspect(commands)
     _add_doctor(commands)
+    reasons = commands.add_parser(
+        "reasons",
+        help="say what the words mean by which jobs and commands say what happened",
+        description=(
+            "Print one table of all fates, reasons, alarms, states and exit statuses: what each "
+            "means, and what to do about it."
+        ),
+        epilog="The fields of --json: kind, code, meaning, remedy.",
+    )
+    _add_json(reasons)
+    reasons.set_defaults(run=_reasons)
     return parser
 
 
@@ -99,7 +115,8 @@ def _add_inspect(commands: Subcommands) -> None:
         epilog=(
             "Exit status: 0 if nothing is wrong, 1 if something is (files that cannot be read, "
             "payloads without a fate, with --verify bad records), 2 if there is no run. A silent "
-            "job is not wrong. The fields of --json: toolkit/inspection/report.py."
+            "job is not wrong. gradient-bridge reasons says what the words mean. The fields of "
+            "--json: toolkit/inspection/report.py."
         ),
         formatter_class=DefaultsFormatter,
     )
@@ -176,6 +193,12 @@ def _doctor(args: argparse.Namespace) -> int:
     from toolkit.doctor.command import run_doctor
 
     return run_doctor(args)
+
+
+def _reasons(args: argparse.Namespace) -> int:
+    from toolkit.reasons import run_reasons
+
+    return run_reasons(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

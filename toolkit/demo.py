@@ -7,18 +7,50 @@ the same time. Every job is started with ``accelerate launch``, on the CPU, as a
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from toolkit.launching import JobFailedError, LaunchedJob, follow, launch, new_directory
+from toolkit.terminal import report_error
 
+FORMAT = 1  # of the JSON; while it is the same, fields may be added, but none goes away
+DONE, FAILED, UNUSABLE = 0, 1, 2  # exit statuses
 ALONE_PEER_WAIT_SECONDS = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """What the demo came to, and what ``--json`` prints.
+
+    Attributes:
+        format: of this object.
+        directory: with all logs and results.
+        task: that was trained.
+        dtype: of the weights.
+        accuracies: in %, of each seed; by row of the table and by head.
+        largest_differences: of a final weight, bridge to joint, for each seed; None where it is no
+            finite number.
+        seconds: that all jobs took.
+    """
+
+    format: int
+    directory: str
+    task: str
+    dtype: str
+    accuracies: dict[str, dict[str, list[float]]]
+    largest_differences: list[float | None]
+    seconds: float
 
 
 def train_one_seed(
@@ -56,8 +88,8 @@ def train_one_seed(
     return {"receiver alone": others[0], "bridge": receiver, "joint": others[1]}
 
 
-def largest_weight_difference(a: Path, b: Path) -> float:
-    """max |a - b| over all tensors of two ``model.safetensors`` files."""
+def largest_weight_difference(a: Path, b: Path) -> float | None:
+    """max |a - b| over all tensors of two ``model.safetensors`` files; None if it is no number."""
     import torch
     from safetensors.torch import load_file
 
@@ -65,7 +97,36 @@ def largest_weight_difference(a: Path, b: Path) -> float:
     if set(first) != set(second):
         raise ValueError(f"{a} and {b} hold different tensors: {set(first) ^ set(second)}")
     differences = torch.stack([(first[name] - second[name]).abs().max() for name in first])
-    return float(differences.max())  # NaN if one of them is
+    largest = float(differences.max())
+    return largest if math.isfinite(largest) else None
+
+
+def run_all(args: argparse.Namespace, root: Path, progress: Progress) -> Comparison:
+    """Train with every seed.
+
+    Raises:
+        JobFailedError: if a job fails.
+    """
+    start = time.monotonic()
+    accuracies: dict[str, dict[str, list[float]]] = {}
+    differences = []
+    for seed in range(args.num_seeds):
+        jobs = train_one_seed(args, root, seed, progress)
+        for row, job in jobs.items():
+            results: dict[str, Any] = job.results()
+            for head, accuracy in results["accuracies (%)"].items():
+                accuracies.setdefault(row, {}).setdefault(head, []).append(accuracy)
+        files = [jobs[row].output_dir / "model.safetensors" for row in ("bridge", "joint")]
+        differences.append(largest_weight_difference(files[0], files[1]))
+    return Comparison(
+        format=FORMAT,
+        directory=str(root),
+        task=args.task,
+        dtype=args.dtype,
+        accuracies=accuracies,
+        largest_differences=differences,
+        seconds=time.monotonic() - start,
+    )
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -74,44 +135,44 @@ def _cell(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def _table(rows: dict[str, list[dict[str, object]]], num_seeds: int) -> Table:
+def _table(comparison: Comparison) -> Table:
+    num_seeds = len(comparison.largest_differences)
     seeds = "1 seed" if num_seeds == 1 else f"mean ± standard deviation of {num_seeds} seeds"
     table = Table(title=f"Accuracy (%), {seeds}")
     for column in ("", "h1", "h2"):
         table.add_column(column, justify="left" if not column else "right")
-    for row, results in rows.items():
-        accuracies = [result["accuracies (%)"] for result in results]
-        cells = [_cell([a[head] for a in accuracies]) for head in ("h1", "h2")]  # type: ignore[index]
-        table.add_row(row, *cells)
+    for row, accuracies in comparison.accuracies.items():
+        table.add_row(row, *(_cell(accuracies[head]) for head in ("h1", "h2")))
     return table
 
 
 def run_demo(args: argparse.Namespace) -> int:
     """Run the demo and print its table; the exit status."""
-    console = Console()
-    root = new_directory(args.runs_dir, "demo")
-    rows: dict[str, list[dict[str, object]]] = {}
-    differences = []
-    start = time.monotonic()
-    console.print(f"Four jobs per seed, launched with accelerate; logs and results in {root}")
+    console, errors = Console(), Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        try:
-            for seed in range(args.num_seeds):
-                jobs = train_one_seed(args, root, seed, progress)
-                for row, job in jobs.items():
-                    rows.setdefault(row, []).append(job.results())
-                files = [jobs[row].output_dir / "model.safetensors" for row in ("bridge", "joint")]
-                differences.append(largest_weight_difference(files[0], files[1]))
-        except JobFailedError as error:
-            progress.stop()
-            console.print(f"[bold red]failed:[/] {error}", highlight=False)
-            return 1
-    console.print(_table(rows, args.num_seeds))
-    console.print(
-        f"largest difference of final weights, bridge to joint: {max(differences):.2e} "
-        f"({args.dtype})", highlight=False,
-    )  # fmt: skip
-    console.print(f"took {time.monotonic() - start:.0f} s; results: {root}", highlight=False)
-    console.print(f"look at the curves: tensorboard --logdir {root}", highlight=False)
-    return 0
+    report = functools.partial(report_error, as_json=args.json, runs_dir=str(args.runs_dir))
+    try:
+        root = new_directory(args.runs_dir, "demo")
+    except OSError as error:
+        report(OSError(f"cannot write in --runs_dir {args.runs_dir}: {error}; give another one"))
+        return UNUSABLE
+    errors.print(f"Four jobs per seed, launched with accelerate; logs and results in {root}")
+    try:
+        with Progress(*columns, TimeElapsedColumn(), console=errors) as progress:
+            comparison = run_all(args, root, progress)
+    except JobFailedError as error:
+        report(error)
+        return FAILED
+    if args.json:
+        print(json.dumps(dataclasses.asdict(comparison), indent=2))
+        return DONE
+    console.print(_table(comparison))
+    known = [difference for difference in comparison.largest_differences if difference is not None]
+    largest = f"{max(known):.2e}" if len(known) == args.num_seeds else "not a number"
+    for line in (
+        f"largest difference of final weights, bridge to joint: {largest} ({args.dtype})",
+        f"took {comparison.seconds:.0f} s; results: {root}",
+        f"look at the curves: tensorboard --logdir {root}",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return DONE

@@ -37,6 +37,8 @@ from toolkit.freezing_checks import (
 from toolkit.optimizer_state import complete_state, forget_state
 from toolkit.selection import Selection, Target, listed, select
 
+__all__ = ["Freezing", "freeze", "frozen", "has_gradients", "unfreeze"]
+
 _ACTIVE: weakref.WeakSet[Freezing] = weakref.WeakSet()
 
 

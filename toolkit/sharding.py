@@ -130,9 +130,13 @@ def check_sharding(model: nn.Module, num_processes: int) -> None:
             )
 
 
-def _divide_factor(module: FSDPModule) -> float | None:
-    """What ``set_gradient_divide_factor`` has set; torch has no public way to ask."""
+def _divide_factor(module: FSDPModule) -> object:
+    """What ``set_gradient_divide_factor`` has set; torch has no public way to ask.
+
+    Where torch is too old for it, ``set_reduce_scatter_divide_factor`` has set an operation.
+    """
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    factors = (getattr(group, "gradient_divide_factor", None) for group in groups)
+    names = "gradient_divide_factor", "reduce_scatter_reduce_op"
+    factors = (getattr(group, name, None) for group in groups for name in names)
     return next((factor for factor in factors if factor is not None), None)

@@ -32,7 +32,9 @@ from toolkit.finished_run import FinishedRun, find_run, open_run
 from toolkit.launching import JobFailedError, follow, launch
 from toolkit.parameters import same_bits
 from toolkit.provenance import flags_of
+from toolkit.terminal import report_error
 
+FORMAT = 1  # of the JSON; while it is the same, fields may be added, but none goes away
 EQUAL, DIFFERENT, UNUSABLE = 0, 1, 2  # exit statuses
 NAMED_TENSORS = 5  # of those that differ, so many are named
 # Where the run wrote and whom it waited for; what the weights do not depend on.
@@ -248,12 +250,10 @@ def run_verify(args: argparse.Namespace) -> int:
         ):
             verification = verify_run(run, directory, progress, args.key_file)
     except (BridgeError, JobFailedError, OSError) as error:
-        if args.json:
-            print(json.dumps({"run": args.run_dir, "error": str(error)}))
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        report_error(error, as_json=args.json, run=args.run_dir)
         return UNUSABLE
     if args.json:
-        figures = dataclasses.asdict(verification)
+        figures = {"format": FORMAT, **dataclasses.asdict(verification)}
         figures["bitwise_equal"] = verification.bitwise_equal
         figures["largest_difference"] = verification.largest_difference
         print(json.dumps(figures, indent=2))

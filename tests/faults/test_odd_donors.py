@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.faults.odd_donor import GOOD_BATCHES
 from tests.launching import Launcher
 from tests.recipes.running import RECEIVER, TIMEOUT, Recipes
-from toolkit.bridge.sentinel import LOSS_SPAN, PATIENCE, Alarm
+from toolkit.bridge.reasons import Alarm
+from toolkit.bridge.sentinel import LOSS_SPAN, PATIENCE
 
 pytestmark = pytest.mark.faults
 

@@ -27,6 +27,7 @@ from toolkit.bridge.authentication import UNSIGNED
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.payload import Header, parse_record
 from toolkit.bridge.publisher import Publisher
+from toolkit.bridge.reasons import Rejection
 from toolkit.bridge.transport import DirectoryTransport
 
 JOBS = ("donor", "east")
@@ -46,6 +47,7 @@ ALIENS: dict[str, Callable[[Path], object]] = {
 jobs = st.sampled_from(JOBS)
 readers = st.integers(0, NUM_READERS - 1)
 numbers = st.integers(0, 12)
+reasons: st.SearchStrategy[Rejection] = st.sampled_from(("digest", "schema"))
 # Mostly nobody dies.
 deaths = st.one_of(st.none(), st.none(), st.integers(0, NUM_CHANGES))
 
@@ -262,8 +264,10 @@ class TransportMachine(RuleBasedStateMachine):
         self.readers[reader].acknowledge(job, stream.acknowledged)
         self.remember(job, "acknowledged", stream.acknowledged)
 
-    @rule(reader=readers, job=jobs, number=numbers, reason=st.sampled_from("ab"), after=deaths)
-    def reject(self, reader: int, job: str, number: int, reason: str, after: int | None) -> None:
+    @rule(reader=readers, job=jobs, number=numbers, reason=reasons, after=deaths)
+    def reject(
+        self, reader: int, job: str, number: int, reason: Rejection, after: int | None
+    ) -> None:
         stream = self.streams[job]
         number = stream.pick(number)
         if after is None:

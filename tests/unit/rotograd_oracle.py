@@ -47,7 +47,8 @@ def data(step: int, size: int = 16, dtype: torch.dtype = torch.float64) -> Tenso
 def losses_of(predictions: Sequence[Tensor], inputs: Tensor) -> list[Tensor]:
     """Positive losses of unlike sizes."""
     return [
-        10.0 ** (k - 1) * F.mse_loss(one[:, 0], torch.sin((k + 1) * inputs[:, k]) + k)
+        10.0 ** (k - 1)
+        * F.mse_loss(one[:, 0], (torch.sin((k + 1) * inputs[:, k]) + k).to(one.dtype))
         for k, one in enumerate(predictions)
     ]
 

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from tests.oracle import Case, build_dataset, build_network, compress_by_hand
 from tests.unit.jobs import DonorAlone, ReceiverAlone, reset
-from toolkit import BridgeConfig, GradientDonor
+from tests.unit.run_files import Inspect
+from toolkit import BridgeConfig, GradientDonor, cli
 from toolkit.bridge import runs
 from toolkit.bridge.compression import Compression, ErrorFeedback
 from toolkit.bridge.payload import Kind, Record, decompressed
@@ -42,6 +43,19 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     yield build
     for job in jobs:
         job.donor.close()
+
+
+def test_that_inspect_says_how_payloads_are_compressed(
+    start: Callable[..., DonorAlone], inspect: Inspect, capsys: pytest.CaptureFixture[str]
+) -> None:
+    topk, none = start(), start("others", compression="none", topk_ratio=0.01)
+
+    for job, expected in (topk, "topk"), (none, "none"):
+        (donor,) = inspect(job.donor.run_dir)[1]["jobs"]
+        assert donor["compression"] == expected
+        cli.main(["inspect", str(job.donor.run_dir), "--seconds", "0.02"])
+        is_said = "payloads of donor are compressed: topk" in capsys.readouterr().out
+        assert is_said == (expected == "topk")
 
 
 class Following:

@@ -290,7 +290,8 @@ def test_that_the_shape_of_the_json_stays(small: SmallRun, inspect: Inspect) -> 
         "num_bytes", "temporary_files", "verified", "problems",
     }  # fmt: skip
     assert set(run["jobs"][0]) == {
-        "name", "role", "heads", "start", "state", "receiver_step", "donor_step", "host", "pid",
+        "name", "role", "heads", "compression", "start", "state", "receiver_step", "donor_step",
+        "host", "pid",
     }  # fmt: skip
     assert set(donor_of(run)) == {
         "donor", "published", "applied", "dropped", "rejected", "skipped", "pending",

@@ -10,7 +10,8 @@ from typing import get_args
 import pytest
 
 from toolkit.bridge.errors import BridgeError
-from toolkit.bridge.ledger import Entry, Fate, Ledger, Resumption, read_path, trail_path
+from toolkit.bridge.ledger import Entry, Ledger, Resumption, read_path, trail_path
+from toolkit.bridge.reasons import Fate
 
 ENTRIES = [
     Entry("donor", 0, "applied", 0),

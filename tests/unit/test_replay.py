@@ -149,7 +149,7 @@ def test_that_a_resumed_run_is_replayed_from_its_first_step(start: Start, tmp_pa
     settings = {"keep_payloads": True, "resume_from_checkpoint": tmp_path / "checkpoint"}
     resumed = start("runs", **settings)
     resumed.accelerator.load_state(str(tmp_path / "checkpoint"))
-    resumed.receiver.transport.reject("donor", 1, "test", "this time another payload comes")
+    resumed.receiver.transport.reject("donor", 1, "digest", "this time another payload comes")
     resumed.published = 2
     take_step(resumed, 0.9)
     resumed.receiver.close()

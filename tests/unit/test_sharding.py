@@ -61,10 +61,18 @@ def test_that_fsdp1_is_refused(mesh: DeviceMesh) -> None:
     refuses(flat, r"FullyShardedDataParallel \(FSDP1\).* use FSDP2")
 
 
+def divide_by_four(network: Any) -> None:
+    """Take another mean than that over the ranks; in old torch, NCCL alone can."""
+    if hasattr(network, "set_gradient_divide_factor"):
+        network.set_gradient_divide_factor(4.0)
+    else:
+        network._get_fsdp_state()._fsdp_param_group.reduce_scatter_reduce_op = dist.ReduceOp.SUM
+
+
 def test_that_another_mean_than_over_the_ranks_is_refused(mesh: DeviceMesh) -> None:
     network = sharded_network(mesh)
-    network.set_gradient_divide_factor(4.0)  # type: ignore[operator]
-    refuses(network, r"divides its gradients by 4.0, and not by the 1 ranks: leave out")
+    divide_by_four(network)
+    refuses(network, r"divides its gradients by .*, and not by the 1 ranks: leave out")
 
 
 def test_that_other_meshes_are_refused(mesh: DeviceMesh) -> None:
@@ -109,8 +117,8 @@ def prepared(mesh: DeviceMesh, **settings: Any) -> tuple[Accelerator, Network, A
 
 def test_that_the_bridge_refuses_with_the_reason(mesh: DeviceMesh, tmp_path: Path) -> None:
     accelerator, network, optimizer = prepared(mesh)
-    network.set_gradient_divide_factor(4.0)  # type: ignore[operator]
-    with pytest.raises(BridgeError, match=r"divides its gradients by 4.0"):
+    divide_by_four(network)
+    with pytest.raises(BridgeError, match="divides its gradients by"):
         GradientReceiver(accelerator, network, optimizer, BridgeConfig(runs_dir=tmp_path / "runs"))
 
 

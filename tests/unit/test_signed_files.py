@@ -83,7 +83,7 @@ def forge_heartbeat(transport: DirectoryTransport) -> None:
 
 
 def forge_note(transport: DirectoryTransport) -> None:
-    transport.reject("donor", 9, "forged", "")
+    transport.reject("donor", 9, "digest", "")
 
 
 def seen(transport: DirectoryTransport) -> tuple[int, str, str | None, list[int]]:
@@ -207,7 +207,7 @@ def test_that_no_small_file_is_read_through_a_link(tmp_path: Path) -> None:
     transport = opened(tmp_path)
     for forge in (forge_acknowledged, forge_heartbeat, forge_note):
         forge(transport)
-    assert seen(transport) == (9, "9", "forged", [9])
+    assert seen(transport) == (9, "9", "digest", [9])
     for name in SMALL_FILES:
         path = tmp_path / "donor" / name
         path.symlink_to(path.rename(path.with_name("elsewhere")))

@@ -82,6 +82,8 @@ class GradientDonor(BridgeJob):
         receiver_step: the receiver step that this window's gradient is meant for (while alone: how
             many steps the weights are old, counted on).
         metrics: numbers of the newest window, plain floats, for ``accelerator.log``.
+        stop_signal: of a signal that came, its number; else 0. See :meth:`interruptible`.
+        stop_reason: why :meth:`follow` ended; empty where ``max_windows`` did it.
         output_dir: where this job's results belong.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from toolkit.bridge.reasons import Rejection
+
 
 class BridgeError(RuntimeError):
     """The bridge cannot go on: a wrong setting, a taken run, a partner that never came."""
@@ -49,18 +51,16 @@ class PayloadError(Exception):
     """A file that must not reach a gradient.
 
     Args:
-        reason: a short code, one of ``truncated``, ``malformed``, ``digest``, ``alien``,
-            ``schema``, ``nonfinite``, ``count``, ``unit``, ``too_large``, ``not_a_file``,
-            ``missing``, ``unreadable``, ``alarm``, ``unauthenticated``.
+        reason: a short code; ``gradient-bridge reasons`` says what each means.
         detail: a sentence with the offending value; cut short where that fills the log.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: Rejection, detail: str) -> None:
         if len(detail) > _MAX_DETAIL:
             detail = f"{detail[:_MAX_DETAIL]} ..."
         super().__init__(f"{detail} [{reason}]")
         self.reason = reason
         self.detail = detail
 
-    def __reduce__(self) -> tuple[type[PayloadError], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[PayloadError], tuple[Rejection, str]]:
         return type(self), (self.reason, self.detail)

@@ -15,9 +15,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from toolkit.bridge.errors import PayloadError
-from toolkit.bridge.ledger import Entry, Fate
+from toolkit.bridge.ledger import Entry
 from toolkit.bridge.liveness import PeerWatch
 from toolkit.bridge.payload import Header, Kind, Record, check_sum
+from toolkit.bridge.reasons import Drop, Fate
 from toolkit.bridge.sentinel import OF_ONE_PAYLOAD, Sentinel
 from toolkit.bridge.transport import DirectoryTransport
 
@@ -248,7 +249,7 @@ class Inbox:
                 except FileNotFoundError:
                     if sequence < self._pruned_below:
                         # A resume from an older checkpoint than those the payloads were kept for.
-                        return "dropped", "pruned", None
+                        return _dropped("pruned")
                     if not self._is_lost(sequence):
                         return None
                     self.reject(sequence, PayloadError("missing", "a later payload is there"))
@@ -275,11 +276,11 @@ class Inbox:
             )
         if self._max_staleness is not None:
             if header.receiver_step < step - self._max_staleness:
-                return "dropped", "stale", None
+                return _dropped("stale")
             # The step and the digest together: a step may leave the weights as they are (a learning
             # rate of 0), and a resumed receiver may come to a step with other weights.
             if self._digests.get(header.receiver_step) != header.weights_digest:
-                return "dropped", "superseded", None
+                return _dropped("superseded")
         if header.kind == "skip":
             return "skipped", "", record
         alarms = [alarm for alarm in self.sentinel.judge(record) if alarm in OF_ONE_PAYLOAD]
@@ -337,3 +338,7 @@ class Inbox:
         except (FileNotFoundError, PayloadError):
             return False
         return True
+
+
+def _dropped(reason: Drop) -> tuple[Outcome, str, None]:
+    return "dropped", reason, None

@@ -129,6 +129,7 @@ class BridgeJob:
         claim = {
             "record_bytes": self._record_bytes(),
             "writes_behind": config.writes_behind,
+            "compression": config.compression,
             "payload_budget_files": config.payload_budget_files,
             "payload_budget_gib": config.payload_budget_gib,
             "payload_bytes": compressed_bytes(

@@ -14,15 +14,14 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from toolkit.bridge import files
 from toolkit.bridge.config import JOB_NAME
 from toolkit.bridge.errors import BridgeError, PayloadError
+from toolkit.bridge.reasons import Fate
 
 _MAX_TRAIL_BYTES = 2**32  # a fate takes about 200
-
-Fate = Literal["applied", "dropped", "rejected", "skipped"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -84,6 +84,7 @@ class GradientReceiver(BridgeJob):
         steps_taught: those in which some head had a teacher.
         completed_windows: accumulation windows, those included whose step a loss scaler skipped.
         metrics: numbers of the newest step, plain floats, for ``accelerator.log``.
+        stop_signal: of a signal that came, its number; else 0. See :meth:`interruptible`.
         output_dir: where this job's results belong.
 
     Raises:

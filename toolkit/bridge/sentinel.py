@@ -11,13 +11,12 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from toolkit.bridge.payload import Record
+from toolkit.bridge.reasons import ALARMS, Alarm
 
 logger = logging.getLogger(__name__)
-
-Alarm = Literal["zero", "idle head", "idle backbone", "norm", "flat loss"]
 
 PATIENCE = 3  # payloads in a row that a part of the gradient may be exactly zero
 # Payloads before a norm is compared with those before; and so many applied in a row that raise an
@@ -31,15 +30,6 @@ LOSS_SPAN = 100  # payloads whose mean loss is compared with that of the first s
 LOSS_FALL = 0.05
 # Those that say something against the payload itself.
 OF_ONE_PAYLOAD: tuple[Alarm, ...] = ("zero", "idle head", "idle backbone", "norm")
-
-_MEANING: dict[Alarm, str] = {
-    "zero": "its gradients are exactly zero: is its data empty, or its loss constant?",
-    "idle head": "its gradients for its own head are exactly zero: is the head frozen?",
-    "idle backbone": "its gradients for the backbone are exactly zero: is it frozen or detached?",
-    "norm": f"the norm of its gradient is over {NORM_FACTOR:g} times the usual",
-    "flat loss": f"its loss has fallen by less than {LOSS_FALL:.0%} since its first payloads: are "
-    "these the labels, and the data, of this head?",
-}
 
 
 class Sentinel:
@@ -110,7 +100,8 @@ class Sentinel:
         for alarm in alarms:
             self.counts[alarm] = self.counts.get(alarm, 0) + 1
             if alarm not in self.alarms:
-                logger.warning("ALARM: the %s: %s", self._donor, _MEANING[alarm])
+                reason = ALARMS[alarm]
+                logger.warning("ALARM: the %s: %s: %s", self._donor, reason.meaning, reason.remedy)
         self.alarms = alarms
 
     def _measure(self, record: Record) -> tuple[float, dict[Alarm, bool]]:

@@ -35,6 +35,7 @@ from toolkit.bridge import files
 from toolkit.bridge.authentication import UNSIGNED, Signer
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.payload import Header, check_identity, read_header
+from toolkit.bridge.reasons import UNKNOWN, Rejection
 from toolkit.bridge.signed_files import SignedFiles
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ class DirectoryTransport:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise BridgeError(f"cannot keep payload {sequence} as {target}: {error}") from error
 
-    def reject(self, job: str, sequence: int, reason: str, detail: str) -> None:
+    def reject(self, job: str, sequence: int, reason: Rejection, detail: str) -> None:
         """Keep a record that must not be used aside, and leave a note for its publisher."""
         path, name = self.path(job, sequence), _note(job, sequence)
         note = json.dumps({"reason": reason, "detail": detail}).encode()
@@ -236,7 +237,7 @@ class DirectoryTransport:
         try:
             return None if note is None else str(json.loads(note)["reason"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            return "unknown"
+            return UNKNOWN
 
     def beat(self, job: str, counter: int) -> None:
         """Set ``job``'s heartbeat counter. Not durable: it says something only while it moves."""

@@ -24,6 +24,7 @@ from toolkit.doctor.advice import advise, exchange_seconds
 from toolkit.doctor.measures import find_place, measure_costs, try_promises
 from toolkit.doctor.peer import Peer
 from toolkit.doctor.report import FORMAT, Report, Times
+from toolkit.terminal import report_error
 
 USABLE, UNUSABLE = 0, 1  # exit statuses
 NUM_STAGES = 6  # that the progress display counts
@@ -158,10 +159,7 @@ def run_doctor(args: argparse.Namespace) -> int:
                 lambda name: progress.update(task, advance=1, description=name),
             )
     except BridgeError as error:
-        if args.json:
-            content = {"directory": args.directory, "usable": False, "error": str(error)}
-            print(json.dumps(content))
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        report_error(error, as_json=args.json, directory=args.directory, usable=False)
         return UNUSABLE
     if args.json:
         print(json.dumps(report.as_json(), indent=2))

@@ -22,6 +22,7 @@ from toolkit.inspection.report import FORMAT, Report, Run
 from toolkit.inspection.run import Look
 from toolkit.inspection.tables import print_run, print_runs
 from toolkit.inspection.verify import Verification
+from toolkit.terminal import report_error
 
 OK, WRONG, UNUSABLE = 0, 1, 2  # exit statuses
 _LOOK_SECONDS = 0.05  # between two looks at the heartbeats
@@ -98,9 +99,7 @@ def run_inspect(args: argparse.Namespace) -> int:
             with Progress(*columns, TimeElapsedColumn(), console=errors) as progress:
                 runs = verify(looks, runs, progress)
     except (BridgeError, OSError) as error:
-        if args.json:
-            print(json.dumps({"directory": args.directory, "error": str(error)}))
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        report_error(error, as_json=args.json, directory=args.directory)
         return UNUSABLE
     report = Report(format=FORMAT, directory=str(directory), watched_seconds=watched, runs=runs)
     if args.json:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-FORMAT = 1
+from toolkit.bridge.reasons import Rejection, State
 
-# waiting: its heart beats, and no partner has ever joined the run (after --peer_wait it trains
-# alone); alive: its heart beats; ended: it has published its end; silent: none of these.
-State = Literal["waiting", "alive", "silent", "ended"]
+FORMAT = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +22,7 @@ class Job:
         name: of the job, and of its stream.
         role: ``donor`` or ``receiver``.
         heads: that it shares beside the backbone.
+        compression: of a donor's payloads; None for a receiver, and if it does not say.
         start: which start of the job is the newest, from 1; 0 if none is on record.
         state: judged by whether its heartbeat counter moved while it was watched.
         receiver_step: receiver steps at its newest record; None without one that can be read.
@@ -35,6 +34,7 @@ class Job:
     name: str
     role: Literal["donor", "receiver"]
     heads: list[str]
+    compression: str | None
     start: int
     state: State
     receiver_step: int | None
@@ -123,7 +123,7 @@ class BadRecord:
     """A record that is not what it claims to be, or that cannot be read."""
 
     path: str  # within the run
-    reason: str  # a code of ``toolkit.bridge.errors.PayloadError``
+    reason: Rejection
     detail: str
 
 

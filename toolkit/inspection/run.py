@@ -28,11 +28,12 @@ from toolkit.bridge.ledger import Entry, read_path
 from toolkit.bridge.liveness import BEAT_SECONDS, PeerWatch
 from toolkit.bridge.own_weights import donors_with_weights, stream_of
 from toolkit.bridge.payload import Header
+from toolkit.bridge.reasons import UNKNOWN, State
 from toolkit.bridge.signed_files import SignedFiles
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.inspection.fates import numbers_present, settle_books
 from toolkit.inspection.files import Listing
-from toolkit.inspection.report import Fates, Job, Run, State, Stream, TemporaryFile
+from toolkit.inspection.report import Fates, Job, Run, Stream, TemporaryFile
 
 T = TypeVar("T")
 
@@ -138,6 +139,7 @@ class Look:
             name=job,
             role="donor" if is_donor else "receiver",
             heads=[str(head) for head in heads] if isinstance(heads, list) else [],
+            compression=_text(claim.get("compression")) if is_donor else None,
             start=max(attempts_of(self.transport, job), default=0),
             state=self._state(job, is_alone),
             receiver_step=newest.receiver_step if newest else None,
@@ -176,7 +178,7 @@ class Look:
     def _stream(self, name: str) -> Stream:
         transport, directory = self.transport, self.transport.root / name
         sequences, rejected = transport.sequences(name), transport.rejected(name)
-        reasons = Counter(transport.rejection(name, number) or "unknown" for number in rejected)
+        reasons = Counter(transport.rejection(name, number) or UNKNOWN for number in rejected)
         carries: Literal["payloads", "weights", "own weights"] = "payloads"
         if name == "receiver":
             carries = "weights"

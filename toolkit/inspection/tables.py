@@ -13,6 +13,7 @@ from toolkit.inspection.report import Fates, Job, Report, Run
 
 NAMED = 3  # of names in a sentence, so many
 LISTED = 20  # of the things that are wrong with a run, so many
+_WORDS = "see gradient-bridge reasons"
 _FATES = ("applied", "dropped", "rejected", "skipped", "pending")
 
 
@@ -138,6 +139,9 @@ def _streams(run: Run) -> Table:
 
 def _remarks(run: Run) -> Iterator[str]:
     """What the tables do not say, in sentences."""
+    for job in run.jobs:
+        if job.compression not in (None, "none"):
+            yield f"payloads of {job.name} are compressed: {job.compression}"
     for head, classes in run.class_names.items():
         yield f"classes of {head}, from 0 on: {_names(classes)}"
     for books in run.fates:
@@ -147,7 +151,7 @@ def _remarks(run: Run) -> Iterator[str]:
                 for fate, counts in books.reasons.items()
                 for reason, count in counts.items()
             ]
-            yield f"payloads of {books.donor}: {', '.join(reasons)}"
+            yield f"payloads of {books.donor}: {', '.join(reasons)} ({_WORDS})"
         if books.settled_before:
             yield (
                 f"{books.settled_before} more payloads of {books.donor} were settled by a "
@@ -155,7 +159,8 @@ def _remarks(run: Run) -> Iterator[str]:
             )
     for stream in run.streams:
         if stream.rejected:
-            yield f"records of {stream.name} that were put aside: {_counts(stream.rejected)}"
+            counts = _counts(stream.rejected)
+            yield f"records of {stream.name} that were put aside: {counts} ({_WORDS})"
         if stream.alien:
             yield f"no records, but among those of {stream.name}: {_names(stream.alien)}"
     if run.temporary_files:

@@ -183,7 +183,7 @@ def main() -> None:
     checkpointing_steps = args.checkpointing_steps
     if checkpointing_steps == "epoch":
         checkpointing_steps = steps_per_epoch
-    start_tracking(accelerator, output_dir, vars(args), ["recognised (%)"])
+    start_tracking(accelerator, output_dir, vars(args))
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
         accelerator.load_state(str(checkpoint))

@@ -233,8 +233,7 @@ def main() -> None:
     checkpointing_steps = args.checkpointing_steps
     if checkpointing_steps == "epoch":
         checkpointing_steps = steps_per_epoch
-    tags = [f"accuracy/task{task} (%)" for task in TASKS]
-    start_tracking(accelerator, output_dir, vars(args), tags)
+    start_tracking(accelerator, output_dir, vars(args))
     with clean_errors(ValueError):
         if args.resume_from_checkpoint is not None:
             checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)

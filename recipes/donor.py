@@ -154,7 +154,7 @@ def main() -> None:
         head=f"heads.{args.head}",
     )
     output_dir = args.output_dir or donor.output_dir
-    start_tracking(accelerator, output_dir, vars(args), [f"accuracy/{args.head} (%)"])
+    start_tracking(accelerator, output_dir, vars(args), donor)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         logger.info(f"resumed from {checkpoint} at window {donor.completed_windows}")
@@ -177,9 +177,12 @@ def main() -> None:
     )
 
     def measure() -> dict[str, float]:
-        return evaluate(
-            accelerator, model, task.evaluation, [args.head], args.per_device_eval_batch_size
-        )
+        size = args.per_device_eval_batch_size
+        accuracies = evaluate(accelerator, model, task.evaluation, [args.head], size)
+        # Weights that a receiver published have not taken the step that they serve.
+        step = donor.receiver_step - donor.at_receiver_weights
+        accelerator.log({f"accuracy/{head} (%)": a for head, a in accuracies.items()}, step=step)
+        return accuracies
 
     with donor, logging_redirect_tqdm():
         with donor.interruptible():
@@ -202,13 +205,11 @@ def main() -> None:
                 if not accelerator.sync_gradients:
                     continue
                 step = donor.completed_windows
-                metrics = dict(donor.metrics)
                 if step % args.eval_steps == 0:
                     accuracies = measure()
-                    metrics |= {f"accuracy/{head} (%)": a for head, a in accuracies.items()}
                     if donor.at_receiver_weights:
                         donor.report({f"{head} (%)": a for head, a in accuracies.items()})
-                accelerator.log(metrics, step=donor.receiver_step)
+                accelerator.log(donor.metrics, step=donor.receiver_step)
                 progress.update()
                 if checkpointing_steps and step % checkpointing_steps == 0:
                     save_checkpoint(accelerator, output_dir, step, args.checkpoints_total_limit)
@@ -224,9 +225,6 @@ def main() -> None:
         accelerator.end_training()
         sys.exit(128 + donor.stop_signal)
     accuracies = measure()
-    accelerator.log(
-        {f"accuracy/{head} (%)": a for head, a in accuracies.items()}, step=donor.receiver_step
-    )
     results = {
         "recipe": "donor",
         "accuracies (%)": accuracies,

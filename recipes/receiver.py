@@ -55,6 +55,7 @@ from toolkit.training import (
     describe_accuracies,
     evaluate,
     final_weights,
+    record_fates,
     write_results,
 )
 
@@ -166,7 +167,7 @@ def main() -> None:
         teacher_factory=build_teacher if teaches_sharded and len(args.donor_heads) == 1 else None,
     )
     output_dir = args.output_dir or receiver.output_dir
-    start_tracking(accelerator, output_dir, vars(args), [f"accuracy/{head} (%)" for head in heads])
+    start_tracking(accelerator, output_dir, vars(args), receiver)
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
         logger.info(f"resumed from {checkpoint} at receiver step {receiver.completed_steps}")
@@ -264,9 +265,7 @@ def main() -> None:
     write_results(output_dir, results, state)
     logger.info(f"accuracy: {describe_accuracies(accuracies)}")
     logger.info(f"steps alone: {receiver.steps_alone}, with a teacher: {receiver.steps_taught}")
-    for donor, fates in receiver.fates_by_donor().items():
-        counts = ", ".join(f"{count} {fate}" for fate, count in fates.items())
-        logger.info(f"payloads of the {donor}: {counts}")
+    record_fates(accelerator, results["fates_by_donor"], receiver.completed_steps)
     logger.info(f"results: {output_dir}; curves: tensorboard --logdir {receiver.run_dir.parent}")
     accelerator.free_memory()
     accelerator.wait_for_everyone()

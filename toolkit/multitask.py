@@ -124,11 +124,6 @@ class Tasks:
         """Of the tasks."""
         return tuple(self.kinds)
 
-    @property
-    def tags(self) -> list[str]:
-        """Of their metrics."""
-        return [kind.tag.format(name) for name, kind in self.kinds.items()]
-
     def num_labels(self, window: Sequence[Sequence[int]]) -> list[int]:
         """For each task, the samples of a step that have a label for it; arguments as below."""
         return [

@@ -26,18 +26,23 @@ def provenance(accelerator: Accelerator, args: argparse.Namespace) -> dict[str, 
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(args).items()
         },
-        "environment": {
-            "python": platform.python_version(),  # whose sources are the text of --task text
-            "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
-            "device": device_name(accelerator.device),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "num_threads": torch.get_num_threads(),
-            "distributed_type": accelerator.distributed_type.value,
-            "mixed_precision": accelerator.mixed_precision,
-            "dynamo_backend": accelerator.state.dynamo_plugin.backend.value,
-            "working_directory": os.getcwd(),
-        },
+        "environment": environment(accelerator),
+    }
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What else than the arguments a job's bits depend on."""
+    return {
+        "python": platform.python_version(),  # whose sources are the text of --task text
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "device": device_name(accelerator.device),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
+        "distributed_type": accelerator.distributed_type.value,
+        "mixed_precision": accelerator.mixed_precision,
+        "dynamo_backend": accelerator.state.dynamo_plugin.backend.value,
+        "working_directory": os.getcwd(),
     }
 
 

@@ -124,11 +124,11 @@ def conflict_metrics(
     """
     where = "features" if isinstance(source, RotateOnly) else "backbone"
     tags = {
-        "grad_norm": f"gradient norm/{{}} ({where})",
-        "weight": "task weight/{}",
-        "cosine": f"gradient cosine/{{}} ({where})",
-        "cosine_before": f"gradient cosine before rotation/{{}} ({where})",
-        "orthogonality_error": "rotation/orthogonality error",
+        "grad_norm": f"gradient/{{}} norm ({where})",
+        "weight": "gradient/{} weight (factor)",
+        "cosine": f"gradient/cosine {{}} ({where})",
+        "cosine_before": f"gradient/cosine before rotation {{}} ({where})",
+        "orthogonality_error": "gradient/orthogonality error of rotations",
     }
     metrics = {}
     for name, value in (source.measures() if source is not None else {}).items():

@@ -115,6 +115,23 @@ def describe_accuracies(accuracies: Mapping[str, float]) -> str:
     return ", ".join(f"{head} {value:.2f} %" for head, value in accuracies.items()) or "no labels"
 
 
+def record_fates(
+    accelerator: Accelerator, fates_by_donor: Mapping[str, Mapping[str, int]], step: int
+) -> None:
+    """Log what became of the donors' payloads, and give it to the trackers.
+
+    Args:
+        accelerator: with the trackers.
+        fates_by_donor: the counts at the end; empty but on the main process.
+        step: the receiver's.
+    """
+    for donor, fates in fates_by_donor.items():
+        counts = ", ".join(f"{count} {fate}" for fate, count in fates.items())
+        logger.info("payloads of the %s: %s", donor, counts)
+        tags = {f"fates/{fate} {donor} (payloads)": count for fate, count in fates.items()}
+        accelerator.log(tags, step=step)
+
+
 def banner(title: str, facts: Mapping[str, object]) -> str:
     """The lines that a recipe logs before its loop: ``***** title *****`` and one per fact."""
     return "\n".join([f"***** {title} *****", *(f"  {key} = {facts[key]}" for key in facts)])

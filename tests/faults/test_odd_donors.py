@@ -36,7 +36,7 @@ def train(launcher: Launcher, cwd: Path, what: str, num_steps: int, *flags: obje
     receiver = recipes(RECEIVER, *common, "--max_train_steps", num_steps, *flags)
     receiver.wait(TIMEOUT)
     curves = EventAccumulator(str(recipes.path("mine", "receiver"))).Reload()
-    alarms = {event.step: event.value for event in curves.Scalars("alarm/donor (alarms)")}
+    alarms = {event.step: event.value for event in curves.Scalars("events/alarms donor [alarms]")}
     trail = recipes.path("mine", "bridge", "receiver", "ledger-0001.jsonl").read_text()
     entries = [json.loads(line) for line in trail.splitlines()]
     return recipes.results("mine", "receiver"), receiver.output(), alarms, entries

@@ -49,7 +49,7 @@ def test_resume_is_bitwise_and_nothing_leaks(
     assert [drawing.step for drawing in drawings] == [8, 16, STEPS]
     assert (drawings[-1].width, drawings[-1].height) == (12 * 56, 10 * 56)
     scalars = set(events.Tags()["scalars"])
-    assert {"loss/critic", "loss/generator", "recognised (%)"} <= scalars
+    assert {"loss/critic", "loss/generator", "recognised [%]"} <= scalars
 
 
 @pytest.mark.slow

@@ -71,15 +71,15 @@ def test_only_the_layer_in_training_and_the_output_change(
     assert set(results["accuracies (%)"]) == {"task1", "task2"}
 
     events = EventAccumulator(str(directory / name)).Reload()
-    tasks = [event.value for event in events.Scalars("task in training (number)")]
+    tasks = [event.value for event in events.Scalars("task in training [number]")]
     assert tasks == [1] * 5 + [2] * 5 + [1] * 5 + [2] * 5
     for layer, at_rest in (("hidden_task1", 2), ("hidden_task2", 1), ("output", None)):
-        for task, event in zip(tasks, events.Scalars(f"change/{layer} (max abs)"), strict=True):
+        for task, event in zip(tasks, events.Scalars(f"change/{layer} [max abs]"), strict=True):
             assert (event.value == 0.0) if task == at_rest else (event.value > 0.0), (layer, event)
     for task in (1, 2):
-        losses = events.Scalars(f"loss/task{task} (nats)")
+        losses = events.Scalars(f"loss/task{task} [nats]")
         assert [loss.step for loss in losses] == [n + 1 for n in range(20) if tasks[n] == task]
-        (accuracy,) = events.Scalars(f"accuracy/task{task} (%)")
+        (accuracy,) = events.Scalars(f"accuracy/task{task} [%]")
         assert accuracy.value == pytest.approx(results["accuracies (%)"][f"task{task}"])
 
 

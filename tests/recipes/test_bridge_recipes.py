@@ -65,16 +65,20 @@ def test_both_jobs_overlay_in_tensorboard(recipes: Recipes) -> None:
         EventAccumulator(str(recipes.path("0001", role))).Reload() for role in ("donor", "receiver")
     )
     assert set(receiver.Tags()["scalars"]) == {
-        "accuracy/h1 (%)", "accuracy/h2 (%)", "alarm/donor (alarms)", "bridge/payload donor (MiB)",
-        "bridge/samples donor (samples)", "bridge/samples own (samples)",
-        "bridge/staleness donor (receiver steps)", "bridge/wait (s)",
-        "gradient/cosine own donor (backbone)", "gradient/donor norm", "gradient/own norm",
-        "loss/donor (per sample)", "loss/own (per sample)", "rescale/donor multiplier",
-        "rescale/n_r over n_d donor", "teacher/heads.h2 at work", "train/learning rate",
+        "accuracy/h1 [%]", "accuracy/h2 [%]", "bridge/payload donor [MiB]",
+        "bridge/samples donor [samples]", "bridge/samples own [samples]",
+        "bridge/staleness donor [receiver steps]", "bridge/wait [% of the step]", "bridge/wait [s]",
+        "events/alarms donor [alarms]", "events/donor present [0 or 1]",
+        "events/teacher heads.h2 [0 or 1]", "fates/applied donor [payloads]",
+        "fates/dropped donor [payloads]", "fates/rejected donor [payloads]",
+        "fates/skipped donor [payloads]", "gradient/cosine own donor [backbone]",
+        "gradient/donor norm", "gradient/multiplier donor [factor]",
+        "gradient/n_r over n_d donor [ratio]", "gradient/own norm", "loss/donor [per sample]",
+        "loss/own [per sample]", "train/learning rate",
     }  # fmt: skip
-    assert [event.step for event in receiver.Scalars("accuracy/h2 (%)")] == [3, 6]
+    assert [event.step for event in receiver.Scalars("accuracy/h2 [%]")] == [3, 6]
     losses = [
-        {event.step: event.value for event in job.Scalars("loss/donor (per sample)")}
+        {event.step: event.value for event in job.Scalars("loss/donor [per sample]")}
         for job in (donor, receiver)
     ]
     assert set(losses[1]) == {1, 2, 3, 4, 5, 6}

@@ -50,12 +50,12 @@ def test_that_a_finished_donor_teaches(recipes: Recipes) -> None:
     assert (results["completed_steps"], results["steps_alone"]) == (6, 0)
     curves = EventAccumulator(str(recipes.path("0001", "receiver"))).Reload()
     assert set(curves.Tags()["scalars"]) == {
-        "accuracy/h1 (%)", "accuracy/h2 (%)", "bridge/samples own (samples)", "bridge/wait (s)",
-        "loss/own (per sample)", "loss/teacher donor (per sample)",
-        "teacher/donor age (receiver steps)", "teacher/donor donor step",
-        "teacher/heads.h2 at work", "train/learning rate",
+        "accuracy/h1 [%]", "accuracy/h2 [%]", "bridge/samples own [samples]",
+        "bridge/teacher age donor [receiver steps]", "bridge/teacher version donor [donor steps]",
+        "bridge/wait [% of the step]", "bridge/wait [s]", "events/teacher heads.h2 [0 or 1]",
+        "loss/own [per sample]", "loss/teacher donor [per sample]", "train/learning rate",
     }  # fmt: skip
-    losses = [event.value for event in curves.Scalars("loss/teacher donor (per sample)")]
+    losses = [event.value for event in curves.Scalars("loss/teacher donor [per sample]")]
     assert losses[-1] < losses[0]
 
 
@@ -96,6 +96,8 @@ def test_that_both_jobs_find_each_other(recipes: Recipes, first: str) -> None:
     results = recipes.results("0001", "receiver")
     assert (results["completed_steps"], results["steps_alone"]) == (400, 0)
     curves = EventAccumulator(str(recipes.path("0001", "receiver"))).Reload()
-    donor_steps = [event.value for event in curves.Scalars("teacher/donor donor step")]
+    donor_steps = [
+        event.value for event in curves.Scalars("bridge/teacher version donor [donor steps]")
+    ]
     assert donor_steps == sorted(donor_steps)
     assert len(set(donor_steps)) > 1, "the teacher was never refreshed"

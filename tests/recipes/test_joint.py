@@ -120,7 +120,7 @@ def test_tensorboard(run: Run) -> None:
     output_dir = run("watched")
     events = EventAccumulator(str(output_dir)).Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"loss/own (per sample)", "loss/donor (per sample)", "accuracy/h1 (%)"} <= tags
-    assert [event.step for event in events.Scalars("loss/own (per sample)")] == list(
+    assert {"loss/own [per sample]", "loss/donor [per sample]", "accuracy/h1 [%]"} <= tags
+    assert [event.step for event in events.Scalars("loss/own [per sample]")] == list(
         range(1, STEPS + 1)
     )

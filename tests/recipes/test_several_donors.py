@@ -77,8 +77,8 @@ def test_shards_of_one_head_and_another_head_equal_joint(recipes: Recipes) -> No
     assert accuracies["h3"] > 75, "of two"
     assert list(recipes.results("0001", "parity")["accuracies (%)"]) == ["h3"]
     curves = EventAccumulator(str(recipes.path("0001", "receiver"))).Reload()
-    wanted = {f"accuracy/{head} (%)" for head in accuracies}
-    wanted |= {f"loss/{name} (per sample)" for name in donors}
+    wanted = {f"accuracy/{head} [%]" for head in accuracies}
+    wanted |= {f"loss/{name} [per sample]" for name in donors}
     wanted |= {f"train/learning rate {part}" for part in ("backbone", *accuracies)}
     assert wanted <= set(curves.Tags()["scalars"])
 
@@ -101,7 +101,7 @@ def test_that_each_head_gets_a_teacher(recipes: Recipes) -> None:
     assert (results["steps_taught"], results["steps_alone"]) == (30, 0)
     curves = EventAccumulator(str(recipes.path("taught", "receiver"))).Reload()
     for name in donors:
-        tag = f"loss/teacher {name} (per sample)"
+        tag = f"loss/teacher {name} [per sample]"
         first, *_, last = [event.value for event in curves.Scalars(tag)]
         assert last < first / 2
 

@@ -27,7 +27,7 @@ from toolkit.bridge.payload import write_record
 pytestmark = pytest.mark.usefixtures("fresh_state")
 
 HEAD = "heads.h2"
-MARK = "teacher/heads.h2 at work"
+MARK = "events/teacher heads.h2 (0 or 1)"
 
 
 @pytest.fixture

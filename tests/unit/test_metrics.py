@@ -58,7 +58,7 @@ def test_that_curves_begin_once_the_disk_lets_them(
         start(tracker)
 
     monkeypatch.setattr(PatientTensorBoard, "start", fail_twice)
-    start_tracking(accelerator, tmp_path / "job", {"lr": 0.1}, ["loss"])
+    start_tracking(accelerator, tmp_path / "job", {"lr": 0.1})
     accelerator.log({"loss": 3.0}, step=1)
     accelerator.end_training()
 

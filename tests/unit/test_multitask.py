@@ -131,4 +131,3 @@ def test_evaluation_by_kind(pair: Tasks) -> None:
     assert found["pixels"] == pytest.approx(0.01, rel=1e-4)
     assert found["parity"] == pytest.approx(100 * 2 * odd / (1 + odd))  # it always says yes
     assert pair.tagged(found).keys() == {"MSE/pixels", "F1/parity (%)"}
-    assert "accuracy/left (%)" in pair.tags

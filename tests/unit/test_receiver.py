@@ -310,7 +310,7 @@ def test_that_the_donors_validation_is_among_the_metrics(job: ReceiverAlone) -> 
         job.backward()
         job.donate(job.constant(1.0), validation={"h2 (%)": 87.5})
         job.receiver.inject()
-        assert job.receiver.metrics["validation donor/h2 (%)"] == 87.5
+        assert job.receiver.metrics["validation/donor h2 (%)"] == 87.5
         job.optimizer.step()
         job.receiver.commit()
 

@@ -160,7 +160,7 @@ def test_that_a_step_without_the_donor_is_the_receivers_own(tmp_path: Path) -> N
                 torch.testing.assert_close(parameter.grad, own[name], rtol=1e-13, atol=1e-15)
             else:
                 assert parameter.grad is None, name
-        assert not [tag for tag in job.receiver.metrics if tag.startswith("aggregate/")]
+        assert not [tag for tag in job.receiver.metrics if "weight (factor)" in tag]
 
 
 @pytest.mark.parametrize(("rule", "calls"), [("sum", 0), ("mgda", 1)])
@@ -179,7 +179,7 @@ def test_that_a_sum_asks_no_rule(
         job.donate(donor_sums(job, -9.0, 5), NUM_DONOR)
         job.receiver.inject()
         assert len(asked) == calls
-        assert ("aggregate/own weight" in job.receiver.metrics) == bool(calls)
+        assert ("gradient/own weight (factor)" in job.receiver.metrics) == bool(calls)
 
 
 def test_that_an_overflow_leaves_the_payload_to_the_next_try(tmp_path: Path) -> None:
@@ -188,13 +188,13 @@ def test_that_an_overflow_leaves_the_payload_to_the_next_try(tmp_path: Path) -> 
             job.backward(factor=1e38)  # finite, but not times the scale
             job.donate(donor_sums(job, -9.0, 5), NUM_DONOR)
             job.receiver.inject()
-            assert job.receiver.metrics["aggregate/own weight"] == 1.0
+            assert job.receiver.metrics["gradient/own weight (factor)"] == 1.0
             job.optimizer.step()
             job.optimizer.zero_grad()
             assert not job.receiver.commit()
         assert job.receiver.fates()["pending"] == 1
         assert job.step()
-        assert job.receiver.metrics["aggregate/own weight"] > 1.0
+        assert job.receiver.metrics["gradient/own weight (factor)"] > 1.0
         assert job.receiver.fates()["applied"] == 1
 
 
@@ -219,10 +219,10 @@ def test_the_metrics(tmp_path: Path) -> None:
         "gradient/own norm": norm(own),
         "gradient/donor norm": norm(donor),
         "gradient/cosine own donor (backbone)": dot / (own_norm * donor_norm),
-        "aggregate/own norm (backbone)": own_norm,
-        "aggregate/donor norm (backbone)": donor_norm,
-        "aggregate/own weight": 1 - dot / own_norm**2,
-        "aggregate/donor weight": 1 - dot / donor_norm**2,
+        "gradient/own norm (backbone)": own_norm,
+        "gradient/donor norm (backbone)": donor_norm,
+        "gradient/own weight (factor)": 1 - dot / own_norm**2,
+        "gradient/donor weight (factor)": 1 - dot / donor_norm**2,
     }
     assert {tag: metrics[tag] for tag in expected} == pytest.approx(expected, rel=1e-12)
     assert all(type(metrics[tag]) is float for tag in expected)

@@ -206,7 +206,7 @@ def test_that_a_receiver_counts_alarms_and_keeps_them_in_its_checkpoint(
         job.optimizer.step()
         job.optimizer.zero_grad()
         assert job.receiver.commit()
-        tags.append(job.receiver.metrics["alarm/donor (alarms)"])
+        tags.append(job.receiver.metrics["events/alarms donor (alarms)"])
     assert tags == [0.0] * (PATIENCE - 1) + [1.0] * 2
     assert job.receiver.alarms() == {"donor": {"zero": 2}}
     assert job.receiver._state()["donors"]["donor"]["sentinel"]["counts"] == {"zero": 2}

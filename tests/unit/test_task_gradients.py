@@ -133,8 +133,8 @@ def test_tags() -> None:
     assert conflict_metrics(backward, NAMES) == conflict_metrics(None, NAMES) == {}
     backward(net.losses(), seed=0)
     tags = conflict_metrics(backward, NAMES)
-    assert {"gradient norm/left (backbone)", "task weight/sum"} <= tags.keys()
-    assert "gradient cosine/left sum (backbone)" in tags
+    assert {"gradient/left norm (backbone)", "gradient/sum weight (factor)"} <= tags.keys()
+    assert "gradient/cosine left sum (backbone)" in tags
     assert all(type(value) is float for value in tags.values())
 
 
@@ -147,11 +147,11 @@ def test_tags_of_rotations_and_predictions_by_name() -> None:
     assert list(found) == ["sum", "left"]
     sum(one.square().mean() for one in found.values()).backward()
     tags = conflict_metrics(model, NAMES)
-    assert "rotation/orthogonality error" in tags
-    assert tags["gradient cosine/left sum (features)"] == pytest.approx(
-        tags["gradient cosine before rotation/left sum (features)"]
+    assert "gradient/orthogonality error of rotations" in tags
+    assert tags["gradient/cosine left sum (features)"] == pytest.approx(
+        tags["gradient/cosine before rotation left sum (features)"]
     )  # at the identity
-    assert "gradient norm/right (features)" in tags
+    assert "gradient/right norm (features)" in tags
 
 
 def test_that_rotations_rest_where_each_sample_has_one_label() -> None:

@@ -72,8 +72,8 @@ def test_that_a_donor_that_has_ended_teaches(
     for _ in range(5):
         job.step()
     assert job.versions() == {"donor": 20}
-    assert job.receiver.metrics["teacher/donor age (receiver steps)"] == 4.0
-    assert job.receiver.metrics["teacher/donor donor step"] == 20.0
+    assert job.receiver.metrics["bridge/teacher age donor (receiver steps)"] == 4.0
+    assert job.receiver.metrics["bridge/teacher version donor (donor steps)"] == 20.0
     assert job.receiver.steps_alone == 0
     assert job.receiver.fates()["published"] == 0  # weights are no payloads
 
@@ -375,7 +375,7 @@ def test_that_a_checkpoint_says_who_taught_and_a_resume_takes_the_newest(
     assert again.versions() == {"donor": 20}
     assert torch.equal(again.network.get_parameter("heads.h2.weight"), weight)
     again.step()
-    assert again.receiver.metrics["teacher/donor age (receiver steps)"] == 0.0
+    assert again.receiver.metrics["bridge/teacher age donor (receiver steps)"] == 0.0
 
 
 def test_that_a_missing_teacher_is_an_error_if_required(start: Start) -> None:

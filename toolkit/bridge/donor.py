@@ -110,7 +110,6 @@ class GradientDonor(BridgeJob):
         self.receiver_step = 0
         self.stop_reason = ""
         self._published_windows = 0
-        self._wait_seconds = 0.0
         self._wait: Wait | None = None  # main process: for the present window
         self._weights: Header | None = None  # of the weights that are loaded
         self._is_alone = False
@@ -213,8 +212,9 @@ class GradientDonor(BridgeJob):
         self._in_window = False
         self.metrics = {
             f"loss/{self.job} (per sample)": window.loss,
-            "bridge/wait (s)": self._wait_seconds,
+            f"events/{self.job} follows (0 or 1)": float(self.following),
         }
+        self._measure_wait()
         if self._round is not None or not self.following:
             if self._round is not None:
                 self._round.add(window)
@@ -310,7 +310,8 @@ class GradientDonor(BridgeJob):
         num_unread = 0
         while True:
             self._wait = None
-            decision, self._wait_seconds = self._decide(self._poll, grace=0)
+            decision, seconds = self._decide(self._poll, grace=0)
+            self._wait_seconds += seconds
             if decision.action == "alone":
                 self._go_alone()
                 return True

@@ -270,10 +270,13 @@ class Donors:
         """By donor, how many of its payloads have raised which alarm."""
         return {name: donor.inbox.sentinel.counts for name, donor in self._donors.items()}
 
-    def alarm_metrics(self) -> dict[str, float]:
-        """How many alarms each donor's newest payload has raised, by tag."""
-        sentinels = {name: donor.inbox.sentinel for name, donor in self._donors.items()}
-        return {f"alarm/{name} (alarms)": float(len(s.alarms)) for name, s in sentinels.items()}
+    def event_metrics(self) -> dict[str, float]:
+        """Whether each donor is there, and the alarms that its newest payload raised, by tag."""
+        metrics = {}
+        for name, donor in self._donors.items():
+            metrics[f"events/{name} present (0 or 1)"] = float(not donor.inbox.donor_is_away)
+            metrics[f"events/alarms {name} (alarms)"] = float(len(donor.inbox.sentinel.alarms))
+        return metrics
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold; fit for JSON."""

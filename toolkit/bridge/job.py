@@ -88,6 +88,7 @@ class BridgeJob:
             accelerator, model, self.control, config.loss_reduction
         )
         self.metrics: dict[str, float] = {}
+        self._wait_seconds, self._step_began = 0.0, time.monotonic()
         self.stop_signal = 0
         self._interruption = Interruption()
         self._signer = self._agree_on_key()
@@ -369,6 +370,13 @@ class BridgeJob:
         if config.run is not None:
             hint += f" --run {config.run}"
         return Wait(peer, what, config.peer_wait, config.require_peer, hint, patience)
+
+    def _measure_wait(self) -> None:
+        """Add to the metrics how long this job has waited for the other one since the last call."""
+        waited, self._wait_seconds = self._wait_seconds, 0.0
+        began, self._step_began = self._step_began, time.monotonic()
+        share = waited / max(waited, self._step_began - began) if waited else 0.0
+        self.metrics |= {"bridge/wait (s)": waited, "bridge/wait (% of the step)": 100.0 * share}
 
     # -- checkpoints ------------------------------------------------------------------------
 

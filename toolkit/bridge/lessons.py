@@ -216,15 +216,17 @@ class Lessons:
         count, *totals = window.extra_sums
         self.were_asked = count > 0
         for head in self._shared.heads:
-            metrics[f"teacher/{head} at work"] = float(head in self.taught_heads)
+            metrics[f"events/teacher {head} (0 or 1)"] = float(head in self.taught_heads)
         for (donor, working), total in zip(self.teachers.working.items(), totals, strict=True):
             head = working.offer.head
             if head in self.taught_heads and window.count:
                 loss = total / window.count
                 own -= self._weights[head] / len(self.teachers.of(head)) * loss
                 metrics[f"loss/teacher {donor} (per sample)"] = loss
-            metrics[f"teacher/{donor} age (receiver steps)"] = float(working.age)
-            metrics[f"teacher/{donor} donor step"] = float(working.offer.donor_step)
+            metrics[f"bridge/teacher age {donor} (receiver steps)"] = float(working.age)
+            metrics[f"bridge/teacher version {donor} (donor steps)"] = float(
+                working.offer.donor_step
+            )
         return {"loss/own (per sample)": own, **metrics}
 
 

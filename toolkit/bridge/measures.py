@@ -98,8 +98,8 @@ def donor_metrics(
     gg, gd, dd = (float(backbone[i, j]) for i, j in ((0, 0), (0, place), (place, place)))
     metrics = {
         f"gradient/{donor} norm": math.sqrt(dd + heads[place]),
-        f"rescale/n_r over n_d {donor}": window.count / header.count,
-        f"rescale/{donor} multiplier": donor_factor,
+        f"gradient/n_r over n_d {donor} (ratio)": window.count / header.count,
+        f"gradient/multiplier {donor} (factor)": donor_factor,
         f"bridge/samples {donor} (samples)": header.count,
         f"bridge/payload {donor} (MiB)": record.num_bytes / 2**20,
     }
@@ -113,7 +113,7 @@ def donor_metrics(
 def validation_metrics(record: Record) -> dict[str, float]:
     """What the donor has measured on its validation data, at the weights of its payload."""
     header = record.header
-    return {f"validation {header.job}/{name}": v for name, v in header.validation.items()}
+    return {f"validation/{header.job} {name}": v for name, v in header.validation.items()}
 
 
 def aggregation_metrics(
@@ -129,8 +129,8 @@ def aggregation_metrics(
     norms = backbone.diagonal().sqrt().tolist()
     metrics = {}
     for name, weight, norm in zip(names, weights, norms, strict=True):
-        metrics[f"aggregate/{name} weight"] = weight
-        metrics[f"aggregate/{name} norm (backbone)"] = norm
+        metrics[f"gradient/{name} weight (factor)"] = weight
+        metrics[f"gradient/{name} norm (backbone)"] = norm
     return metrics
 
 

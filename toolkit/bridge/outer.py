@@ -109,7 +109,10 @@ class OuterOptimizer:
                         gradient if parameter.grad is None else parameter.grad + gradient
                     )
             norm = math.sqrt(sum(record.squares.values()))
-            metrics |= {f"delta/{header.job} norm": norm, **validation_metrics(record)}
+            metrics |= {
+                f"gradient/{header.job} norm of weight change": norm,
+                **validation_metrics(record),
+            }
         self.optimizer.step()
         for name, parameter in self._trained.items():
             parameter.grad = kept[name]

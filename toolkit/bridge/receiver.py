@@ -216,15 +216,12 @@ class GradientReceiver(BridgeJob):
         window = self.accumulator.close(self._lessons.sums() if self._lessons else ())
         self.accumulator.reduce_unmanaged_(self.parameters.items())
         takes_gradients = self._outer is None and self.config.exchange != "distill"
-        found, records, wait_seconds = (
-            self._receive() if takes_gradients else (_Findings(()), [], 0.0)
-        )
+        found, records = self._receive() if takes_gradients else (_Findings(()), [])
         for head, parameters in self.shared.heads.items():
             for parameter in () if head in self.taught_heads else parameters.values():
                 parameter.grad = None  # zeros would let the optimizer's moments move the head
         self.metrics = {
             "loss/own (per sample)": window.loss,
-            "bridge/wait (s)": wait_seconds,
             **self._injector.inject(window, records, self.completed_steps),
         }
         if self._lessons is not None:
@@ -253,6 +250,12 @@ class GradientReceiver(BridgeJob):
         injected, self._injected = self._injected, None
         self.completed_windows += 1
         self._vote_to_stop()
+        stepped = self._end_step(injected)
+        self._measure_wait()
+        return stepped
+
+    def _end_step(self, injected: _Injection) -> bool:
+        """Settle a step and publish the new weights; whether it happened. A collective."""
         was_skipped = self._step_was_skipped(injected.scale)
         lessons = self._lessons
         is_taught = lessons is not None and bool(self.taught_heads) and lessons.were_asked
@@ -275,8 +278,7 @@ class GradientReceiver(BridgeJob):
         self.completed_steps += 1
         if self.completed_steps % self.config.local_steps == 0:
             self._in_exchange = True
-            found, records, wait_seconds = self._receive()
-            self.metrics["bridge/wait (s)"] = wait_seconds
+            found, records = self._receive()
             if records:
                 self.metrics |= self._outer.step(records)
             self._settle(found.verdicts, num_steps=self.config.local_steps)
@@ -417,7 +419,10 @@ class GradientReceiver(BridgeJob):
             if self.config.keep_payloads:
                 self._to_keep = applied
             self.ledger.note(self._donors.settle(verdicts))
-            self.metrics |= self._donors.alarm_metrics()
+            self.metrics |= self._donors.event_metrics()
+            for donor in self._donors.names:
+                for fate, count in self.ledger.counts(donor).items():
+                    self.metrics[f"fates/{fate} {donor} (payloads)"] = float(count)
         self.steps_alone += 0 if applied else num_steps
         self._ages[0] += sum(verdict.staleness for verdict in applied)
         self._ages[1] += len(applied)
@@ -449,14 +454,13 @@ class GradientReceiver(BridgeJob):
         read = super()._read if self._kept is None else self._kept.read
         return decompressed(read(job, sequence), self._payloads_like)
 
-    def _receive(self) -> tuple[_Findings, list[Record], float]:
+    def _receive(self) -> tuple[_Findings, list[Record]]:
         """The donors' parts of this step, the same on every rank."""
-        waited = 0.0
         if self._donors is not None:
             self._donors.begin()
         while True:
             found, seconds = self._decide(self._poll, GRACE_SECONDS)
-            waited += seconds
+            self._wait_seconds += seconds
             records = []
             for verdict in found.verdicts:
                 if verdict.digest is None:
@@ -472,7 +476,7 @@ class GradientReceiver(BridgeJob):
                 self._persist(functools.partial(self._reject, verdict, error))
                 break
             else:
-                return found, records, waited
+                return found, records
 
     def _reject(self, verdict: Verdict, error: PayloadError) -> None:
         self._on_main.reject(verdict, error)

@@ -177,7 +177,7 @@ class Replay:
         """None: the run has raised them."""
         return {}
 
-    def alarm_metrics(self) -> dict[str, float]:
+    def event_metrics(self) -> dict[str, float]:
         """None, likewise."""
         return {}
 

@@ -108,7 +108,7 @@ def main() -> None:
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     h2 = accelerator.unwrap_model(model).heads["h2"]
     shared = SharedFile(args.file)
-    start_tracking(accelerator, args.output_dir, vars(args), [])
+    start_tracking(accelerator, args.output_dir, vars(args))
     if args.role == "receiver":
         h2.load_state_dict(shared.newest()["parameters"])
 

@@ -12,7 +12,7 @@ from typing import Any
 from toolkit.benchmarks.exchanges.rows import Row, commands
 from toolkit.launching import LaunchedJob, launch
 
-_STEP_TAG = "loss/own (per sample)"  # what the recipes log in every step
+_STEP_TAG = "loss/own [per sample]"  # what the recipes log in every step
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -416,6 +416,30 @@ class BridgeJob:
             )
         self._load_state(content)
 
+    def save_position(self, directory: Path) -> None:
+        """Write the bridge's position beside a checkpoint that something else has saved.
+
+        ``accelerator.save_state()`` does it by itself. A collective.
+
+        Args:
+            directory: the checkpoint's, which exists; complete but for this.
+
+        Raises:
+            RuntimeError: where :attr:`obstacle_to_saving` has a reason.
+        """
+        self._on_save_state([], [], str(directory))
+
+    def load_position(self, directory: Path) -> None:
+        """Go on from where :meth:`save_position` was called, before the first ``backward()``.
+
+        ``accelerator.load_state()`` does it by itself. A collective. The caller loads weights and
+        optimizer, and has given the directory to ``BridgeConfig(resume_from_checkpoint=...)``.
+
+        Raises:
+            BridgeError: if the bridge has not been saved there, or the run was another one.
+        """
+        self._on_load_state([], str(directory))
+
     # -- the end ----------------------------------------------------------------------------
 
     def traffic(self) -> dict[str, int]:

@@ -217,6 +217,7 @@ class GradientDonor(BridgeJob):
         """
         if not self.accelerator.sync_gradients:
             return self.following
+        self._resting.check()
         window = self.accumulator.close()
         self.accumulator.reduce_unmanaged_(self.parameters.items())
         self.completed_windows += 1
@@ -396,7 +397,7 @@ class GradientDonor(BridgeJob):
         self._own_published = self.completed_windows
         self._catch_up(grace)
         is_behind = self.config.writes_behind and grace == math.inf
-        weights = self._whole_weights(self._copies if is_behind else None)
+        weights = self._whole_weights(self.shared.weights, self._copies if is_behind else None)
         header = self._header("weights").of_weights("")  # their digest is filled in
         if not is_behind:
             self._persist(lambda: self._own_weights.publish_weights(header, weights), grace)
@@ -455,7 +456,7 @@ class GradientDonor(BridgeJob):
     def _load(self, record: Record) -> None:
         """Take over the receiver's weights and buffers, in place."""
         reshard(self.model)  # after an evaluation it may hold copies of the old ones
-        for name, tensor in self.shared.weights.items():
+        for name, tensor in self.shared.crossing.items():
             tensor.copy_(shard_like(record.tensors[name], tensor))
         is_new_start = self._weights is None or self._weights.attempt != record.header.attempt
         self._weights = record.header

@@ -2,6 +2,22 @@
 
 They are compared once, when a job joins the run, by a digest of each. From then on they must stay
 as they are: other values in one of the jobs would train on without any error.
+
+A pretrained backbone whose adapters alone cross, for either job:
+
+.. code-block:: python
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel
+
+    class Model(torch.nn.Module):
+        def __init__(self, name_or_path: str, num_classes: dict[str, int]) -> None:
+            super().__init__()
+            base = AutoModel.from_pretrained(name_or_path)
+            self.backbone = get_peft_model(base, LoraConfig(target_modules=["q_lin", "v_lin"]))
+            heads = {h: torch.nn.Linear(base.config.dim, n) for h, n in num_classes.items()}
+            self.heads = torch.nn.ModuleDict(heads)
 """
 
 from __future__ import annotations

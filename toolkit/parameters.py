@@ -20,11 +20,13 @@ class SharedParameters:
         backbone: parameters of the backbone.
         heads: parameters of each donor's head, by the name of its module.
         buffers: persistent buffers of all these modules.
+        resting: names of the backbone's parameters that are frozen for good, and equal in all jobs.
     """
 
     backbone: dict[str, nn.Parameter]
     heads: dict[str, dict[str, nn.Parameter]]
     buffers: dict[str, Tensor]
+    resting: frozenset[str] = frozenset()
 
     @property
     def head(self) -> dict[str, nn.Parameter]:
@@ -46,8 +48,18 @@ class SharedParameters:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """What the receiver publishes: shared parameters and buffers."""
+        """Shared parameters and buffers."""
         return {**self.parameters, **self.buffers}
+
+    @property
+    def crossing(self) -> dict[str, Tensor]:
+        """What the receiver publishes at every step: those that do not rest."""
+        return {name: t for name, t in self.weights.items() if name not in self.resting}
+
+    def of_gradient(self, head: str) -> dict[str, nn.Parameter]:
+        """What a gradient for backbone and one head is for."""
+        backbone = {name: p for name, p in self.backbone.items() if name not in self.resting}
+        return backbone | self.heads[head]
 
     def schemas(self) -> dict[str, dict[str, list[Any]]]:
         """``{name: [dtype, shape]}`` of every shared tensor, by module, fit for JSON.
@@ -69,13 +81,16 @@ def schema_of(tensors: Mapping[str, Tensor]) -> dict[str, list[Any]]:
     }
 
 
-def shared_parameters(model: nn.Module, backbone: str, heads: Sequence[str]) -> SharedParameters:
+def shared_parameters(
+    model: nn.Module, backbone: str, heads: Sequence[str], *, frozen_rest: bool = False
+) -> SharedParameters:
     """Select what the jobs share from an unwrapped model.
 
     Args:
         model: the module itself, not its DistributedDataParallel wrapper.
         backbone: name of the backbone's submodule, as in ``model.named_modules()``.
         heads: names of the submodules of the donors' heads, such as ``heads.h2``.
+        frozen_rest: whether what is frozen now of the backbone stays so.
 
     Raises:
         ValueError: if there is no such submodule, it has no parameters, or two of them overlap.
@@ -98,7 +113,9 @@ def shared_parameters(model: nn.Module, backbone: str, heads: Sequence[str]) -> 
         for name, buffer in named_buffers
         if name in persistent and name.startswith(inside)
     }
-    return SharedParameters(parts.pop(backbone), parts, buffers)
+    of_backbone = parts.pop(backbone)
+    frozen = frozenset(name for name, p in of_backbone.items() if not p.requires_grad)
+    return SharedParameters(of_backbone, parts, buffers, frozen if frozen_rest else frozenset())
 
 
 def plain_name(name: str) -> str:
@@ -133,13 +150,16 @@ def schema_differences(
     my_job: str,
     their_job: str,
 ) -> list[str]:
-    """One line per tensor that is not the same in both schemas; empty if all are."""
+    """One line per tensor that is not the same in both schemas; empty if all are.
+
+    A third entry of a tensor is the digest of one that rests.
+    """
 
     def describe(schema: Mapping[str, Sequence[Any]], name: str) -> str:
         if name not in schema:
             return "absent"
-        dtype, shape = schema[name]
-        return f"{dtype} {tuple(shape)}"
+        dtype, shape, *digest = schema[name]
+        return f"{dtype} {tuple(shape)}" + "".join(f" frozen at {d[:12]}" for d in digest)
 
     return [
         f"{name}: {my_job} {describe(mine, name)}, {their_job} {describe(theirs, name)}"

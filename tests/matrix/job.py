@@ -193,6 +193,7 @@ def run(setting: Setting, role: Role, mutation: str, directory: Path) -> None:
         donor_weight=setting.donor_weight,
         loss_reduction=setting.loss_reduction,
         unit=setting.unit,
+        frozen="rest" if setting.frozen in ("no", "both") else "cross",  # in one of the jobs
         require_peer=True,
     )
     with contextlib.ExitStack() as stack:

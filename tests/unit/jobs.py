@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class ReceiverAlone:
         init_scale: begin with a loss scaler of this scale; None for none.
         fused: use the fused optimizer, whose own skip flag is unreliable.
         teacher_factory: of the receiver.
+        rests: names of parameters that are frozen before all.
         settings: of the bridge.
     """
 
@@ -56,6 +57,7 @@ class ReceiverAlone:
         init_scale: float | None = None,
         fused: bool = False,
         teacher_factory: TeacherFactory | None = None,
+        rests: Sequence[str] = (),
         **settings: Any,
     ) -> None:
         self.accelerator = accelerator = Accelerator(
@@ -67,6 +69,8 @@ class ReceiverAlone:
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
         network = build_network(Case(dtype="float64" if init_scale is None else "float32"))
         network.heads["h2"].requires_grad_(False)
+        for name in rests:
+            network.get_parameter(name).requires_grad_(False)
         self.network = network
         self.model: nn.Module = accelerator.prepare(network)
         accelerator.native_amp = init_scale is not None
@@ -135,11 +139,21 @@ class ReceiverAlone:
 
 
 class DonorAlone:
-    """A donor whose receiver does not come, or is this test."""
+    """A donor whose receiver does not come, or is this test.
 
-    def __init__(self, runs_dir: Path, accumulation: int = 1, **settings: Any) -> None:
+    Args:
+        runs_dir: of the run.
+        rests: names of parameters that are frozen before all.
+        settings: of the bridge.
+    """
+
+    def __init__(
+        self, runs_dir: Path, accumulation: int = 1, rests: Sequence[str] = (), **settings: Any
+    ) -> None:
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
         network: Network = build_network(Case(), ("h2",))
+        for name in rests:
+            network.get_parameter(name).requires_grad_(False)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         config = BridgeConfig(runs_dir=runs_dir, peer_wait=0.1, **settings)

@@ -25,7 +25,7 @@ def modules_after(code: str) -> set[str]:
         (
             "from toolkit import BridgeConfig, GradientDonor, GradientReceiver",
             "accelerate",
-            "torch.distributed.fsdp torch.distributed.tensor datasets sklearn",
+            "torch.distributed.fsdp torch.distributed.tensor datasets sklearn transformers peft",
         ),
         ("import toolkit.arguments", "toolkit.bundled", "sklearn torch.distributed.fsdp"),
     ],

@@ -145,11 +145,16 @@ def agree(bridge: Path, job: str, terms: dict[str, Any], signer: Signer) -> str:
             lines = schema_differences(schemas[head], theirs["schema"], job, name)
             differences += [line for line in lines if line not in differences]
     if differences:
+        frozen = (
+            " What is frozen of the backbone must be so in all jobs, with the same values (both "
+            "with their SHA-256 above); BridgeConfig(frozen='cross') in all of them lets it cross"
+        )
+        hint = frozen if any(" frozen at " in line for line in differences) else ""
         raise SchemaMismatchError(
             f"this {job} does not fit run {bridge.parent.name}, founded by the {founder}; these "
             "differ:\n  " + "\n  ".join(differences) + "\nAll jobs must share the backbone, and "
             "those with the same head that head, exactly. Give them the same model settings, or "
-            "begin another run (--run NAME, or another --runs_dir)"
+            f"begin another run (--run NAME, or another --runs_dir).{hint}"
         )
     return str(found["run_id"])
 

@@ -18,11 +18,13 @@ DistillLoss = Literal["kl", "mse"]
 Scope = Literal["all", "head"]
 Role = Literal["donor", "receiver"]
 AlarmRule = Literal["warn", "reject"]
+FrozenRule = Literal["rest", "cross"]
 StaleRule = Literal["apply", "damp", "compensate", "compensate_adaptive"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 DISTILL_LOSSES: tuple[DistillLoss, ...] = get_args(DistillLoss)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 ALARM_RULES: tuple[AlarmRule, ...] = get_args(AlarmRule)
+FROZEN_RULES: tuple[FrozenRule, ...] = get_args(FrozenRule)
 STALE_RULES: tuple[StaleRule, ...] = get_args(StaleRule)
 TAKEN_NAMES = ("receiver", "bridge", "heads")  # of other directories of a run
 JOB_NAME = re.compile(r"[A-Za-z][\w-]*")
@@ -58,6 +60,9 @@ class BridgeConfig:
     # gradients, and a teacher where no donor is there.
     exchange: Exchange = "auto"
     scope: Scope = "all"  # what of it: backbone and head, or the head's only
+    # What is frozen of the backbone when a job begins: it must be the same in all jobs and is
+    # compared once ("rest"), or it crosses with the weights as if it were not frozen ("cross").
+    frozen: FrozenRule = "rest"
     max_staleness: int = 0  # receiver steps that a payload may come late; 0: lockstep
     stale: StaleRule = "apply"  # receiver: what becomes of one that comes late (staleness.py)
     compensation: float | None = None  # lambda of "compensate" (None: 0.04), or "..._adaptive" (2)
@@ -94,6 +99,10 @@ class BridgeConfig:
         check_rule(self.rescale, self.loss_reduction)
         if self.scope not in SCOPES:
             raise ValueError(f"scope {self.scope!r} is unknown; choose one of {list(SCOPES)}")
+        if self.frozen not in FROZEN_RULES:
+            raise ValueError(
+                f"frozen {self.frozen!r} is unknown; choose one of {list(FROZEN_RULES)}"
+            )
         find_rule(self.aggregate)
         if self.aggregate != "sum" and self.scope == "head":
             raise ValueError(

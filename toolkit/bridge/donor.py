@@ -114,7 +114,8 @@ class GradientDonor(BridgeJob):
         self._weights: Header | None = None  # of the weights that are loaded
         self._is_alone = False
         self._round: LocalRound | None = None  # exchange "delta": the steps since these weights
-        self._publish_every = 1
+        every = self.config.publish_every
+        self._publish_every = 1 if every == "epoch" else every
         self._copies: dict[str, Tensor] = {}  # of its own weights, while they are published
         self._staged: dict[str, Tensor] = {}  # gradient sums, while they are written behind
         self._own_published = -1  # windows after which the donor's own weights were published
@@ -164,8 +165,8 @@ class GradientDonor(BridgeJob):
             )
         accumulation = self.accelerator.gradient_accumulation_steps
         windows_per_epoch = math.ceil(len(dataloader) / accumulation)
-        every = self.config.publish_every
-        self._publish_every = windows_per_epoch if every == "epoch" else every
+        if self.config.publish_every == "epoch":
+            self._publish_every = windows_per_epoch
         while max_windows is None or self.completed_windows < max_windows:
             before = self.completed_windows
             epoch, offset = divmod(self.completed_windows, windows_per_epoch)
@@ -173,18 +174,31 @@ class GradientDonor(BridgeJob):
                 dataloader.set_epoch(epoch)
             rest = skip_first_batches(dataloader, offset * accumulation) if offset else dataloader
             for batch in rest:
-                if not self._in_window and not self._begin_window():
+                if not self.begin_window():
                     return
-                self._in_window = True
                 yield batch
                 if self.completed_windows == max_windows:
-                    self._end_round()
+                    self.end_round()
                     return
             if self.completed_windows == before:
                 raise RuntimeError(
                     "a whole pass over the dataloader went by without publish() at a synchronised "
                     "micro-step"
                 )
+
+    def begin_window(self) -> bool:
+        """Before the forward of every window: take the receiver's weights. A collective.
+
+        For loops that are not written over :meth:`follow`, which calls it. Within a window it does
+        nothing.
+
+        Returns:
+            False if the receiver has ended, or this job was interrupted: leave the loop.
+        """
+        if not self._in_window and not self._begin_window():
+            return False
+        self._in_window = True
+        return True
 
     def backward(self, loss: Tensor, num_samples: float | Tensor) -> None:
         """Back-propagate one micro-batch, in place of ``accelerator.backward(loss)``.
@@ -205,6 +219,7 @@ class GradientDonor(BridgeJob):
         """
         if not self.accelerator.sync_gradients:
             return self.following
+        self._resting.check()
         window = self.accumulator.close()
         self.accumulator.reduce_unmanaged_(self.parameters.items())
         self.completed_windows += 1
@@ -230,6 +245,25 @@ class GradientDonor(BridgeJob):
         for parameter in self.parameters.values():
             parameter.grad = None  # it is the receiver's now, and not the next window's
         return True
+
+    @torch.no_grad()
+    def end_round(self) -> None:
+        """Exchange ``delta``: hand over what the local steps changed, once all are taken.
+
+        A collective. :meth:`follow` and :meth:`begin_window` call it; call it after the last window
+        of a loop of your own.
+        """
+        local = self._round
+        if local is None or local.num_windows < self.config.local_steps:
+            return
+        self._round = None
+        self._catch_up()
+        changes = local.difference()
+        finite = self.control.agree(all_finite(changes.values()) and local.count > 0)
+        self._published_windows += local.num_windows
+        if self.accelerator.is_main_process and not finite:
+            logger.warning("no finite weights after the local steps: skip")
+        self._publish_payload("delta" if finite else "skip", changes if finite else {}, local)
 
     @property
     def at_receiver_weights(self) -> bool:
@@ -298,7 +332,7 @@ class GradientDonor(BridgeJob):
                 "follow() outside of it"
             )
         if self.config.follows:
-            self._end_round()
+            self.end_round()
         self._vote_to_stop()
         if self.stop_signal:
             self.stop_reason = "it was interrupted"
@@ -369,7 +403,7 @@ class GradientDonor(BridgeJob):
         self._own_published = self.completed_windows
         self._catch_up(grace)
         is_behind = self.config.writes_behind and grace == math.inf
-        weights = self._whole_weights(self._copies if is_behind else None)
+        weights = self._whole_weights(self.shared.weights, self._copies if is_behind else None)
         header = self._header("weights").of_weights("")  # their digest is filled in
         if not is_behind:
             self._persist(lambda: self._own_weights.publish_weights(header, weights), grace)
@@ -428,7 +462,7 @@ class GradientDonor(BridgeJob):
     def _load(self, record: Record) -> None:
         """Take over the receiver's weights and buffers, in place."""
         reshard(self.model)  # after an evaluation it may hold copies of the old ones
-        for name, tensor in self.shared.weights.items():
+        for name, tensor in self.shared.crossing.items():
             tensor.copy_(shard_like(record.tensors[name], tensor))
         is_new_start = self._weights is None or self._weights.attempt != record.header.attempt
         self._weights = record.header
@@ -440,21 +474,6 @@ class GradientDonor(BridgeJob):
         self._is_alone, self.following, self._replacements = False, True, 0
         if self.config.exchange == "delta":
             self._round = LocalRound(self._gradient_parameters(self.head))
-
-    @torch.no_grad()
-    def _end_round(self) -> None:
-        """Exchange ``delta``: hand over what the local steps changed, once all are taken."""
-        local = self._round
-        if local is None or local.num_windows < self.config.local_steps:
-            return
-        self._round = None
-        self._catch_up()
-        changes = local.difference()
-        finite = self.control.agree(all_finite(changes.values()) and local.count > 0)
-        self._published_windows += local.num_windows
-        if self.accelerator.is_main_process and not finite:
-            logger.warning("no finite weights after the local steps: skip")
-        self._publish_payload("delta" if finite else "skip", changes if finite else {}, local)
 
     @torch.no_grad()
     def _publish_window(self, window: Window) -> None:

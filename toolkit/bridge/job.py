@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -38,6 +38,7 @@ from toolkit.bridge.payload import (
 )
 from toolkit.bridge.publisher import Publisher
 from toolkit.bridge.resting import Rest
+from toolkit.bridge.resting_parameters import RestingParameters
 from toolkit.bridge.runs import CHECKPOINT_FILE, attach, read_checkpoint
 from toolkit.bridge.transport import READ_SECONDS, DirectoryTransport
 from toolkit.configuration import check_configuration
@@ -80,7 +81,8 @@ class BridgeJob:
         # Taken here: FSDP2 puts other tensors in their place while a forward needs them whole.
         self.parameters = dict(self.model.named_parameters())
         heads = (head,) if isinstance(head, str) else tuple(head)
-        self.shared = shared_parameters(self.model, backbone, heads)
+        frozen_rest = config.follows and config.frozen == "rest"
+        self.shared = shared_parameters(self.model, backbone, heads, frozen_rest=frozen_rest)
         check_in_optimizer(self.shared.trained, optimizer)
         check_optimizer_within(self.model, optimizer)
         self.control = ControlGroup(accelerator)
@@ -92,6 +94,7 @@ class BridgeJob:
         self.stop_signal = 0
         self._interruption = Interruption()
         self._signer = self._agree_on_key()
+        self._resting = RestingParameters(self.shared)
         self._attach()
         accelerator.register_save_state_pre_hook(self._on_save_state)
         accelerator.register_load_state_pre_hook(self._on_load_state)
@@ -170,7 +173,11 @@ class BridgeJob:
         A teacher may have another shape; whether the receiver can run it shows where it is read.
         """
         schemas = self.shared.schemas()
-        return {part: {} for part in schemas} if self.config.exchange == "distill" else schemas
+        if self.config.exchange == "distill":
+            return {part: {} for part in schemas}
+        for name, digest in self._resting.digests.items():
+            schemas["backbone"][name].append(digest)
+        return schemas
 
     def _class_names(self) -> dict[str, list[str]]:
         stated = self.config.class_names
@@ -191,20 +198,24 @@ class BridgeJob:
 
     def _gradient_parameters(self, head: str) -> dict[str, nn.Parameter]:
         """What a gradient for one head is for: that head, and the backbone if it crosses."""
-        parameters = self.shared.heads[head]
-        return self.shared.backbone | parameters if self.config.scope == "all" else parameters
+        return (
+            self.shared.of_gradient(head) if self.config.scope == "all" else self.shared.heads[head]
+        )
 
     @torch.no_grad()
-    def _whole_weights(self, into: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The present shared weights and buffers, whole, on the CPU; empty but on the main process.
+    def _whole_weights(
+        self, tensors: Mapping[str, Tensor], into: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Shared weights and buffers as they are, whole, on the CPU; empty but on the main process.
 
         A collective where they are sharded.
 
         Args:
+            tensors: which ones.
             into: take a copy, in these tensors of the last call; empty before the first.
         """
         weights = {} if into is None else into
-        for name, tensor in self.shared.weights.items():
+        for name, tensor in tensors.items():
             whole = full_tensor(tensor.detach())
             if not self.accelerator.is_main_process:
                 continue
@@ -424,6 +435,30 @@ class BridgeJob:
                 f"{self.run_dir.name}: give BridgeConfig(resume_from_checkpoint={directory!r})"
             )
         self._load_state(content)
+
+    def save_position(self, directory: Path) -> None:
+        """Write the bridge's position beside a checkpoint that something else has saved.
+
+        ``accelerator.save_state()`` does it by itself. A collective.
+
+        Args:
+            directory: the checkpoint's, which exists; complete but for this.
+
+        Raises:
+            RuntimeError: where :attr:`obstacle_to_saving` has a reason.
+        """
+        self._on_save_state([], [], str(directory))
+
+    def load_position(self, directory: Path) -> None:
+        """Go on from where :meth:`save_position` was called, before the first ``backward()``.
+
+        ``accelerator.load_state()`` does it by itself. A collective. The caller loads weights and
+        optimizer, and has given the directory to ``BridgeConfig(resume_from_checkpoint=...)``.
+
+        Raises:
+            BridgeError: if the bridge has not been saved there, or the run was another one.
+        """
+        self._on_load_state([], str(directory))
 
     # -- the end ----------------------------------------------------------------------------
 

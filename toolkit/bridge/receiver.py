@@ -66,7 +66,8 @@ class GradientReceiver(BridgeJob):
         model: the prepared model, whole or sharded by FSDP2. The donors' heads must not be managed
             by DDP: call ``requires_grad_(False)`` on them before ``prepare``, and give all
             parameters to the optimizer. A parameter of the backbone that does not require a
-            gradient rests: the donors' do not move it either.
+            gradient rests, as the base of LoRA adapters does: it does not cross, and must be equal
+            in all jobs; one that is frozen later crosses, but no donor moves it.
         optimizer: its optimizer, with the shared parameters in its groups.
         config: the settings; by default lockstep in ``runs``.
         backbone: name of the backbone's submodule.
@@ -213,6 +214,7 @@ class GradientReceiver(BridgeJob):
             return
         if self._injected is not None:
             raise RuntimeError("inject() was called twice in this accumulation window")
+        self._resting.check()
         window = self.accumulator.close(self._lessons.sums() if self._lessons else ())
         self.accumulator.reduce_unmanaged_(self.parameters.items())
         takes_gradients = self._outer is None and self.config.exchange != "distill"
@@ -514,7 +516,7 @@ class GradientReceiver(BridgeJob):
         self._catch_up()
         if self._outbox is not None:
             self._outbox.forget()  # the last ones, before these take as much memory
-        weights = self._whole_weights(self._copies)
+        weights = self._whole_weights(self.shared.crossing, self._copies)
         if self._outbox is not None:
             self._outbox.take(self._header("weights", ""), weights)
         self._persist(self._write_step)

@@ -1,0 +1,134 @@
+"""One job with ``transformers.Trainer`` by itself, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.oracle import largest_difference
+
+pytest.importorskip("transformers")
+
+from transformers import Trainer, TrainingArguments
+
+from tests.trainer_case import (
+    BATCH_SIZE,
+    Sequences,
+    TrainerCase,
+    build_dataset,
+    build_model,
+    collate,
+)
+from tests.unit.jobs import reset
+from toolkit import BridgeConfig, BridgeError
+from toolkit.transformers_trainer import DonorTrainer, ReceiverTrainer
+
+pytestmark = pytest.mark.usefixtures("fresh_state")
+
+
+class Built:
+    """A Trainer of some class, and its model."""
+
+    def __init__(self, kind: type, directory: Path, tokens: bool = True, **settings: Any) -> None:
+        reset()
+        case = TrainerCase(tokens=tokens)
+        self.model: Sequences = build_model(case, "h1")
+        own = {
+            "output_dir": str(directory),
+            "per_device_train_batch_size": BATCH_SIZE["h1"],
+            "gradient_accumulation_steps": case.accumulation,
+            "learning_rate": 1e-2,
+            "max_grad_norm": 0.05,
+            "num_train_epochs": 2,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        args = TrainingArguments(**{**own, **settings})
+        bridge = BridgeConfig(
+            runs_dir=directory / "runs", peer_wait=0.1, exchange="gradient", unit="tokens"
+        )
+        further = {} if kind is Trainer else {"bridge": bridge}
+        dataset: Any = build_dataset(case, "h1")
+        self.trainer = kind(self.model, args, collate, dataset, **further)
+
+
+@pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "samples"])
+def test_that_a_receiver_alone_trains_as_the_trainer_does(tmp_path: Path, tokens: bool) -> None:
+    weights = []
+    for kind in (Trainer, ReceiverTrainer):
+        built = Built(kind, tmp_path, tokens)
+        built.trainer.train()
+        weights.append(dict(built.model.state_dict()))
+    assert largest_difference(*weights) <= 1e-12
+    start = build_model(TrainerCase(tokens=tokens), "h1").state_dict()
+    assert largest_difference(weights[1], dict(start)) > 1e-2
+    assert torch.equal(weights[1]["heads.h2.weight"], start["heads.h2.weight"])
+
+
+def test_that_the_optimizer_has_the_donors_head_and_ddp_does_not(tmp_path: Path) -> None:
+    built = Built(ReceiverTrainer, tmp_path)
+    optimizer = built.trainer.create_optimizer()
+    in_groups = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for parameter in built.model.heads["h2"].parameters():
+        assert id(parameter) in in_groups
+        assert not parameter.requires_grad
+
+
+def test_that_the_bridge_begins_with_train(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"begins with train\(\)"):
+        _ = Built(ReceiverTrainer, tmp_path).trainer.receiver
+
+
+def test_that_an_error_leaves_the_stream_open_for_a_resume(tmp_path: Path) -> None:
+    trainer = Built(ReceiverTrainer, tmp_path).trainer
+    trainer.create_scheduler = None  # fails before the bridge begins
+    with pytest.raises(TypeError):
+        trainer.train()
+    built = Built(ReceiverTrainer, tmp_path)
+    built.trainer.compute_loss = None  # fails in the first step
+    with pytest.raises(TypeError):
+        built.trainer.train()
+    receiver = built.trainer.receiver
+    headers = [
+        receiver.transport.read_header("receiver", sequence).kind
+        for sequence in receiver.transport.sequences("receiver")
+    ]
+    assert "end" not in headers
+
+
+@pytest.mark.parametrize("kind", [ReceiverTrainer, DonorTrainer])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"optim": "galore_adamw_layerwise"}, "steps within backward"),
+    ],
+)
+def test_what_is_refused(
+    tmp_path: Path, kind: type, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Built(kind, tmp_path, **settings)
+
+
+def test_that_a_search_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="hyperparameter search"):
+        Built(ReceiverTrainer, tmp_path).trainer.train(trial=object())
+
+
+def test_that_a_checkpoint_without_the_bridge_is_refused(tmp_path: Path) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
+    Built(Trainer, tmp_path, **saving).trainer.train()
+    with pytest.raises(BridgeError, match="no complete checkpoint of a bridged job"):
+        Built(ReceiverTrainer, tmp_path, **saving).trainer.train(resume_from_checkpoint=True)
+
+
+def test_that_a_checkpoint_without_optimizer_has_no_position(tmp_path: Path) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "save_only_model": True}
+    Built(ReceiverTrainer, tmp_path, **saving).trainer.train()
+    assert list((tmp_path / "checkpoint-4").iterdir())
+    assert not (tmp_path / "checkpoint-4" / "gradient_bridge.json").exists()

@@ -4,11 +4,12 @@
     python recipes/benchmark.py rotograd
     python recipes/benchmark.py exchanges --task overlap --plot exchanges.png
     python recipes/benchmark.py bridge --plot bridge.png
+    python recipes/benchmark.py traffic --parameters 1e9
 
 The variants of the first two run side by side in one process and on one thread, interleaved, so
-that a busy machine slows them alike; what counts is the ratio of their medians. The others launch
-real donors and receivers; the last compares, interleaved too, what the bridge adds to their steps
-with moving the same bytes by hand.
+that a busy machine slows them alike; what counts is the ratio of their medians. The next two launch
+real donors and receivers; ``bridge`` compares, interleaved too, what the bridge adds to their steps
+with moving the same bytes by hand. ``traffic`` only calculates.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from toolkit.benchmarks.exchanges.measure import measure_exchanges
 from toolkit.benchmarks.exchanges.rows import ROWS
 from toolkit.benchmarks.isolation import measure_isolation
 from toolkit.benchmarks.rotograd import NETWORKS, NUM_TASKS, SIZES, measure_rotograd
+from toolkit.benchmarks.traffic import measure_traffic
 from toolkit.bundled import TASKS
 from toolkit.flag_types import DefaultsFormatter, positive_float, positive_int
 from toolkit.training import clean_errors
@@ -112,6 +114,17 @@ def parse_arguments() -> argparse.Namespace:
     add("--plot", type=Path, help="write a picture (PNG) here; needs matplotlib")
     add("--runs_dir", type=Path, default=Path("runs"), help="on the disk that is measured")
     bridge.set_defaults(measure=measure_bridge)
+    traffic = commands.add_parser(
+        "traffic",
+        parents=[common],
+        help="bytes and round trips per step of every exchange, by arithmetic",
+        description="Nothing is measured: what crosses the disk in each step, for a model's size.",
+        formatter_class=DefaultsFormatter,
+    )
+    add = traffic.add_argument
+    add("--parameters", type=positive_float, default=1e9, help="of the backbone")
+    add("--head_parameters", type=positive_float, default=1e6, help="of the donor's head")
+    traffic.set_defaults(measure=measure_traffic)
     args = parser.parse_args()
     for name in ("output", "plot"):
         path = getattr(args, name, None)

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -143,6 +144,12 @@ class Launcher:
         self.jobs.append(job)
         return job
 
+    def start(self, name: str, command: Sequence[str], **how: Any) -> Job:
+        """:func:`start`, with a log file in ``directory``."""
+        log = self.directory / f"job-{len(self.jobs)}-{name}.log"
+        self.jobs.append(start(name, command, log=log, **how))
+        return self.jobs[-1]
+
     def __enter__(self) -> Launcher:
         return self
 
@@ -180,7 +187,6 @@ def launch(
         config: the launcher's configuration for more than one rank.
         options: further ones of the launcher.
     """
-    mark = uuid.uuid4().hex
     if num_processes == 1:
         launcher = ["--cpu", "--num_processes", "1"]
     else:
@@ -188,6 +194,20 @@ def launch(
         launcher = ["--config_file", str(config), "--num_processes", str(num_processes)]
     launcher += map(str, options)
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(script)]
+    name = f"{Path(script).name} ({num_processes} ranks)"
+    return start(name, [*command, *map(str, args)], log=log, env=env, cwd=cwd)
+
+
+def start(
+    name: str,
+    command: Sequence[str],
+    *,
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Job:
+    """Start a command that launches a job on the CPU, and return at once; see :func:`launch`."""
+    mark = uuid.uuid4().hex
     search_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
@@ -202,7 +222,7 @@ def launch(
     }
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [*command, *map(str, args)],
+            command,
             cwd=cwd or ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -210,7 +230,7 @@ def launch(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Job(f"{Path(script).name} ({num_processes} ranks)", process, mark, log)
+    return Job(name, process, mark, log)
 
 
 def _mark_of(process: psutil.Process) -> str | None:

@@ -1,12 +1,18 @@
-"""A job over two hosts, one of which is cut off from the other."""
+"""Jobs over two hosts, whole and with one of them cut off from the other."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import pytest
 
 from tests.faults.namespaces import two_hosts
 from tests.faults.running import NUM_STEPS, FaultyRecipes, Role, await_end
-from tests.recipes.running import TIMEOUT
+from tests.launching import Launcher
+from tests.recipes.running import TIMEOUT, Recipes
+from tests.recipes.test_slurm import check_equal_to_joint
+from tests.slurm import Cluster
 
 pytestmark = pytest.mark.faults
 
@@ -53,3 +59,16 @@ def test_a_host_that_is_cut_off_ends_its_job_and_not_the_other(
         assert 0 < results["steps_alone"] == NUM_STEPS - recipes.check_ledger()["applied"]
     else:
         assert results["windows_alone"] > 0
+
+
+def test_that_the_slurm_script_trains_over_two_hosts(launcher: Launcher, tmp_path: Path) -> None:
+    with two_hosts() as hosts:
+        entrances = [
+            [
+                *("nsenter", f"--net=/proc/{os.getpid()}/fd/{host.namespace}"),
+                *("env", f"GLOO_SOCKET_IFNAME={host.interface}"),
+            ]
+            for host in hosts
+        ]
+        cluster = Cluster(tmp_path, launcher, [host.address for host in hosts], entrances)
+        check_equal_to_joint(Recipes(launcher, tmp_path), cluster)

@@ -127,6 +127,7 @@ def test_that_blindness_and_fullness_are_obstacles() -> None:
     ("place", "note"),
     [
         ({"file_system": "nfs4"}, "lookupcache=positive"),
+        ({"file_system": "nfs", "mount_options": ["soft", "lookupcache=pos"]}, "mount it hard"),
         ({"file_system": "tmpfs"}, "memory of this host"),
         ({"others_may_write": True, "mode": "757"}, "every user may write in runs (mode 757)"),
         ({"group_may_write": True}, "its group may write in runs"),

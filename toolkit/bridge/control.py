@@ -20,6 +20,10 @@ T = TypeVar("T")
 
 SLICE_SECONDS = 5.0  # the other ranks stand in a broadcast at most this long at a time
 
+# Groups that were left, which torch 2.6 must not delete yet: it would wait for a group's threads
+# without letting go of Python's lock, which one of them may need to delete a tensor first.
+_LEFT: list[dist.ProcessGroup] = []
+
 
 class ControlGroup:
     """Decisions and small sums over the ranks of one job.
@@ -99,6 +103,7 @@ class ControlGroup:
         if self._group is not None:
             dist.barrier(self._group)
             dist.destroy_process_group(self._group)
+            _LEFT.append(self._group)
             self._group = None
 
     def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:

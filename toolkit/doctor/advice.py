@@ -147,6 +147,11 @@ def _notes(directory: Path, place: Place, costs: Costs) -> list[str]:
             "NFS lets a host believe for up to a minute that a new file is not there: mount with "
             "lookupcache=positive where two hosts are to train in lockstep"
         )
+    if kind.startswith("nfs") and {"soft", "softerr"} & {*place.mount_options}:
+        found.append(
+            "NFS that is mounted soft gives up on a slow server, and what was being written is "
+            "lost: mount it hard"
+        )
     if kind in ("tmpfs", "ramfs"):
         found.append(f"{kind} is memory of this host: no other host sees it, and a reboot ends it")
     if place.others_may_write or place.group_may_write:

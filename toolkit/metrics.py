@@ -147,6 +147,13 @@ class PatientTensorBoard(TensorBoardTracker):
             self.writer, self._next_try = None, time.monotonic() + RETRY_SECONDS
 
     @on_main_process
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Record images (N, C, H, W), unless the disk fails."""
+        if self.writer is not None:
+            with _saying_what_is_lost():
+                super().log_images(values, step, **kwargs)
+
+    @on_main_process
     def flush(self) -> None:
         """Give to the system what was recorded."""
         if self.writer is not None:

@@ -65,9 +65,11 @@ def start_tracking(
     accelerator.project_configuration.logging_dir = str(output_dir.parent)
     surroundings = {"num_processes": accelerator.num_processes, **environment(accelerator)}
     name = f"{output_dir.parent.name}-{output_dir.name}"
-    texts = {"configuration": settings_table(config) + "\n\n" + settings_table(surroundings)}
+    texts = {
+        "configuration/settings": settings_table(config) + "\n\n" + settings_table(surroundings)
+    }
     if bridge is not None:
-        texts["exchange"] = exchange_table(bridge.shared, bridge.config)
+        texts["configuration/exchange"] = exchange_table(bridge.shared, bridge.config)
     charts = CHARTS if bridge is None else BRIDGE_CHARTS
     boards = [
         PatientTensorBoard(output_dir.name, output_dir.parent, charts, texts)

@@ -94,7 +94,7 @@ def test_both_jobs_overlay_in_tensorboard(recipes: Recipes) -> None:
         assert any(shares)
     applied = [event.value for event in receiver.Scalars("fates/applied donor [payloads]")]
     assert applied == [1, 2, 3, 4, 5, 6, 6], "after each step, and with the results"
-    assert "configuration/text_summary" in receiver.Tags()["tensors"]
+    assert "configuration/settings/text_summary" in receiver.Tags()["tensors"]
 
 
 @pytest.mark.faults

@@ -70,7 +70,7 @@ def test_that_curves_begin_once_the_disk_lets_them(
 
     found = EventAccumulator(str(tmp_path / "job")).Reload()
     assert [event.value for event in found.Scalars("loss")] == [3.0]
-    assert "configuration/text_summary" in found.Tags()["tensors"]
+    assert "configuration/settings/text_summary" in found.Tags()["tensors"]
 
 
 def test_what_tensorboard_gets_beside_curves(tmp_path: Path, fresh_state: None) -> None:
@@ -97,11 +97,11 @@ def test_what_tensorboard_gets_beside_curves(tmp_path: Path, fresh_state: None) 
             for event in found.Tensors(f"{tag}/text_summary")
         ]
 
-    ((_, configuration),) = text("configuration")
+    ((_, configuration),) = text("configuration/settings")
     assert "| `lr` | `0.1` |" in configuration
     assert "Not set: `clip`" in configuration
     assert f"| `torch` | `{torch.__version__}` |" in configuration
-    ((_, exchange),) = text("exchange")
+    ((_, exchange),) = text("configuration/exchange")
     assert exchange.startswith("Exchange `gradient`: ")
     (_, first), (last_step, last) = text("events")
     assert "| 1 | rejected donor (payloads) | 0 | 1 |" in first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_the_hyperparameters_that_differ_and_the_last_values(
     accuracies = recipes.results("0001", "receiver")["accuracies (%)"]
     assert accuracies.keys() == {"h1", "h2"}
     for value in (STEPS, DONATED, *accuracies.values()):
-        wait_until(lambda value=value: shows(page, value), f"{value} on the page")
+        wait_until(functools.partial(shows, page, value), f"{value} on the page")
 
 
 def test_the_texts(page: Page, board: str) -> None:

@@ -22,7 +22,9 @@ from toolkit.flag_types import (
 )
 from toolkit.optimizers import optimizer_arguments, rate_arguments
 
-TRACKERS = (*sorted(str(kind) for kind in LoggerType if kind != LoggerType.ALL), "none")
+# Accelerate's. MLflow refuses names with a unit in parentheses.
+_NO_TRACKERS = (LoggerType.ALL, LoggerType.MLFLOW)
+TRACKERS = (*sorted(str(kind) for kind in LoggerType if kind not in _NO_TRACKERS), "none")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 _TASK_HELP = {
     "digits": "'digits': h1 tells the digit and has few labels, h2 a pair of digits, h3 whether "
@@ -219,7 +221,7 @@ def output_arguments() -> argparse.ArgumentParser:
         "--report_to",
         choices=TRACKERS,
         default="tensorboard",
-        help="where metrics go: any of Accelerate's trackers whose package is installed",
+        help="where metrics go: one of Accelerate's trackers whose package is installed",
     )
     return parser
 

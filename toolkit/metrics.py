@@ -39,7 +39,7 @@ RETRY_SECONDS = 5.0  # from a failure of TensorBoard's disk to the next file
 _BRACKETS = str.maketrans("()", "[]")
 PROJECT = "gradient-bridge"  # of trackers other than TensorBoard
 # What they call a run's name; the others choose one.
-NAME_ARGUMENTS = {"mlflow": "run_name", "trackio": "name", "wandb": "name"}
+NAME_ARGUMENTS = {"trackio": "name", "wandb": "name"}
 
 
 def start_tracking(

@@ -64,16 +64,14 @@ def test_both_jobs_overlay_in_tensorboard(recipes: Recipes) -> None:
     donor, receiver = (
         EventAccumulator(str(recipes.path("0001", role))).Reload() for role in ("donor", "receiver")
     )
-    assert set(receiver.Tags()["scalars"]) == {
+    tags = set(receiver.Tags()["scalars"])
+    assert tags - {"fates/pending donor [payloads]"} == {  # one, if the donor was quick
         "accuracy/h1 [%]", "accuracy/h2 [%]", "bridge/payload donor [MiB]",
         "bridge/samples donor [samples]", "bridge/samples own [samples]",
         "bridge/staleness donor [receiver steps]", "bridge/wait [% of the step]", "bridge/wait [s]",
         "events/alarms donor [alarms]", "events/donor present [0 or 1]",
-        "events/teacher heads.h2 [0 or 1]", "fates/alien donor [payloads]",
-        "fates/applied donor [payloads]", "fates/dropped donor [payloads]",
-        "fates/pending donor [payloads]", "fates/published donor [payloads]",
-        "fates/rejected donor [payloads]", "fates/skipped donor [payloads]",
-        "gradient/cosine own donor [backbone]",
+        "events/teacher heads.h2 [0 or 1]", "fates/applied donor [payloads]",
+        "fates/published donor [payloads]", "gradient/cosine own donor [backbone]",
         "gradient/donor norm", "gradient/multiplier donor [factor]",
         "gradient/n_r over n_d donor [ratio]", "gradient/own norm", "loss/donor [per sample]",
         "loss/own [per sample]", "train/learning rate",

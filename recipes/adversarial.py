@@ -37,7 +37,7 @@ from toolkit.flag_types import (
     positive_float,
 )
 from toolkit.isolation import CutPoint, backward_for, check_disjoint, no_leak, one_loss_scale
-from toolkit.metrics import image_grid, start_tracking
+from toolkit.metrics import PatientTensorBoard, image_grid, start_tracking
 from toolkit.models import ConditionalPerceptron
 from toolkit.training import (
     banner,
@@ -140,7 +140,8 @@ def evaluate(accelerator: Accelerator, generator: nn.Module, step: int) -> float
     """Record the drawings of this step; the percentage that is recognised. No collective."""
     grid, recognised = draw(accelerator.unwrap_model(generator), accelerator.device)
     for tracker in accelerator.trackers:
-        tracker.log_images({"generated digits": grid[None]}, step=step)
+        if isinstance(tracker, PatientTensorBoard):  # each kind takes images in a form of its own
+            tracker.log_images({"generated digits": grid[None]}, step=step)
     accelerator.log({"recognised (%)": recognised}, step=step)
     return recognised
 

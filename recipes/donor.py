@@ -47,6 +47,7 @@ from toolkit.data import HEADS, in_memory, take_shard, to_dtype
 from toolkit.flag_types import DefaultsFormatter, shard
 from toolkit.metrics import start_tracking
 from toolkit.optimizers import build_optimizer, build_scheduler, parameter_groups
+from toolkit.pictures import record_predictions
 from toolkit.silos import load_data
 from toolkit.training import (
     banner,
@@ -225,6 +226,8 @@ def main() -> None:
         accelerator.end_training()
         sys.exit(128 + donor.stop_signal)
     accuracies = measure()
+    step = donor.receiver_step - donor.at_receiver_weights
+    record_predictions(accelerator, model, task, [args.head], step)
     results = {
         "recipe": "donor",
         "accuracies (%)": accuracies,

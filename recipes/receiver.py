@@ -46,6 +46,7 @@ from toolkit.optimizers import (
     learning_rates,
     parameter_groups,
 )
+from toolkit.pictures import record_predictions
 from toolkit.provenance import provenance
 from toolkit.silos import load_data
 from toolkit.training import (
@@ -228,8 +229,7 @@ def main() -> None:
                     metrics = receiver.metrics | learning_rates(scheduler)
                     scheduler.step()
                     if step % args.eval_steps == 0 or step == max_train_steps:
-                        accuracies = measure()
-                        metrics |= {f"accuracy/{head} (%)": a for head, a in accuracies.items()}
+                        metrics |= {f"accuracy/{head} (%)": a for head, a in measure().items()}
                     accelerator.log(metrics, step=step)
                     progress.update()
                     if checkpointing_steps and step % checkpointing_steps == 0:
@@ -246,6 +246,7 @@ def main() -> None:
         accelerator.end_training()
         sys.exit(128 + receiver.stop_signal)
     accuracies = measure()
+    record_predictions(accelerator, model, task, heads, receiver.completed_steps)
     state = final_weights(accelerator, model)
     results = {
         "recipe": "receiver",

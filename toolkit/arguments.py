@@ -9,6 +9,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
 from toolkit.bundled import TASKS
 from toolkit.data import HEADS
 from toolkit.flag_types import (
@@ -19,6 +22,9 @@ from toolkit.flag_types import (
 )
 from toolkit.optimizers import optimizer_arguments, rate_arguments
 
+# Accelerate's. MLflow refuses names with a unit in parentheses.
+_NO_TRACKERS = (LoggerType.ALL, LoggerType.MLFLOW)
+TRACKERS = (*sorted(str(kind) for kind in LoggerType if kind not in _NO_TRACKERS), "none")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 _TASK_HELP = {
     "digits": "'digits': h1 tells the digit and has few labels, h2 a pair of digits, h3 whether "
@@ -213,9 +219,9 @@ def output_arguments() -> argparse.ArgumentParser:
     )
     add(
         "--report_to",
-        choices=("tensorboard", "none"),
+        choices=TRACKERS,
         default="tensorboard",
-        help="where metrics go",
+        help="where metrics go: one of Accelerate's trackers whose package is installed",
     )
     return parser
 
@@ -227,6 +233,8 @@ def check_output_arguments(parser: argparse.ArgumentParser, args: argparse.Names
         parser: for the error.
         args: what it parsed; ``report_to`` becomes ``none`` without tracking.
     """
+    if args.report_to not in ("none", *map(str, get_available_trackers())):
+        parser.error(f"--report_to {args.report_to}: its package is not installed")
     if args.checkpoints_total_limit is not None and args.checkpointing_steps is None:
         parser.error("--checkpoints_total_limit needs --checkpointing_steps")
     if not args.with_tracking:

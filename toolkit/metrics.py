@@ -39,7 +39,7 @@ RETRY_SECONDS = 5.0  # from a failure of TensorBoard's disk to the next file
 _BRACKETS = str.maketrans("()", "[]")
 PROJECT = "gradient-bridge"  # of trackers other than TensorBoard
 # What they call a run's name; the others choose one.
-NAME_ARGUMENTS = {"mlflow": "run_name", "trackio": "name", "wandb": "name"}
+NAME_ARGUMENTS = {"trackio": "name", "wandb": "name"}
 
 
 def start_tracking(
@@ -65,9 +65,11 @@ def start_tracking(
     accelerator.project_configuration.logging_dir = str(output_dir.parent)
     surroundings = {"num_processes": accelerator.num_processes, **environment(accelerator)}
     name = f"{output_dir.parent.name}-{output_dir.name}"
-    texts = {"configuration": settings_table(config) + "\n\n" + settings_table(surroundings)}
+    texts = {
+        "configuration/settings": settings_table(config) + "\n\n" + settings_table(surroundings)
+    }
     if bridge is not None:
-        texts["exchange"] = exchange_table(bridge.shared, bridge.config)
+        texts["configuration/exchange"] = exchange_table(bridge.shared, bridge.config)
     charts = CHARTS if bridge is None else BRIDGE_CHARTS
     boards = [
         PatientTensorBoard(output_dir.name, output_dir.parent, charts, texts)
@@ -145,6 +147,13 @@ class PatientTensorBoard(TensorBoardTracker):
         except OSError as error:
             logger.warning("TensorBoard's curves have a gap at step %s: %s", step, error)
             self.writer, self._next_try = None, time.monotonic() + RETRY_SECONDS
+
+    @on_main_process
+    def log_images(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        """Record images (N, C, H, W), unless the disk fails."""
+        if self.writer is not None:
+            with _saying_what_is_lost():
+                super().log_images(values, step, **kwargs)
 
     @on_main_process
     def flush(self) -> None:

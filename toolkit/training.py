@@ -128,7 +128,7 @@ def record_fates(
     for donor, fates in fates_by_donor.items():
         counts = ", ".join(f"{count} {fate}" for fate, count in fates.items())
         logger.info("payloads of the %s: %s", donor, counts)
-        tags = {f"fates/{fate} {donor} (payloads)": count for fate, count in fates.items()}
+        tags = {f"fates/{fate} {donor} (payloads)": n for fate, n in fates.items() if n}
         accelerator.log(tags, step=step)
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType, ProjectConfiguration
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from tests.unit.full_disk import no_file_above
+from tests.unit.jobs import ReceiverAlone
 from toolkit import metrics, patience
+from toolkit.dashboard import BRIDGE_CHARTS
 from toolkit.metrics import PatientTensorBoard, image_grid, start_tracking
 
 
@@ -64,7 +70,91 @@ def test_that_curves_begin_once_the_disk_lets_them(
 
     found = EventAccumulator(str(tmp_path / "job")).Reload()
     assert [event.value for event in found.Scalars("loss")] == [3.0]
-    assert "configuration/text_summary" in found.Tags()["tensors"]
+    assert "configuration/settings/text_summary" in found.Tags()["tensors"]
+
+
+def test_what_tensorboard_gets_beside_curves(tmp_path: Path, fresh_state: None) -> None:
+    job = ReceiverAlone(tmp_path / "runs", exchange="gradient")
+    job.accelerator.log_with = [LoggerType.TENSORBOARD]
+    directory = tmp_path / "runs" / "0001" / "receiver"
+    settings = {"lr": 0.1, "clip": None, "runs_dir": tmp_path}
+    start_tracking(job.accelerator, directory, settings, job.receiver)
+    for step in (1, 2, 3):
+        events = {"events/donor present (0 or 1)": 1.0, "fates/rejected donor (payloads)": step}
+        job.accelerator.log({"loss/own (per sample)": 2.0, **events}, step=step)
+    job.accelerator.end_training()
+    job.receiver.close()
+
+    found = EventAccumulator(str(directory)).Reload()
+    tags = found.Tags()
+    assert set(tags["scalars"]) == {
+        "loss/own [per sample]", "fates/rejected donor [payloads]", "events/donor present [0 or 1]",
+    }  # fmt: skip
+
+    def text(tag: str) -> list[tuple[int, str]]:
+        return [
+            (event.step, event.tensor_proto.string_val[0].decode())
+            for event in found.Tensors(f"{tag}/text_summary")
+        ]
+
+    ((_, configuration),) = text("configuration/settings")
+    assert "| `lr` | `0.1` |" in configuration
+    assert "Not set: `clip`" in configuration
+    assert f"| `torch` | `{torch.__version__}` |" in configuration
+    ((_, exchange),) = text("configuration/exchange")
+    assert exchange.startswith("Exchange `gradient`: ")
+    (_, first), (last_step, last) = text("events")
+    assert "| 1 | rejected donor (payloads) | 0 | 1 |" in first
+    assert last_step == 3
+    assert last.splitlines()[2:] == [
+        "| 1 | donor present (0 or 1) | 0 | 1 |",
+        "| 1 to 3 | rejected donor (payloads) | 0 | 3 |",
+    ]
+
+    (session,) = found.PluginTagToContent("hparams").values()
+    values = HParamsPluginData.FromString(session).session_start_info.hparams
+    assert values["lr"].number_value == 0.1
+    assert values["clip"].string_value == "None"
+    assert "runs_dir" not in values
+    (layout_tag,) = found.PluginTagToContent("custom_scalars")
+    (event,) = found.Tensors(layout_tag)
+    (category,) = Layout.FromString(event.tensor_proto.string_val[0]).category
+    assert [chart.title for chart in category.chart] == list(BRIDGE_CHARTS)
+    patterns = [chart.multiline.tag for chart in category.chart]
+    assert patterns == [[pattern] for pattern in BRIDGE_CHARTS.values()]
+
+
+class Tracker(GeneralTracker):
+    """Another of Accelerate's kind, which keeps what it gets."""
+
+    name = "kept"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.configuration: dict[str, Any] = {}
+        self.values: list[tuple[int | None, dict[str, Any]]] = []
+
+    @property
+    def tracker(self) -> Tracker:
+        return self
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.configuration = values
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self.values.append((step, values))
+
+
+def test_that_another_tracker_gets_what_is_logged(tmp_path: Path, fresh_state: None) -> None:
+    tracker = Tracker()
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    start_tracking(accelerator, tmp_path / "job", {"lr": 0.1, "clip": None, "at": tmp_path})
+    accelerator.log({"loss/own (per sample)": 3.0}, step=1)
+    accelerator.end_training()
+    assert tracker.configuration == {"lr": 0.1, "clip": None, "at": str(tmp_path)}
+    assert tracker.values == [(1, {"loss/own (per sample)": 3.0})]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_that_a_grid_keeps_rows_and_columns() -> None:

@@ -424,7 +424,8 @@ class GradientReceiver(BridgeJob):
             self.metrics |= self._donors.event_metrics()
             for donor in self._donors.names:
                 for fate, count in self.ledger.counts(donor).items():
-                    self.metrics[f"fates/{fate} {donor} (payloads)"] = float(count)
+                    if count:  # TensorBoard's axis leaves out what is far from many zeros
+                        self.metrics[f"fates/{fate} {donor} (payloads)"] = float(count)
         self.steps_alone += 0 if applied else num_steps
         self._ages[0] += sum(verdict.staleness for verdict in applied)
         self._ages[1] += len(applied)

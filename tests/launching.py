@@ -127,6 +127,7 @@ class Launcher:
         log: Path | None = None,
         config: Path = CPU_CONFIG,
         options: Sequence[object] = (),
+        plainly: bool = False,
     ) -> Job:
         """``launch``, with a log file in ``directory`` unless ``log`` is given."""
         log = log or self.directory / f"job-{len(self.jobs)}-{Path(script).stem}.log"
@@ -139,6 +140,7 @@ class Launcher:
             log=log,
             config=config,
             options=options,
+            plainly=plainly,
         )
         self.jobs.append(job)
         return job
@@ -165,6 +167,7 @@ def launch(
     cwd: Path | None = None,
     config: Path = CPU_CONFIG,
     options: Sequence[object] = (),
+    plainly: bool = False,
 ) -> Job:
     """Start ``script`` on the CPU under ``accelerate launch`` and return at once.
 
@@ -179,6 +182,7 @@ def launch(
         cwd: the working directory; the repository root by default.
         config: the launcher's configuration for more than one rank.
         options: further ones of the launcher.
+        plainly: without ``accelerate launch``: one rank by ``python``, several by ``torchrun``.
     """
     mark = uuid.uuid4().hex
     if num_processes == 1:
@@ -188,6 +192,10 @@ def launch(
         launcher = ["--config_file", str(config), "--num_processes", str(num_processes)]
     launcher += map(str, options)
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(script)]
+    if plainly:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        ranks = [*torchrun, str(num_processes)] if num_processes > 1 else []
+        command = [sys.executable, *ranks, str(script)]
     search_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,

@@ -105,9 +105,11 @@ def parse_arguments() -> argparse.Namespace:
     check_arguments(parser, args)
     args.heads = list(dict.fromkeys([HEADS[0], *args.donors]))
     check_method_arguments(parser, args, len(PAIR_TASKS if args.task == PAIR else args.heads))
-    for name in ("dataset_name", *OF_TWO_JOBS):
+    for name in ("dataset_name", "model_name_or_path", *OF_TWO_JOBS):
         if args.task == PAIR and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} is about two jobs' data or heads; --task {PAIR} has others")
+            parser.error(
+                f"--{name} is about two jobs' data, backbone or heads; --task {PAIR} has others"
+            )
     if (args.dataset_name is None) != (args.donor_dataset_name is None):
         parser.error("give both --dataset_name (labels for h1) and --donor_dataset_name (h2)")
     if args.donor_dataset_name is not None and len(args.heads) > 2:

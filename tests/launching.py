@@ -128,6 +128,7 @@ class Launcher:
         log: Path | None = None,
         config: Path = CPU_CONFIG,
         options: Sequence[object] = (),
+        plainly: bool = False,
     ) -> Job:
         """``launch``, with a log file in ``directory`` unless ``log`` is given."""
         log = log or self.directory / f"job-{len(self.jobs)}-{Path(script).stem}.log"
@@ -140,6 +141,7 @@ class Launcher:
             log=log,
             config=config,
             options=options,
+            plainly=plainly,
         )
         self.jobs.append(job)
         return job
@@ -172,6 +174,7 @@ def launch(
     cwd: Path | None = None,
     config: Path = CPU_CONFIG,
     options: Sequence[object] = (),
+    plainly: bool = False,
 ) -> Job:
     """Start ``script`` on the CPU under ``accelerate launch`` and return at once.
 
@@ -186,6 +189,7 @@ def launch(
         cwd: the working directory; the repository root by default.
         config: the launcher's configuration for more than one rank.
         options: further ones of the launcher.
+        plainly: without ``accelerate launch``: one rank by ``python``, several by ``torchrun``.
     """
     if num_processes == 1:
         launcher = ["--cpu", "--num_processes", "1"]
@@ -194,6 +198,10 @@ def launch(
         launcher = ["--config_file", str(config), "--num_processes", str(num_processes)]
     launcher += map(str, options)
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(script)]
+    if plainly:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        ranks = [*torchrun, str(num_processes)] if num_processes > 1 else []
+        command = [sys.executable, *ranks, str(script)]
     name = f"{Path(script).name} ({num_processes} ranks)"
     return start(name, [*command, *map(str, args)], log=log, env=env, cwd=cwd)
 

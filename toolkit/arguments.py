@@ -56,6 +56,12 @@ def data_arguments(tasks: Sequence[str] = TASKS) -> argparse.ArgumentParser:
         help="this job's own images and labels in place of a bundled task: a hub id, a parquet, "
         "arrow, csv or json file, or a directory (save_to_disk, image folder); needs --num_classes",
     )
+    group.add_argument(
+        "--model_name_or_path",
+        help="a pretrained backbone for images in place of the small one, by transformers: a hub "
+        "id, or a directory of save_pretrained; the same in both jobs. It may need --dataset_name "
+        "and an --image_shape",
+    )
     group.add_argument("--dataset_config_name", help="configuration of the data set, if it has any")
     group.add_argument("--dataset_split", default="train", help="rows to train on")
     group.add_argument(

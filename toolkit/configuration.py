@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
@@ -43,6 +44,7 @@ def check_configuration(
         ValueError: naming the setting, the reason and the remedy.
     """
     _check_launch()
+    _check_num_processes(accelerator)
     kind = accelerator.distributed_type
     for variable, (name, requested) in _REQUESTS.items():
         if os.environ.get(variable, "").lower() in ("1", "true") and kind != requested:
@@ -107,6 +109,16 @@ def _check_launch() -> None:
             "Configure distributed_type: MULTI_GPU, with use_cpu: true on the CPU "
             "(accelerate_configs/cpu_2proc.yaml); for one process say num_processes: 1, and unset "
             "MASTER_PORT if your shell sets it"
+        )
+
+
+def _check_num_processes(accelerator: Accelerator) -> None:
+    """Notice ranks that each believe to be alone, as ``Accelerator()`` does on CPUs."""
+    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if world_size > 1 and accelerator.num_processes == 1:
+        raise ValueError(
+            f"torch.distributed has {world_size} processes, and Accelerate takes each for the only "
+            "one, as it does without GPUs: make it by Accelerator(cpu=True)"
         )
 
 

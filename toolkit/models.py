@@ -93,9 +93,9 @@ def build_model(
     _, height, width = image_shape
     if min(height, width) < _GRID:
         raise ValueError(f"image_shape is {image_shape}; height and width must be at least {_GRID}")
-    backbone = _seeded(seed, "backbone", partial(_build_backbone, image_shape))
+    backbone = seeded(seed, "backbone", partial(_build_backbone, image_shape))
     heads = {
-        name: _seeded(seed, f"heads.{name}", partial(nn.Linear, NUM_FEATURES, size))
+        name: seeded(seed, f"heads.{name}", partial(nn.Linear, NUM_FEATURES, size))
         for name, size in num_classes.items()
     }
     return MultiHeadModel(backbone, heads)
@@ -113,9 +113,9 @@ def build_lenet(
         out_features: by head.
         seed: of the initial weights.
     """
-    backbone = _seeded(seed, "backbone", partial(_build_lenet_backbone, image_shape))
+    backbone = seeded(seed, "backbone", partial(_build_lenet_backbone, image_shape))
     heads = {
-        name: _seeded(seed, f"heads.{name}", partial(nn.Linear, _NUM_LENET_FEATURES, size))
+        name: seeded(seed, f"heads.{name}", partial(nn.Linear, _NUM_LENET_FEATURES, size))
         for name, size in out_features.items()
     }
     return MultiHeadModel(backbone, heads)
@@ -160,10 +160,10 @@ def build_text_model(
     """
     build_backbone = partial(_build_text_backbone, num_tokens, max_length)
     heads = {
-        name: _seeded(seed, f"heads.{name}", partial(nn.Linear, _WIDTH, size))
+        name: seeded(seed, f"heads.{name}", partial(nn.Linear, _WIDTH, size))
         for name, size in num_classes.items()
     }
-    return MultiHeadModel(_seeded(seed, "backbone", build_backbone), heads)
+    return MultiHeadModel(seeded(seed, "backbone", build_backbone), heads)
 
 
 def _build_text_backbone(num_tokens: int, max_length: int) -> nn.Module:
@@ -220,7 +220,7 @@ def _build_backbone(image_shape: tuple[int, int, int]) -> nn.Module:
     )
 
 
-def _seeded(seed: int, part: str, build: Callable[[], nn.Module]) -> nn.Module:
+def seeded(seed: int, part: str, build: Callable[[], nn.Module]) -> nn.Module:
     """Build one part of a model from a random seed of its own, on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(f"{seed} {part}".encode()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from toolkit.bundled import load_task
 from toolkit.data import HEADS, NO_LABEL, FloatArray, Task, check_labels, make_dataset
 from toolkit.models import build_model
+from toolkit.pretrained import with_pretrained_backbone
 
 # What `load_dataset` calls the format of a single file, by suffix.
 _FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
@@ -49,15 +51,26 @@ class SiloSource:
 def load_data(args: argparse.Namespace, *heads: str) -> Task:
     """What the parsed flags of ``data_arguments()`` ask for: a bundled task, or own data.
 
+    And a pretrained backbone, in place of the task's own.
+
     Args:
         args: also with ``seed``; for two heads, with the ``donor_`` flags of ``recipes/joint.py``.
         heads: whose labels this job has; the second one's data are the ``donor_`` ones.
 
     Raises:
-        ValueError: for data that do not fit the flags.
+        ValueError: for data or a backbone that do not fit the flags.
     """
-    if args.dataset_name is None:
-        return load_task(args.task, seed=args.seed)
+    task = (
+        load_task(args.task, seed=args.seed)
+        if args.dataset_name is None
+        else _own_data(args, heads)
+    )
+    if args.model_name_or_path is None:
+        return task
+    return with_pretrained_backbone(task, args.model_name_or_path)
+
+
+def _own_data(args: argparse.Namespace, heads: Sequence[str]) -> Task:
     num_classes = dict(zip(HEADS, args.num_classes, strict=False))
     if absent := [head for head in heads if head not in num_classes]:
         raise ValueError(f"--num_classes has no number for {absent[0]}: give one for each head")

@@ -86,6 +86,15 @@ def test_that_an_empty_dataloader_is_refused(start: Callable[..., DonorAlone]) -
         next(donor.follow(DataLoader([])))  # type: ignore[arg-type]
 
 
+def test_that_a_last_window_that_nothing_would_end_is_refused(
+    start: Callable[..., DonorAlone],
+) -> None:
+    job, rows = start(accumulation=2), build_dataset(Case(), "h2")
+    bare = DataLoader(rows, 13)
+    with pytest.raises(ValueError, match=r"5 batches are no whole number of windows of 2.*prepare"):
+        next(job.donor.follow(bare))
+
+
 def test_that_a_follower_publishes_exact_sums_and_forgets_them(
     start: Callable[..., DonorAlone],
 ) -> None:

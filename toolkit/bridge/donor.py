@@ -3,6 +3,26 @@
 While a donor follows, it computes gradients at the receiver's weights and never steps its own
 optimizer. Where no receiver comes, or it fell silent, the donor trains alone; in the exchanges
 ``distill`` and ``head`` it always does.
+
+In plain PyTorch, started by ``python`` or ``torchrun`` (see ``receiver`` too):
+
+.. code-block:: python
+
+    import torch
+    from accelerate import Accelerator
+    from my_project import build_model, cross_entropy, h2_dataloader
+    from toolkit import GradientDonor
+
+    model = build_model()  # bare or in DistributedDataParallel; heads.h1 requires no gradient
+    optimizer = torch.optim.AdamW(model.parameters())  # for times without a receiver
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    with GradientDonor(accelerator, model, optimizer) as donor:
+        for inputs, labels in donor.follow(h2_dataloader(), max_windows=10_000):
+            loss = cross_entropy(model(inputs, "h2"), labels)
+            donor.backward(loss, num_samples=len(labels))  # in place of loss.backward()
+            if not donor.publish():
+                optimizer.step()
+            optimizer.zero_grad()
 """
 
 from __future__ import annotations
@@ -18,6 +38,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate import skip_first_batches
+from accelerate.data_loader import DataLoaderStateMixin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -146,7 +167,8 @@ class GradientDonor(BridgeJob):
         epochs and batches.
 
         Args:
-            dataloader: the prepared training dataloader.
+            dataloader: the training dataloader, prepared, or one of torch, whose sampler may be a
+                ``DistributedSampler``.
             max_windows: an upper bound of ``completed_windows``; without one, a donor that no
                 receiver joins goes on alone for ever.
 
@@ -164,14 +186,22 @@ class GradientDonor(BridgeJob):
                 "GradientAccumulationPlugin(sync_with_dataloader=True) as it is"
             )
         accumulation = self.accelerator.gradient_accumulation_steps
+        is_prepared = isinstance(dataloader, DataLoaderStateMixin)
+        if not is_prepared and len(dataloader) % accumulation:
+            raise ValueError(
+                f"{len(dataloader)} batches are no whole number of windows of {accumulation}, and "
+                "only a dataloader from accelerator.prepare() ends one with its last batch: "
+                "prepare it, or leave batches out (drop_last=True)"
+            )
         windows_per_epoch = math.ceil(len(dataloader) / accumulation)
         if self.config.publish_every == "epoch":
             self._publish_every = windows_per_epoch
         while max_windows is None or self.completed_windows < max_windows:
             before = self.completed_windows
             epoch, offset = divmod(self.completed_windows, windows_per_epoch)
-            if hasattr(dataloader, "set_epoch"):
-                dataloader.set_epoch(epoch)
+            shuffled: Any = dataloader if is_prepared else getattr(dataloader, "sampler", None)
+            if hasattr(shuffled, "set_epoch"):
+                shuffled.set_epoch(epoch)
             rest = skip_first_batches(dataloader, offset * accumulation) if offset else dataloader
             for batch in rest:
                 if not self.begin_window():

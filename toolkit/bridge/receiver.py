@@ -4,6 +4,32 @@ In a training loop, :meth:`GradientReceiver.backward` takes the place of ``accel
 :meth:`~GradientReceiver.inject` stands before clipping, :meth:`~GradientReceiver.commit` after
 ``optimizer.step()``. All three may be called at every micro-step: the last two do nothing until
 the gradients are synchronised.
+
+In plain PyTorch, started by ``python`` or ``torchrun``, the accelerator is a handle and no more:
+
+.. code-block:: python
+
+    import torch
+    from accelerate import Accelerator
+    from my_project import build_model, cross_entropy, h1_dataloader
+    from toolkit import GradientReceiver
+
+    model = build_model()  # bare or in DistributedDataParallel; heads.h2 requires no gradient
+    optimizer = torch.optim.AdamW(model.parameters())
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    with GradientReceiver(accelerator, model, optimizer) as receiver:
+        for inputs, labels in h1_dataloader():
+            loss = cross_entropy(model(inputs, "h1"), labels)
+            receiver.backward(loss, num_samples=len(labels))  # in place of loss.backward()
+            receiver.inject()  # before clipping
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            receiver.commit()  # after the step
+
+To accumulate, take ``Accelerator(gradient_accumulation_steps=...)``, put the inner part below
+``with accelerator.accumulate(model)`` and clip, step and zero only ``if
+accelerator.sync_gradients``. A loss scaler must be the accelerator's: ``mixed_precision="fp16"``.
 """
 
 from __future__ import annotations

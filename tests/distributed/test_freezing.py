@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests import IS_OLD_FSDP2
 from tests.jobs.freezing_refusals import REFUSALS
 from tests.jobs.freezing_training import CASES, NAIVE_CASES, NUM_RANKS
 from tests.launching import Launcher
@@ -55,6 +56,8 @@ def test_naive_ways_move_the_layer(reports: list[Report]) -> None:
     ],
 )
 def test_refused_on_both_ranks(reports: list[Report], name: str, words: list[str]) -> None:
+    if IS_OLD_FSDP2 and "fsdp2" in name:
+        pytest.skip("FSDP2 of this torch does not run on the CPU")
     for report in reports:
         assert all(word in report["refusals"][name] for word in words), report["refusals"][name]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+from tests import IS_OLD_FSDP2
 from tests.frozen_cases import REST, differences, snapshot
 from tests.jobs.freezing_training import Case, train, warmed_up
 from toolkit.freezing import freeze, frozen, unfreeze
@@ -62,8 +63,9 @@ REFUSALS: dict[str, Callable[[], str]] = {
     "unfrozen-on-one-rank": one_rank_unfreezes,
     "saving-compute-default": lambda: saving_compute("default"),
     "saving-compute-static-graph": lambda: saving_compute("static-graph"),
-    "saving-compute-fsdp2": lambda: saving_compute("fsdp2"),
 }
+if not IS_OLD_FSDP2:
+    REFUSALS["saving-compute-fsdp2"] = lambda: saving_compute("fsdp2")
 
 
 def error_of(action: Callable[[], object]) -> str:

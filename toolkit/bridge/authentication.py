@@ -160,7 +160,10 @@ def _read_key_file(path: Path) -> bytes:
                 )
             return file.read(MAX_KEY_BYTES + 3)  # beyond the limit, a line's end included
     except OSError as error:
-        raise BridgeError(f"key file {path} cannot be read: {error.strerror}") from None
+        raise BridgeError(
+            f"key file {path} cannot be read: {error.strerror}. Give a file of this user (openssl "
+            "rand -hex 32 > FILE; chmod 600 FILE)"
+        ) from None
 
 
 def run_mode(signer: Signer) -> int:

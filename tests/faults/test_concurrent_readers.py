@@ -67,7 +67,7 @@ def write(root: Path, total: int) -> None:
     """The donor's process."""
     transport = DirectoryTransport(root)
     publisher = Publisher(transport, "donor", "run", LIMIT)
-    inbox = WeightsInbox("donor", transport, functools.partial(read, transport))
+    inbox = WeightsInbox("donor", transport, functools.partial(read, transport), is_resumed=False)
     config = BridgeConfig(payload_budget_files=WINDOW)
     outbox = PayloadOutbox(transport, publisher, inbox, config)
     for sequence in range(total):

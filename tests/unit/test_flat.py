@@ -49,7 +49,7 @@ class Outbox:
         def read(sequence: int) -> Record:
             raise FileNotFoundError
 
-        self.inbox = WeightsInbox("donor", self.transport, read)
+        self.inbox = WeightsInbox("donor", self.transport, read, is_resumed=False)
         self._outbox = PayloadOutbox(
             self.transport, self.publisher, self.inbox, BridgeConfig(**settings)
         )

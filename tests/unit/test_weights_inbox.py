@@ -45,7 +45,22 @@ def test_that_a_refused_payload_is_no_answer_after_a_restart(
     def read(sequence: int) -> Record:
         return parse_record(transport.read("receiver", sequence, max_bytes=10_000))
 
-    restarted = WeightsInbox("donor", transport, read)
+    restarted = WeightsInbox("donor", transport, read, is_resumed=True)
 
     assert restarted.look(PeerWatch(transport, "receiver")) is (True if is_refused else None)
     assert restarted.completed_windows == (0 if is_refused else 8)
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_receiver_that_has_ended_while_the_donor_joined(tmp_path: Path, is_resumed: bool) -> None:
+    transport = DirectoryTransport(tmp_path)
+    publisher = Publisher(transport, "receiver", "run", 10_000)
+    publisher.publish(WEIGHTS, {})
+    publisher.publish(dataclasses.replace(WEIGHTS, kind="end", weights_digest=""), {})
+
+    def read(sequence: int) -> Record:
+        return parse_record(transport.read("receiver", sequence, max_bytes=10_000))
+
+    inbox = WeightsInbox("donor", transport, read, is_resumed=is_resumed)
+    found = inbox.look(PeerWatch(transport, "receiver"))
+    assert found is (None if is_resumed else False), "one that is resumed waits for the receiver's"

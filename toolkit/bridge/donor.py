@@ -148,7 +148,8 @@ class GradientDonor(BridgeJob):
     def _open_inbox(self) -> int:
         self.receiver = PeerWatch(self.transport, "receiver")
         read = functools.partial(self._read, "receiver")
-        self._inbox = WeightsInbox(self.job, self.transport, read)
+        is_resumed = self.attempt > 1
+        self._inbox = WeightsInbox(self.job, self.transport, read, is_resumed=is_resumed)
         self._outbox = PayloadOutbox(self.transport, self._publisher, self._inbox, self.config)
         self._expect_late(self.config.writes_behind)
         if self.config.has_own_weights:

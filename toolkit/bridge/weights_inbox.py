@@ -24,6 +24,7 @@ class WeightsInbox:
         donor: the name of this donor's own stream.
         transport: the run's transport.
         read: reads and verifies a record of the receiver.
+        is_resumed: whether this is not the donor's first start.
 
     Attributes:
         fetched: the weights behind the newest look.
@@ -31,7 +32,12 @@ class WeightsInbox:
     """
 
     def __init__(
-        self, donor: str, transport: DirectoryTransport, read: Callable[[int], Record]
+        self,
+        donor: str,
+        transport: DirectoryTransport,
+        read: Callable[[int], Record],
+        *,
+        is_resumed: bool,
     ) -> None:
         self._transport, self._read = transport, read
         self._seen = -1  # the newest record that has been dealt with
@@ -48,8 +54,9 @@ class WeightsInbox:
             self.completed_windows = header.donor_step
             if header.kind != "end":
                 self.note_answer(header, sequence)
-        if has_ended(transport, "receiver"):
+        if is_resumed and has_ended(transport, "receiver"):
             # The end of an earlier start of the receiver, which is to be resumed like this job.
+            # For a first start it is the end: the receiver has ended while this job joined.
             self._seen = transport.sequences("receiver")[-1]
 
     def look(self, peer: PeerWatch) -> bool | None:

@@ -81,7 +81,7 @@ def test_exchanges(tmp_path: Path) -> None:
     steps = ["--max_train_steps", "24", "--output", str(output)]
     benchmark = exchanges(tmp_path, "--rows", *rows, *steps)
     printed, errors = benchmark.communicate(timeout=TIMEOUT)
-    assert benchmark.returncode == 0, errors
+    assert benchmark.returncode == 0, printed + errors
     assert "4 trials" in printed
     figures = json.loads(output.read_text())
     found = {row["row"]: row for row in figures["rows"]}

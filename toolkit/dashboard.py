@@ -76,13 +76,15 @@ def exchange_table(shared: SharedParameters, config: BridgeConfig) -> str:
     own = "own weights, once alone" if config.follows else "own weights"
     rows, num_bytes = [], 0
     for name, tensor in shared.weights.items():
-        in_payload = name in shared.head or (config.scope == "all" and name in shared.backbone)
+        rests = name in shared.resting
+        is_of_backbone = config.scope == "all" and name in shared.backbone and not rests
+        in_payload = name in shared.head or is_of_backbone
         from_donors = []
         if in_payload and config.exchange != "distill":
             from_donors.append(f"{donated} ({_plain_dtype(payload_dtype(tensor.dtype))})")
         if config.has_own_weights:
             from_donors.append(own)
-        from_receiver = "weights" if config.follows else ""
+        from_receiver = "weights" if config.follows and not rests else ""
         shape = "x".join(map(str, tensor.shape)) or "scalar"
         dtype = _plain_dtype(tensor.dtype)
         rows.append(

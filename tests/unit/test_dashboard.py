@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -131,6 +132,13 @@ def test_what_crosses(
     assert row(table, "backbone.1.num_batches_tracked") == ["scalar", "int64", *of_buffer]
     num_bytes = 9 * 2 + 16 * 8 + 4 * 3 * 4 + 8
     assert f": 9 tensors, {num_bytes / 2**20:.3g} MiB." in table
+
+
+def test_that_what_rests_does_not_cross(shared: SharedParameters) -> None:
+    resting = dataclasses.replace(shared, resting=frozenset({"backbone.0.weight"}))
+    table = exchange_table(resting, BridgeConfig(exchange="gradient"))
+    assert row(table, "backbone.0.weight") == ["3x2", "bfloat16", "", ""]
+    assert row(table, "backbone.0.bias")[2:] == ["weights", "sum of gradients (float32)"]
 
 
 def test_that_a_long_schema_is_cut() -> None:

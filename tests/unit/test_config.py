@@ -84,6 +84,7 @@ def test_that_sensible_settings_are_taken(settings: dict[str, Any]) -> None:
         ({"max_staleness": -1}, "max_staleness must not be negative, got -1"),
         ({"stale": "drop"}, r"stale 'drop' is unknown; choose one of \['apply', 'damp', 'comp"),
         ({"stale": "damp"}, "'damp' is about .* 1 to max_staleness .* max_staleness is 0: set it"),
+        ({"frozen": "cross", "exchange": "distill"}, "it is of exchange 'auto' and 'gradient' and"),
         (
             {"stale": "damp", "exchange": "delta", "max_staleness": 32},
             "stale 'damp' has no meaning for exchange 'delta', leave it at 'apply'",

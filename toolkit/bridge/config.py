@@ -29,6 +29,7 @@ STALE_RULES: tuple[StaleRule, ...] = get_args(StaleRule)
 TAKEN_NAMES = ("receiver", "bridge", "heads")  # of other directories of a run
 JOB_NAME = re.compile(r"[A-Za-z][\w-]*")
 _ONLY_OF: Mapping[str, tuple[Exchange, ...]] = {  # settings that other exchanges do not look at
+    "frozen": ("auto", "gradient", "delta"),
     "stale": ("auto", "gradient"),
     "on_alarm": ("auto", "gradient", "delta", "head"),
     "max_donor_norm": ("auto", "gradient", "head"),

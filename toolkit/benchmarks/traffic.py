@@ -63,35 +63,17 @@ def traffic_of(
         dtype: of the weights.
     """
     weights = (num_backbone + num_head) * dtype.itemsize
-    assert isinstance(config.publish_every, int)
-    if config.exchange == "distill":
-        every = config.publish_every
-        return Traffic(
-            receiver_bytes=0,
-            donor_bytes=weights / every,
-            receiver_records=0,
-            donor_records=1 / every,
-            waits=0,
-        )
     num_elements = num_head + (num_backbone if config.scope == "all" else 0)
     like = torch.empty(num_elements, dtype=payload_dtype(dtype), device="meta")
     payload = compressed_bytes([like], config.compression, config.topk_ratio)
-    if config.exchange == "head":
-        every = config.publish_every
-        return Traffic(
-            receiver_bytes=0,
-            donor_bytes=payload / every,
-            receiver_records=0,
-            donor_records=1 / every,
-            waits=0,
-        )
-    every = config.local_steps if config.exchange == "delta" else 1
+    every = config.local_steps if config.exchange == "delta" else config.publish_every
+    assert isinstance(every, int)
     return Traffic(
-        receiver_bytes=weights / every,
-        donor_bytes=payload / every,
-        receiver_records=1 / every,
+        receiver_bytes=weights / every if config.follows else 0,
+        donor_bytes=(weights if config.exchange == "distill" else payload) / every,
+        receiver_records=1 / every if config.follows else 0,
         donor_records=1 / every,
-        waits=0 if config.has_stale_gradients else 1 / every,
+        waits=1 / every if config.follows and not config.has_stale_gradients else 0,
     )
 
 

@@ -99,9 +99,10 @@ class Behind(Bridge):
         return [(sender, self._next)] if is_there else []
 
     def _read(self, sender: str, number: int) -> Record:
-        record = super()._read(sender, number)
-        self._num_read = number + 1
-        return record
+        try:
+            return super()._read(sender, number)
+        finally:  # who receives it raises what failed
+            self._num_read = number + 1
 
     def _finish(self) -> None:
         """Wait for the write before; raises what has failed there."""

@@ -35,7 +35,7 @@ def snapshot() -> str:
         lines += [f"[{name}]", *_module_lines(name), ""]
     lines += ["[gradient-bridge]", *_parser_lines(cli.build_parser()), ""]
     for name in RECIPES:
-        lines += [f"[recipes/{name}.py]", *_parser_lines(_recipe_parser(name)), ""]
+        lines += [f"[recipes/{name}.py]", *_parser_lines(recipe_parser(name)), ""]
     return "\n".join(lines)
 
 
@@ -97,7 +97,7 @@ def _signature(item: Any) -> inspect.Signature:
     )
 
 
-def _recipe_parser(name: str) -> argparse.ArgumentParser:
+def recipe_parser(name: str) -> argparse.ArgumentParser:
     """The parser that a recipe builds before it looks at the command line."""
 
     def catch(parser: argparse.ArgumentParser, *args: object) -> None:

@@ -1,5 +1,7 @@
 """Layers that rest while others train, under every optimizer that steps each parameter by itself.
 
+.. code-block:: python
+
     with frozen(model, "hidden_task2", optimizer=optimizer):
         loss(model, batch_of_task1).backward()
         optimizer.step()

@@ -7,18 +7,18 @@ import importlib
 import json
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.launching import Launcher
+from tests.public_api import RECIPES, recipe_parser
 from tests.recipes.running import ROOT
 from toolkit.cli import build_parser
 
 README = (ROOT / "README.md").read_text()
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 BLOCK = re.compile(
     r"(?:<!-- (?P<mark>[\w: -]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)```", re.S
 )
@@ -89,19 +89,7 @@ def test_that_a_command_would_start(command: str, monkeypatch: pytest.MonkeyPatc
 
 def known_flags() -> dict[str, list[argparse.Action]]:
     """The flags of all recipes and commands."""
-    parsers: list[argparse.ArgumentParser] = [build_parser()]
-    parse = argparse.ArgumentParser.parse_args
-
-    def note(parser: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
-        parsers.append(parser)
-        raise SystemExit(0)
-
-    argparse.ArgumentParser.parse_args = note  # type: ignore[assignment, method-assign]
-    try:
-        for recipe in RECIPES:
-            parses(importlib.import_module(f"recipes.{recipe}").parse_arguments)
-    finally:
-        argparse.ArgumentParser.parse_args = parse  # type: ignore[method-assign]
+    parsers = [build_parser(), *map(recipe_parser, RECIPES)]
     flags: dict[str, list[argparse.Action]] = {}
     while parsers:
         for action in parsers.pop()._actions:
@@ -149,24 +137,20 @@ def test_that_no_block_is_left_out() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mark", ["run: demo", "run: two jobs"])
-def test_that_a_block_runs(mark: str, tmp_path: Path) -> None:
+def test_that_a_block_runs(mark: str, launcher: Launcher, tmp_path: Path) -> None:
     for directory in ("recipes", "accelerate_configs"):
         (tmp_path / directory).symlink_to(ROOT / directory)
     (code,) = (code for found, code in blocks("bash") if found == mark)
     parts = [p.split("#")[0].strip() for line in code.splitlines() for p in line.split("&&")]
     started = [
-        subprocess.Popen(part, shell=True, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-        for part in parts
+        launcher.start(f"part-{number}", ["bash", "-c", part], cwd=tmp_path)
+        for number, part in enumerate(parts)
         if not part.startswith(SET_UP)
     ]
-    try:
-        outputs = [job.communicate(timeout=600)[0] for job in started]
-    finally:
-        for job in started:
-            job.kill()
-    assert [job.returncode for job in started] == [0] * len(outputs), outputs
+    for job in started:
+        job.wait(600)
     if mark == "run: demo":
-        assert "joint" in outputs[0]
+        assert "joint" in started[0].output()
         return
     for role in ("donor", "receiver"):
         content = json.loads((tmp_path / "runs" / "0001" / role / "results.json").read_bytes())

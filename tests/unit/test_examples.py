@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import textwrap
 from typing import Any
 
 import pytest
@@ -13,15 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.examples import examples_of
 from tests.unit.jobs import reset
-
-
-def example_of(module: str) -> str:
-    """The first indented block of a module's docstring."""
-    lines = (importlib.import_module(module).__doc__ or "").splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("    "))
-    end = next((i for i, line in enumerate(lines) if i > start and line[:1].strip()), len(lines))
-    return textwrap.dedent("\n".join(lines[start:end]))
 
 
 @pytest.fixture
@@ -33,8 +25,10 @@ def names() -> dict[str, Any]:
 
 
 def run(module: str, names: dict[str, Any]) -> None:
-    names |= vars(importlib.import_module(module))
-    exec(compile(example_of(module), f"example of {module}", "exec"), names)
+    imported = importlib.import_module(module)
+    (example,) = examples_of(imported)
+    names |= vars(imported)
+    exec(compile(example, f"example of {module}", "exec"), names)
 
 
 def flat(model: nn.Module) -> Tensor:

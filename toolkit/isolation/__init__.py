@@ -2,7 +2,9 @@
 
 ``model2(inputs)`` is the input of ``model1``. ``loss1`` is to train ``model1`` only, ``loss2``
 ``model2`` only, and the graph of ``loss2`` runs through both. With one forward of
-``model2`` for both losses::
+``model2`` for both losses:
+
+.. code-block:: python
 
     check_disjoint(critic=(model1, optimizer1), generator=(model2, optimizer2))
     for latents, real in dataloader:

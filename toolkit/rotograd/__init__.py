@@ -1,5 +1,7 @@
 """Several tasks on one backbone whose gradients conflict: RotoGrad, and what to compare it with.
 
+.. code-block:: python
+
     model = RotoGrad(backbone, [head1, head2], size_z)
     optimizer = torch.optim.Adam(model.param_groups(lr=1e-3, lr_rotation=5e-4))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

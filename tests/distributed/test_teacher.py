@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.jobs.teacher_job import (
+from tests.jobs.teacher_setting import (
     CORE,
     DONOR_WEIGHT,
     OVERFLOWS,

@@ -36,8 +36,8 @@ with (
 ):
     from safetensors.torch import load
 
-    from tests.faults.mutants import (
-        CHANGES,
+    from tests.faults.mutants import CHANGES, mutant
+    from tests.faults.originals import (
         EXPECTED,
         JOB,
         RUN,
@@ -45,7 +45,6 @@ with (
         Originals,
         header,
         join,
-        mutant,
         seal,
         split,
         tensors,

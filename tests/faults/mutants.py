@@ -1,131 +1,35 @@
 """Files that a disk, a stray job or a stranger may leave in the place of a record.
 
 One mutant is made from its number alone, so that a failure can be repeated. Some kinds only change
-bytes; the crafted ones (``craft``) carry digests that fit what they say, and lie about the rest.
+bytes; crafted ones (``Originals.craft``) carry digests that fit what they say, and lie about the
+rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from tests.unit.keys import KEY, OTHER_KEY
-from toolkit.bridge.authentication import UNSIGNED, Signer
+from tests.faults.lying_headers import (
+    deep_json,
+    duplicate_key,
+    empty_tensor_lie,
+    length_lie,
+    offset_lie,
+    other_encoding,
+    renamed_tensor,
+    white_space,
+    wide_json,
+)
+from tests.faults.originals import HUGE, SEQUENCE, Change, Originals, header, join, split, tensors
 from toolkit.bridge.digests import digest_tensors
-from toolkit.bridge.payload import Header, write_record
-
-RUN, JOB, SEQUENCE = "run", "donor", 3
-EXPECTED = {"a": torch.zeros(64, 32), "b": torch.zeros(33, dtype=torch.float64)}
-# What a job that shares these tensors expects at most (`Job._record_bytes`).
-LIMIT = 8 * sum(t.numel() for t in EXPECTED.values()) + 1024 * len(EXPECTED) + 2**20
-LENGTHS = [
-    0,
-    1,
-    7,
-    8,
-    2**16,
-    2**24,
-    2**24 + 1,
-    2**31 - 1,
-    2**31,
-    2**32,
-    2**63 - 1,
-    2**63,
-    2**64 - 1,
-]
-HUGE = [2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**400]
-
-
-def header(sequence: int = SEQUENCE, **changes: Any) -> Header:
-    plain = Header(
-        kind="gradient", run_id=RUN, job=JOB, sequence=sequence, attempt=1, receiver_step=sequence,
-        weights_digest=f"weights-{sequence}", head="heads.h2", donor_step=sequence, count=5.0,
-        loss=0.25,
-    )  # fmt: skip
-    return dataclasses.replace(plain, **changes)
-
-
-def tensors(sequence: int = SEQUENCE) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(sequence)
-    return {
-        name: torch.randn(like.shape, generator=generator, dtype=like.dtype)
-        for name, like in EXPECTED.items()
-    }
-
-
-def record(
-    directory: Path,
-    signer: Signer,
-    sequence: int = SEQUENCE,
-    seed: int | None = None,
-    **changes: Any,
-) -> bytes:
-    """The bytes that a job writes."""
-    path = directory / "written"
-    content = tensors(sequence if seed is None else seed)
-    write_record(path, header(sequence, **changes), content, signer)
-    data = path.read_bytes()
-    path.unlink()
-    return data
-
-
-def craft(
-    content: dict[str, Tensor], signer: Signer = UNSIGNED, *, without: str = "", **changes: Any
-) -> bytes:
-    """A file of these tensors whose digests fit, with header fields of any type and value."""
-    fields = dataclasses.asdict(header()) | {"tensors_digest": digest_tensors(content)} | changes
-    fields.pop(without, None)
-    return save(content, metadata=seal(json.dumps(fields), signer))
-
-
-def seal(text: str, signer: Signer = UNSIGNED) -> dict[str, str]:
-    """The metadata of a file whose header has this text."""
-    if signer.has_key:
-        proof = {"hmac_sha256": signer.sign("record", text.encode())}
-    else:
-        proof = {"digest": hashlib.sha256(text.encode()).hexdigest()}
-    return {"gradient_bridge": text, **proof}
-
-
-def split(data: bytes) -> tuple[bytes, bytes]:
-    """The JSON header of a safetensors file, and its data."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    return data[8:end], data[end:]
-
-
-def join(text: bytes, body: bytes) -> bytes:
-    return len(text).to_bytes(8, "little") + text + body
-
-
-Change = Callable[["Originals", random.Random], bytes]
-
-
-class Originals:
-    """What lies in the directories of two runs, and what mutants are made of."""
-
-    def __init__(self, directory: Path, signer: Signer) -> None:
-        self.signer = signer
-        self.data = record(directory, signer)
-        self.neighbours = [record(directory, signer, SEQUENCE + step) for step in (-1, 1)]
-        other = Signer(KEY, "another run") if signer.has_key else UNSIGNED
-        self.alien = record(directory, other, seed=100, run_id="another run")
-
-    def craft(self, rng: random.Random, content: dict[str, Tensor], **changes: Any) -> bytes:
-        """Crafted by who has no key of this run, or any key where there is none."""
-        forgers = [UNSIGNED, Signer(OTHER_KEY, RUN), Signer(KEY, "another run")]
-        signer = rng.choice(forgers) if self.signer.has_key else UNSIGNED
-        return craft(content, signer, **changes)
-
+from toolkit.bridge.payload import Header
 
 # -- bytes that change ---------------------------------------------------------------------------
 
@@ -190,110 +94,6 @@ def spliced(of: Originals, rng: random.Random) -> bytes:
 def noise(of: Originals, rng: random.Random) -> bytes:
     data = rng.randbytes(rng.choice([0, 1, 7, 8, 9, 100, 5000]))
     return data if rng.random() < 0.5 else join(data, b"")
-
-
-# -- a header of safetensors that lies -----------------------------------------------------------
-
-
-def length_lie(of: Originals, rng: random.Random) -> bytes:
-    true = len(split(of.data)[0])
-    lies = [
-        *LENGTHS,
-        true - 1,
-        true + 1,
-        true + 8,
-        len(of.data),
-        len(of.data) - 8,
-        rng.getrandbits(64),
-    ]
-    return (rng.choice(lies) % 2**64).to_bytes(8, "little") + of.data[8:]
-
-
-def offset_lie(of: Originals, rng: random.Random) -> bytes:
-    text, body = split(of.data)
-    fields = json.loads(text)
-    entry = fields[rng.choice(["a", "b"])]
-    key = rng.choice(["data_offsets", "data_offsets", "shape", "dtype"])
-    if key == "data_offsets":
-        begin, end = entry[key]
-        lies: list[Any] = [
-            [begin, end + 4], [begin + 4, end], [end, begin], [0, len(body)], [-4, end],
-            [begin, 2**64 - 1], [begin, 2**64], [begin], [begin + 0.5, end],
-        ]  # fmt: skip
-    elif key == "shape":
-        lies = [[], [0], [-1], [1] * 65, [2**63, 0], [0, 2**64 - 1], [2**32, 2**32], [2048.0], "a"]
-    else:
-        lies = ["F16", "F64", "I32", "F8_E8M0", "F4", "C64", "BOOL", "X", None, 1]
-    entry[key] = rng.choice([lie for lie in lies if lie != entry[key]])
-    return join(json.dumps(fields).encode(), body)
-
-
-def empty_tensor_lie(of: Originals, rng: random.Random) -> bytes:
-    """Tensors of no bytes beside the true ones, of any shape that has a zero."""
-    text, body = split(of.data)
-    shape = [rng.choice([0, 1, *HUGE]) for _ in range(rng.choice([1, 2, 70]))]
-    shape.insert(rng.randrange(len(shape) + 1), 0)
-    end = len(body)
-    extra = {"c": {"dtype": "F32", "shape": shape, "data_offsets": [end, end]}}
-    return join(json.dumps({**json.loads(text), **extra}).encode(), body)
-
-
-def deep_json(of: Originals, rng: random.Random) -> bytes:
-    depth = rng.choice([10, 500, 5_000, 100_000])
-    opening, closing = rng.choice([(b"[", b"]"), (b'{"a":', b"}")])
-    nested = opening * depth + rng.choice([b"", b"1" + closing * depth])
-    text, body = split(of.data)
-    whole = b'{"__metadata__":{"gradient_bridge":' + nested + b"}}"
-    beside = text.rstrip(b" ")[:-1] + b',"c":' + nested + b"}"
-    return join(rng.choice([nested, whole, beside]), body)
-
-
-def wide_json(of: Originals, rng: random.Random) -> bytes:
-    """As much JSON as fits: a little text that becomes many objects."""
-    depth = rng.choice([1, 2, 100, 400])
-    nested = b"[" * depth + b"]" * depth + b","
-    piece = rng.choice([nested, b"{},", b"9,", b'"",', b'"\xc3\xbf",', b'{"a":{}},'])
-    room = LIMIT - len(of.data) - 100 if rng.random() < 0.05 else 10_000
-    many = b"[" + piece * (room // len(piece)) + b"0]"
-    text, body = split(of.data)
-    return join(text.rstrip(b" ")[:-1] + b',"c":' + many + b"}", body)
-
-
-def duplicate_key(of: Originals, rng: random.Random) -> bytes:
-    text, body = split(of.data)
-    fields = json.loads(text)
-    key = rng.choice([*fields])
-    metadata = fields["__metadata__"]
-    lies: list[Any] = [
-        {}, None, fields["a"], fields["b"], dict(reversed(metadata.items())),
-        {**fields["a"], "data_offsets": [0, 0], "shape": [0]},
-        {**metadata, "gradient_bridge": "{}"},
-    ]  # fmt: skip
-    more = json.dumps({key: rng.choice(lies)}).encode()[1:-1]
-    inner = text.strip()[1:-1]
-    parts = [inner, more] if rng.random() < 0.5 else [more, inner]
-    return join(b"{" + b",".join(parts) + b"}", body)
-
-
-def renamed_tensor(of: Originals, rng: random.Random) -> bytes:
-    text, body = split(of.data)
-    old, new = rng.choice([(b'"a"', b'"A"'), (b'"a"', b'"b"'), (b'"b"', b'"c|"'), (b'"a"', b'""')])
-    return join(text.replace(old, new), body)
-
-
-def other_encoding(of: Originals, rng: random.Random) -> bytes:
-    text, body = split(of.data)
-    encoding = rng.choice(["utf-16", "utf-16-le", "utf-32", "utf-8-sig"])
-    return join(text.decode().encode(encoding), body)
-
-
-def white_space(of: Originals, rng: random.Random) -> bytes:
-    """The same content: only white space and the order of the keys differ."""
-    text, body = split(of.data)
-    items = list(json.loads(text).items())
-    rng.shuffle(items)
-    indent = rng.choice([None, 0, 2])
-    return join(json.dumps(dict(items), indent=indent).encode() + b" " * rng.randrange(9), body)
 
 
 # -- valid files that are not this record ----------------------------------------------------------

@@ -20,17 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.mutants import (
-    CHANGES,
-    EXPECTED,
-    JOB,
-    LIMIT,
-    MAY_BE_EQUAL,
-    RUN,
-    SEQUENCE,
-    Originals,
-    mutant,
-)
+from tests.faults.mutants import CHANGES, MAY_BE_EQUAL, mutant
+from tests.faults.originals import EXPECTED, JOB, LIMIT, RUN, SEQUENCE, Originals
 from tests.unit.keys import SIGNER
 from toolkit.bridge.authentication import UNSIGNED, Signer
 from toolkit.bridge.digests import digest_tensors

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.unit.gates import Gate
 from tests.unit.jobs import reset
+from tests.unit.metadata import MetadataCounter, SimulatedTime
 from tests.unit.run_files import Inspect, SmallRun, inspecting
 from tests.unit.starts import Jobs
-from toolkit.bridge import liveness, runs
+from tests.unit.teaching import Learners, Receiver
+from toolkit.bridge import liveness, runs, teachers
+from toolkit.bridge.transport import DirectoryTransport
 
 
 @pytest.fixture
@@ -44,3 +49,61 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
     jobs = Jobs(tmp_path / "runs")
     yield jobs
     jobs.kill_all()
+
+
+@pytest.fixture
+def transport(tmp_path: Path) -> DirectoryTransport:
+    """A transport in which a donor has opened its stream."""
+    transport = DirectoryTransport(tmp_path / "bridge")
+    transport.open_stream("donor")
+    return transport
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimulatedTime:
+    """The clock of all waits, which moves only when told to, or slept on."""
+    return SimulatedTime(monkeypatch)
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> MetadataCounter:
+    """Counts what this thread asks the file system about the test's directory."""
+    return MetadataCounter(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Gate]]:
+    """Makes gates of streams, which are open again when the test ends."""
+    gates: list[Gate] = []
+
+    def build(stream: str) -> Gate:
+        gates.append(Gate(monkeypatch, stream))
+        return gates[-1]
+
+    yield build
+    for each in gates:
+        each.open()
+    reset()
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of runs whose receivers look for new weights in every step."""
+    monkeypatch.setattr(teachers, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(runs, "BEAT_SECONDS", 0.1)  # who is silent for 5 of them is dead
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def learner(runs_dir: Path) -> Iterator[Learners]:
+    """Starts receivers that learn from a teacher."""
+    started: list[Receiver] = []
+
+    def build(settings: dict[str, Any] | None = None, **keywords: Any) -> Receiver:
+        started.append(Receiver(runs_dir, settings or {}, **keywords))
+        return started[-1]
+
+    yield build
+    for job in started:
+        job.receiver.close()
+    reset()

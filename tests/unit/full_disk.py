@@ -1,8 +1,9 @@
-"""Writes that fail in the middle of a real file."""
+"""Writes that fail in the middle of a real file, and what is synced."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 from collections.abc import Iterator
 
@@ -16,3 +17,8 @@ def no_file_above(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def is_directory(descriptor: int) -> bool:
+    """Whether what is synced by this descriptor is a directory."""
+    return os.path.isdir(f"/proc/self/fd/{descriptor}")

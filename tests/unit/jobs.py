@@ -38,6 +38,11 @@ def batches(head: str, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(features.split(sizes), labels.split(sizes), strict=True)
 
 
+def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether both have the same names, with equal values."""
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
 class ReceiverAlone:
     """A receiver whose donor is this test.
 

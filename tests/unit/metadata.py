@@ -52,6 +52,9 @@ class SimulatedTime:
         for module in (control, inbox, liveness, polling, resting, teachers):
             monkeypatch.setattr(module, "time", clock)
 
+    def __call__(self) -> float:
+        return self.now
+
     def sleep(self, seconds: float) -> None:
         self.now += seconds
         due = [action for at, action in self._planned if at <= self.now]

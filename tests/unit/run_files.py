@@ -56,6 +56,11 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def cut(path: Path) -> None:
+    """Take the last bytes away."""
+    path.write_bytes(path.read_bytes()[:-5])
+
+
 def tensors_of(sequence: int) -> dict[str, Tensor]:
     """What a record with this number holds."""
     return {"w": torch.full((3,), float(sequence))}

@@ -24,6 +24,8 @@ from toolkit.bridge.transport import DirectoryTransport
 
 HEAD = "heads.h2"
 
+Learners = Callable[..., "Receiver"]  # starts one, which the fixture closes
+
 
 def weights(seed: int) -> dict[str, Tensor]:
     return build_network(Case(seed=seed), ("h2",)).state_dict()

@@ -9,6 +9,7 @@ from typing import get_args
 
 import pytest
 
+from tests.unit.full_disk import is_directory, no_file_above
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.ledger import Entry, Ledger, Resumption, read_path, trail_path
 from toolkit.bridge.reasons import Fate
@@ -203,3 +204,38 @@ def test_that_a_trail_that_is_no_text_is_refused(attempts: Attempts) -> None:
     for attempt in (1, 2):
         with pytest.raises(BridgeError, match=rf"ledger-000{attempt}.jsonl cannot be read: "):
             read_path(attempts.run_dir, attempt)
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_that_a_trail_has_whole_lines_once(tmp_path: Path, durable: bool) -> None:
+    path = tmp_path / "trail"
+    ledger = Ledger(path, durable=durable)
+    entries = [Entry("donor", number, "applied", number) for number in range(4)]
+    ledger.record(entries[:1])
+    ledger.note(entries[1:3])
+    for _ in range(2):
+        with no_file_above(path.stat().st_size + 20), pytest.raises(OSError, match="too large"):
+            ledger.flush()
+    ledger.note(entries[3:])
+    ledger.flush()
+    ledger.flush()
+
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["sequence"] for line in lines] == [0, 1, 2, 3]
+    assert ledger.counts("donor")["applied"] == 4
+
+
+def test_that_a_trail_whose_first_line_failed_is_as_durable_and_as_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o700)
+    ledger = Ledger(tmp_path / "trail", durable=True)
+    ledger.note([Entry("donor", 0, "applied", 0)])
+    with no_file_above(0), pytest.raises(OSError, match="too large"):
+        ledger.flush()
+    synced: list[bool] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(is_directory(descriptor)))
+    ledger.flush()
+
+    assert synced == [False, True]
+    assert (tmp_path / "trail").stat().st_mode & 0o777 == 0o600

@@ -15,13 +15,6 @@ from toolkit.bridge.transport import DirectoryTransport
 LIMIT = 1000
 
 
-@pytest.fixture
-def transport(tmp_path: Path) -> DirectoryTransport:
-    transport = DirectoryTransport(tmp_path / "bridge")
-    transport.open_stream("donor")
-    return transport
-
-
 def publish(transport: DirectoryTransport, sequence: int, content: bytes = b"content") -> int:
     return transport.publish("donor", sequence, lambda path: path.write_bytes(content))
 

@@ -279,7 +279,8 @@ class FatesMachine(RuleBasedStateMachine):
             return
         self.before = (self.weights.step, self.weights.digest())
         entries = self.donors.settle(verdicts)
-        self.ledger.record(entries)
+        self.ledger.note(entries)
+        self.ledger.flush()
         for entry in entries:
             self.check_fate(entry.donor, entry.sequence, entry.fate, entry.digest)
         self.weights.step += 1

@@ -144,7 +144,8 @@ class Streams:
         """Record them as applied, one a step."""
         ledger = Ledger(trail_path(self.run_dir, attempt))
         digests = {n: digest_tensors(tensors_of(n)) for n in sequences}
-        ledger.record(Entry("donor", n, "applied", n, "", digests[n]) for n in sequences)
+        ledger.note(Entry("donor", n, "applied", n, "", digests[n]) for n in sequences)
+        ledger.flush()
 
     def books(self) -> dict[str, Any]:
         (look,), _ = watch([self.run_dir], 0.01)

@@ -94,7 +94,8 @@ class Bridge:
         return self.settle(verdict)
 
     def settle(self, verdict: Verdict) -> Verdict:
-        self.ledger.record(self.inbox.settle(verdict))
+        self.ledger.note(self.inbox.settle(verdict))
+        self.ledger.flush()
         self.step += 1
         self.digests[self.step] = digest(self.step)
         return verdict

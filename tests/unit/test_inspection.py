@@ -168,9 +168,9 @@ def test_that_the_books_of_two_donors_are_kept_apart(tmp_path: Path) -> None:
     streams = Streams(tmp_path / "0001")
     streams.transport.open_stream("east")
     streams.settle(1, 0, 1, 3)
-    Ledger(trail_path(streams.run_dir, 1)).record(
-        Entry("east", sequence, "dropped", 0, "stale") for sequence in (0, 1, 2)
-    )
+    ledger = Ledger(trail_path(streams.run_dir, 1))
+    ledger.note(Entry("east", sequence, "dropped", 0, "stale") for sequence in (0, 1, 2))
+    ledger.flush()
     streams.start("receiver", 2)
     streams.settle(2, 3)
     (look,), _ = watch([streams.run_dir], 0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import get_args
 
@@ -23,50 +24,56 @@ ENTRIES = [
 COUNTS = {"applied": 2, "dropped": 1, "rejected": 1, "skipped": 0}
 
 
+def record(ledger: Ledger, entries: Iterable[Entry]) -> None:
+    """Count entries and append them to the trail."""
+    ledger.note(entries)
+    ledger.flush()
+
+
 def test_that_every_fate_begins_at_0() -> None:
     assert Ledger(None).counts("donor") == dict.fromkeys(get_args(Fate), 0)
 
 
 def test_that_fates_are_counted_and_trailed_in_order(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.record(ENTRIES[:1])
-    ledger.record(())
-    ledger.record(iter(ENTRIES[1:]))
+    record(ledger, ENTRIES[:1])
+    record(ledger, ())
+    record(ledger, iter(ENTRIES[1:]))
 
     assert ledger.counts("donor") == COUNTS
     lines = (tmp_path / "ledger.jsonl").read_text().splitlines()
     assert [Entry(**json.loads(line)) for line in lines] == ENTRIES
 
 
-def test_that_the_trail_is_there_as_soon_as_it_is_recorded(tmp_path: Path) -> None:
+def test_that_the_trail_is_there_as_soon_as_it_is_flushed(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path)
     assert not path.exists()
     for number, entry in enumerate(ENTRIES, start=1):
-        ledger.record([entry])
+        record(ledger, [entry])
         assert len(path.read_text().splitlines()) == number
 
 
 def test_that_a_trail_is_never_cut(tmp_path: Path) -> None:
     for _ in range(2):
-        Ledger(tmp_path / "ledger.jsonl").record(ENTRIES[:2])
+        record(Ledger(tmp_path / "ledger.jsonl"), ENTRIES[:2])
 
     assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 4
 
 
 def test_that_ranks_without_a_trail_count_too() -> None:
     ledger = Ledger(None)
-    ledger.record(ENTRIES)
+    record(ledger, ENTRIES)
 
     assert ledger.counts("donor") == COUNTS
 
 
 def test_that_counts_cross_a_json_file() -> None:
     ledger = Ledger(None)
-    ledger.record(ENTRIES)
+    record(ledger, ENTRIES)
     resumed = Ledger(None)
     resumed.resume(Resumption(1, 3), json.loads(json.dumps(ledger.by_donor)))
-    resumed.record(ENTRIES[:1])
+    record(resumed, ENTRIES[:1])
 
     assert resumed.counts("donor") == {**COUNTS, "applied": 3}
     assert ledger.counts("donor") == COUNTS
@@ -79,10 +86,10 @@ def test_that_a_durable_trail_is_synced_before_it_counts(
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path, durable=True)
-    ledger.record(ENTRIES[:1])
-    ledger.record(())
-    ledger.record(ENTRIES[1:])
-    Ledger(tmp_path / "other.jsonl").record(ENTRIES)
+    record(ledger, ENTRIES[:1])
+    record(ledger, ())
+    record(ledger, ENTRIES[1:])
+    record(Ledger(tmp_path / "other.jsonl"), ENTRIES)
 
     assert synced == [path.stat().st_ino, tmp_path.stat().st_ino, path.stat().st_ino]
 
@@ -118,48 +125,48 @@ def applied(*steps: int, offset: int = 0) -> list[Entry]:
 
 
 def test_that_the_path_of_one_attempt_is_its_trail(attempts: Attempts) -> None:
-    attempts.start(1).record(ENTRIES)
+    record(attempts.start(1), ENTRIES)
 
     assert read_path(attempts.run_dir, 1) == ENTRIES
     assert read_path(attempts.run_dir, 2) == [], "an attempt without a fate has no trail"
 
 
 def test_that_only_what_a_checkpoint_holds_is_on_the_path(attempts: Attempts) -> None:
-    attempts.start(1).record(applied(0, 1, 2, 3))
-    attempts.start(2, Resumption(1, 2)).record(applied(2, 3, 4, offset=10))
+    record(attempts.start(1), applied(0, 1, 2, 3))
+    record(attempts.start(2, Resumption(1, 2)), applied(2, 3, 4, offset=10))
 
     assert attempts.steps(2) == [(0, 0), (1, 1), (12, 2), (13, 3), (14, 4)]
     assert attempts.steps(1) == [(0, 0), (1, 1), (2, 2), (3, 3)]
 
 
 def test_that_a_resume_may_go_back_behind_the_last_attempt(attempts: Attempts) -> None:
-    attempts.start(1).record(applied(0, 1, 2, 3))
-    attempts.start(2, Resumption(1, 2)).record(applied(2, offset=10))
-    attempts.start(3, Resumption(1, 3)).record(applied(3, offset=20))
-    attempts.start(4, Resumption(2, 3)).record(applied(3, offset=30))
+    record(attempts.start(1), applied(0, 1, 2, 3))
+    record(attempts.start(2, Resumption(1, 2)), applied(2, offset=10))
+    record(attempts.start(3, Resumption(1, 3)), applied(3, offset=20))
+    record(attempts.start(4, Resumption(2, 3)), applied(3, offset=30))
 
     assert attempts.steps(3) == [(0, 0), (1, 1), (2, 2), (23, 3)]
     assert attempts.steps(4) == [(0, 0), (1, 1), (12, 2), (33, 3)]
 
 
 def test_that_an_attempt_that_began_anew_owes_nothing_to_earlier_ones(attempts: Attempts) -> None:
-    attempts.start(1).record(applied(0, 1))
-    attempts.start(2).record(applied(0, offset=10))
+    record(attempts.start(1), applied(0, 1))
+    record(attempts.start(2), applied(0, offset=10))
 
     assert attempts.steps(2) == [(10, 0)]
 
 
 def test_that_an_attempt_may_go_back_to_its_own_checkpoint(attempts: Attempts) -> None:
     ledger = attempts.start(1)
-    ledger.record(applied(0, 1, 2))
+    record(ledger, applied(0, 1, 2))
     ledger.resume(Resumption(1, 1), ledger.by_donor)
-    ledger.record(applied(1, offset=10))
+    record(ledger, applied(1, offset=10))
 
     assert attempts.steps(1) == [(0, 0), (11, 1)]
 
 
 def test_that_a_line_cut_short_by_a_kill_is_left_out(attempts: Attempts) -> None:
-    attempts.start(1).record(applied(0, 1))
+    record(attempts.start(1), applied(0, 1))
     trail = trail_path(attempts.run_dir, 1)
     trail.write_text(trail.read_text()[:-9])
 
@@ -181,7 +188,7 @@ def test_that_a_line_cut_short_by_a_kill_is_left_out(attempts: Attempts) -> None
     ],
 )
 def test_that_a_line_that_was_meddled_with_is_refused(attempts: Attempts, line: str) -> None:
-    attempts.start(1).record(applied(0))
+    record(attempts.start(1), applied(0))
     with trail_path(attempts.run_dir, 1).open("a") as file:
         file.write(line + "\n")
 
@@ -211,7 +218,7 @@ def test_that_a_trail_has_whole_lines_once(tmp_path: Path, durable: bool) -> Non
     path = tmp_path / "trail"
     ledger = Ledger(path, durable=durable)
     entries = [Entry("donor", number, "applied", number) for number in range(4)]
-    ledger.record(entries[:1])
+    record(ledger, entries[:1])
     ledger.note(entries[1:3])
     for _ in range(2):
         with no_file_above(path.stat().st_size + 20), pytest.raises(OSError, match="too large"):

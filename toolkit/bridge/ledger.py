@@ -49,7 +49,7 @@ class Ledger:
 
     Args:
         path: the trail's file, or None on ranks that keep no trail.
-        durable: whether a fate is synced to the disk before it counts as recorded.
+        durable: whether :meth:`flush` returns only when the trail is on the disk.
     """
 
     def __init__(self, path: Path | None, *, durable: bool = False) -> None:
@@ -67,11 +67,6 @@ class Ledger:
         for entry in entries:
             self.counts(entry.donor)[entry.fate] += 1
             self._queue(entry)
-
-    def record(self, entries: Iterable[Entry]) -> None:
-        """Count ``entries`` and append them to the trail."""
-        self.note(entries)
-        self.flush()
 
     def resume(self, resumption: Resumption, by_donor: dict[str, dict[str, int]]) -> None:
         """Go on from a checkpoint and the counts in it; the trail says so from :meth:`flush` on."""

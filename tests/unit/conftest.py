@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.unit.gates import Gate
-from tests.unit.jobs import reset
+from tests.unit.jobs import DonorAlone, ReceiverAlone, StartDonor, StartReceiver, reset
 from tests.unit.metadata import MetadataCounter, SimulatedTime
 from tests.unit.run_files import Inspect, SmallRun, inspecting
 from tests.unit.starts import Jobs
+from tests.unit.streams import Bridge
 from tests.unit.teaching import Learners, Receiver
-from toolkit.bridge import liveness, runs, teachers
+from toolkit.bridge import inbox, liveness, runs, teachers
 from toolkit.bridge.transport import DirectoryTransport
 
 
@@ -49,6 +52,59 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
     jobs = Jobs(tmp_path / "runs")
     yield jobs
     jobs.kill_all()
+
+
+def _starting(kind: Callable[..., Any], tmp_path: Path, role: str) -> Iterator[Callable[..., Any]]:
+    jobs: list[Any] = []
+
+    def build(name: str = "runs", **settings: Any) -> Any:
+        reset()
+        jobs.append(kind(tmp_path / name, **settings))
+        return jobs[-1]
+
+    yield build
+    for job in jobs:
+        getattr(job, role).close()
+    reset()
+
+
+@pytest.fixture
+def start_receiver(tmp_path: Path) -> Iterator[StartReceiver]:
+    """Starts receivers in a directory below ``tmp_path``, as if each was a process of its own."""
+    yield from _starting(ReceiverAlone, tmp_path, "receiver")
+
+
+@pytest.fixture
+def start_donor(tmp_path: Path) -> Iterator[StartDonor]:
+    """The same of donors."""
+    yield from _starting(DonorAlone, tmp_path, "donor")
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """A gloo group of this process alone."""
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def make_bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bridge]:
+    """Makes a donor's stream and an inbox over it, on the stream's own clock."""
+
+    def build(**settings: Any) -> Bridge:
+        bridge = Bridge(DirectoryTransport(tmp_path), **settings)
+        monkeypatch.setattr(inbox, "time", SimpleNamespace(monotonic=lambda: bridge.now))
+        return bridge
+
+    return build
+
+
+@pytest.fixture
+def bridge(make_bridge: Callable[..., Bridge]) -> Bridge:
+    """One of them with the usual settings."""
+    return make_bridge()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +203,7 @@ class DonorAlone:
         self.donor._catch_up()
         transport = self.donor.transport
         return parse_record(transport.read("donor", sequence, max_bytes=10**6), transport.signer)
+
+
+StartReceiver = Callable[..., ReceiverAlone]
+StartDonor = Callable[..., DonorAlone]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.oracle import Case, build_network
-from tests.unit.jobs import ReceiverAlone, batches, reset
+from tests.unit.jobs import ReceiverAlone, StartReceiver, batches, reset
 from toolkit import BridgeError
 from toolkit.bridge import liveness, runs
 from toolkit.bridge import receiver as receiver_module
@@ -31,16 +31,8 @@ MARK = "events/teacher heads.h2 (0 or 1)"
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., ReceiverAlone]]:
-    jobs: list[ReceiverAlone] = []
-
-    def build(**settings: Any) -> ReceiverAlone:
-        jobs.append(ReceiverAlone(tmp_path / "runs", exchange="auto", **settings))
-        return jobs[-1]
-
-    yield build
-    for job in jobs:
-        job.receiver.close()
+def start(start_receiver: StartReceiver) -> StartReceiver:
+    return partial(start_receiver, exchange="auto")
 
 
 def step(job: ReceiverAlone, donates: bool = False, asks: bool = True) -> float | None:
@@ -67,7 +59,7 @@ def step(job: ReceiverAlone, donates: bool = False, asks: bool = True) -> float 
 
 
 def test_that_a_teacher_stands_in_for_a_donor_that_ended_until_it_is_back(
-    start: Callable[..., ReceiverAlone], caplog: pytest.LogCaptureFixture
+    start: StartReceiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = start()
     assert [step(job, donates=True) for _ in range(3)] == [None] * 3
@@ -96,9 +88,7 @@ def test_that_a_teacher_stands_in_for_a_donor_that_ended_until_it_is_back(
     assert (fates["applied"], fates["dropped"]) == (4, 1), "an answer to weights that are past"
 
 
-def test_that_nothing_teaches_a_head_that_was_never_trained(
-    start: Callable[..., ReceiverAlone],
-) -> None:
+def test_that_nothing_teaches_a_head_that_was_never_trained(start: StartReceiver) -> None:
     job = start()
     job.receiver.transport.open_stream("donor")
     assert step(job) is None  # given up
@@ -107,7 +97,7 @@ def test_that_nothing_teaches_a_head_that_was_never_trained(
     assert job.receiver.steps_alone == 2
 
 
-def test_that_the_teacher_is_the_receiver_as_it_was(start: Callable[..., ReceiverAlone]) -> None:
+def test_that_the_teacher_is_the_receiver_as_it_was(start: StartReceiver) -> None:
     job = start(donor_weight=0.7, temperature=1.0)
     step(job, donates=True)
     job.donate(None, kind="end")
@@ -122,9 +112,7 @@ def test_that_the_teacher_is_the_receiver_as_it_was(start: Callable[..., Receive
     assert step(job) == pytest.approx(float(expected), rel=1e-12)
 
 
-def test_that_a_donor_that_leaves_again_leaves_a_new_memory(
-    start: Callable[..., ReceiverAlone],
-) -> None:
+def test_that_a_donor_that_leaves_again_leaves_a_new_memory(start: StartReceiver) -> None:
     job = start()
     for _ in range(2):
         step(job, donates=True)
@@ -141,7 +129,7 @@ def test_that_a_donor_that_leaves_again_leaves_a_new_memory(
 
 
 def test_that_a_loop_without_teachers_trains_alone_and_says_so(
-    start: Callable[..., ReceiverAlone], caplog: pytest.LogCaptureFixture
+    start: StartReceiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = start()
     step(job, donates=True, asks=False)
@@ -155,7 +143,7 @@ def test_that_a_loop_without_teachers_trains_alone_and_says_so(
 
 
 def test_that_a_model_without_copies_goes_on_alone(
-    start: Callable[..., ReceiverAlone], caplog: pytest.LogCaptureFixture
+    start: StartReceiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = start()
     step(job, donates=True)
@@ -182,7 +170,7 @@ class Flaky:
 
 
 def test_that_a_factory_that_fails_later_leaves_the_receiver_alone(
-    start: Callable[..., ReceiverAlone], caplog: pytest.LogCaptureFixture
+    start: StartReceiver, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = start(teacher_factory=Flaky(1))
     step(job, donates=True)
@@ -197,7 +185,7 @@ def test_that_a_factory_that_fails_later_leaves_the_receiver_alone(
     "settings", [{"keep_payloads": True}, {"scope": "head"}, {"aggregate": "pcgrad"}], ids=str
 )
 def test_where_no_teacher_can_stand_in(
-    start: Callable[..., ReceiverAlone],
+    start: StartReceiver,
     settings: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -213,9 +201,7 @@ def test_where_no_teacher_can_stand_in(
     assert job.receiver.fates()["applied"] == 1
 
 
-def test_that_the_end_of_a_donor_that_is_away_changes_nothing(
-    start: Callable[..., ReceiverAlone],
-) -> None:
+def test_that_the_end_of_a_donor_that_is_away_changes_nothing(start: StartReceiver) -> None:
     job = start()
     step(job, donates=True)
     step(job)  # given up
@@ -229,7 +215,7 @@ def test_that_the_end_of_a_donor_that_is_away_changes_nothing(
 
 
 def test_that_a_slow_donor_that_lives_is_waited_for_as_without_teachers(
-    start: Callable[..., ReceiverAlone], monkeypatch: pytest.MonkeyPatch
+    start: StartReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(receiver_module, "SILENT_BEATS", 0.05)
     receiver, now = start().receiver, 1000.0
@@ -246,9 +232,7 @@ def test_that_a_slow_donor_that_lives_is_waited_for_as_without_teachers(
     assert wait.gave_up() == "the donor fell silent for 0.05 s"
 
 
-def test_that_a_model_that_is_no_head_of_a_backbone_needs_a_factory(
-    start: Callable[..., ReceiverAlone],
-) -> None:
+def test_that_a_model_that_is_no_head_of_a_backbone_needs_a_factory(start: StartReceiver) -> None:
     job = start()
     step(job, donates=True)
     job.donate(None, kind="end")
@@ -260,7 +244,7 @@ def test_that_a_model_that_is_no_head_of_a_backbone_needs_a_factory(
 
 @pytest.mark.parametrize("settings", [{}, {"require_peer": True}, {"aggregate": "pcgrad"}], ids=str)
 def test_that_a_resume_waits_for_a_donor_that_ended_and_has_left_no_weights(
-    start: Callable[..., ReceiverAlone],
+    start: StartReceiver,
     settings: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -285,7 +269,7 @@ def test_that_a_resume_waits_for_a_donor_that_ended_and_has_left_no_weights(
 
 
 def test_that_what_a_donor_trained_before_is_no_teacher_after_its_gradients(
-    start: Callable[..., ReceiverAlone], monkeypatch: pytest.MonkeyPatch
+    start: StartReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(teachers_module, "LOOK_SECONDS", 0.0)
     job = start()

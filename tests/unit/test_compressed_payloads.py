@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from tests.oracle import Case, build_dataset, build_network, compress_by_hand
-from tests.unit.jobs import DonorAlone, reset
+from tests.unit.jobs import DonorAlone, StartDonor, reset
 from tests.unit.run_files import Inspect
 from toolkit import BridgeConfig, GradientDonor, cli
 from toolkit.bridge import runs
@@ -31,22 +31,13 @@ NUM_ELEMENTS = 125  # of backbone and h2
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., DonorAlone]]:
+def start(start_donor: StartDonor, monkeypatch: pytest.MonkeyPatch) -> StartDonor:
     monkeypatch.setattr(runs, "BEAT_SECONDS", 0.2)  # a resume waits for the killed job's silence
-    jobs: list[DonorAlone] = []
-
-    def build(name: str = "runs", **settings: Any) -> DonorAlone:
-        reset()
-        jobs.append(DonorAlone(tmp_path / name, **TOPK | settings))
-        return jobs[-1]
-
-    yield build
-    for job in jobs:
-        job.donor.close()
+    return partial(start_donor, **TOPK)
 
 
 def test_that_inspect_says_how_payloads_are_compressed(
-    start: Callable[..., DonorAlone], inspect: Inspect, capsys: pytest.CaptureFixture[str]
+    start: StartDonor, inspect: Inspect, capsys: pytest.CaptureFixture[str]
 ) -> None:
     topk, none = start(), start("others", compression="none", topk_ratio=0.01)
 
@@ -105,9 +96,7 @@ def sum_by_hand(batch: int, step: int) -> tuple[Tensor, int]:
     return torch.cat([grad.flatten() for grad in grads]), len(labels)
 
 
-def test_that_payloads_hold_the_largest_and_remember_the_rest(
-    start: Callable[..., DonorAlone],
-) -> None:
+def test_that_payloads_hold_the_largest_and_remember_the_rest(start: StartDonor) -> None:
     job = start()
     following = Following(job)
     left = torch.zeros(NUM_ELEMENTS, dtype=torch.float64)
@@ -125,7 +114,7 @@ def test_that_payloads_hold_the_largest_and_remember_the_rest(
 
 
 def test_that_a_rejected_payload_is_as_if_it_was_never_sent(
-    start: Callable[..., DonorAlone], monkeypatch: pytest.MonkeyPatch
+    start: StartDonor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What follows begins with the same residual: the same sent again, or the next after a skip."""
     job = start()
@@ -169,7 +158,7 @@ def test_that_a_rejected_payload_is_as_if_it_was_never_sent(
 
 
 def test_that_a_restart_from_a_checkpoint_goes_on_bitwise(
-    start: Callable[..., DonorAlone], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    start: StartDonor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     payloads = {}
     for name in ("whole", "killed"):
@@ -200,7 +189,7 @@ def test_that_a_restart_from_a_checkpoint_goes_on_bitwise(
     [("topk", 1, "is older than the newest payload"), ("none", 0, "has none of it")],
 )
 def test_that_a_restart_begins_at_zero_where_the_residual_is_not_known(
-    start: Callable[..., DonorAlone], tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    start: StartDonor, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     before: str, num_after: int, reason: str,
 ) -> None:  # fmt: skip
     plain = {"compression": "none", "topk_ratio": 0.01}
@@ -228,7 +217,7 @@ def test_that_a_restart_begins_at_zero_where_the_residual_is_not_known(
 
 @pytest.mark.parametrize(("before", "is_lost"), [("topk", True), ("none", False)])
 def test_that_a_start_without_topk_says_what_it_loses(
-    start: Callable[..., DonorAlone], tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    start: StartDonor, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     before: str, is_lost: bool,
 ) -> None:  # fmt: skip
     plain = {"compression": "none", "topk_ratio": 0.01}
@@ -243,9 +232,7 @@ def test_that_a_start_without_topk_says_what_it_loses(
     assert ("is lost" in caplog.text) == is_lost
 
 
-def test_that_the_difference_of_local_steps_has_a_memory_too(
-    start: Callable[..., DonorAlone],
-) -> None:
+def test_that_the_difference_of_local_steps_has_a_memory_too(start: StartDonor) -> None:
     job = start(exchange="delta", local_steps=2)
     dataset = DataLoader(build_dataset(Case(), "h2"), batch_size=9)
     batches = job.donor.follow(job.accelerator.prepare(dataset), max_windows=8)

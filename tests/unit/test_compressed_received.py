@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.jobs import ReceiverAlone, reset
+from tests.unit.jobs import ReceiverAlone, StartReceiver
 from toolkit.bridge.compression import ErrorFeedback
 from toolkit.parameters import same_bits
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
-
-
-@pytest.fixture
-def receive(tmp_path: Path) -> Iterator[Callable[..., ReceiverAlone]]:
-    jobs: list[ReceiverAlone] = []
-
-    def build(name: str, **settings: Any) -> ReceiverAlone:
-        reset()
-        jobs.append(ReceiverAlone(tmp_path / name, **settings))
-        return jobs[-1]
-
-    yield build
-    for job in jobs:
-        job.receiver.close()
 
 
 def build_sums(job: ReceiverAlone) -> dict[str, Tensor]:
@@ -57,9 +42,9 @@ def weights(job: ReceiverAlone) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("compression", ["topk", "bf16"])
 def test_that_a_receiver_and_a_replay_apply_what_was_sent(
-    receive: Callable[..., ReceiverAlone], compression: str
+    start_receiver: StartReceiver, compression: str
 ) -> None:
-    plain = receive("plain")
+    plain = start_receiver("plain")
     sums = build_sums(plain)
     if compression == "topk":
         sent, residual = ErrorFeedback(0.2).encode(sums, 4.0)
@@ -72,7 +57,7 @@ def test_that_a_receiver_and_a_replay_apply_what_was_sent(
         sent = {name: tensor.bfloat16() for name, tensor in sums.items()}
         dense = {name: tensor.double() for name, tensor in sent.items()}
     take_step(plain, dense)
-    job = receive("runs", keep_payloads=True)
+    job = start_receiver("runs", keep_payloads=True)
     take_step(job, sent, compression=compression)
     assert job.receiver.fates()["applied"] == 1
     for name, tensor in weights(job).items():
@@ -80,7 +65,7 @@ def test_that_a_receiver_and_a_replay_apply_what_was_sent(
     size = job.receiver.metrics["bridge/payload donor (MiB)"] * 2**20
     assert size == job.receiver.transport.kept_path("donor", 0).stat().st_size
     job.receiver.close()
-    replay = receive("replay", replay=job.receiver.run_dir)
+    replay = start_receiver("replay", replay=job.receiver.run_dir)
     take_step(replay, None)
     assert replay.receiver.fates()["applied"] == 1
     for name, tensor in weights(replay).items():
@@ -108,12 +93,12 @@ def spoil(sent: dict[str, Tensor], name: str, value: float) -> dict[str, Tensor]
     ],
 )
 def test_that_a_malformed_payload_is_rejected_and_training_goes_on(
-    receive: Callable[..., ReceiverAlone],
+    start_receiver: StartReceiver,
     spoiled: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     header: dict[str, Any],
     reason: str,
 ) -> None:
-    job = receive("runs")
+    job = start_receiver("runs")
     sent, _ = ErrorFeedback(0.2).encode(build_sums(job), 4.0)
     take_step(job, spoiled(sent), **{"compression": "topk"} | header)
     assert job.receiver.transport.rejection("donor", 0) == reason

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from tests.oracle import Case, build_dataset, build_network
-from tests.unit.jobs import DonorAlone, batches, reset
+from tests.unit.jobs import DonorAlone, StartDonor, batches, reset
 from toolkit import BridgeConfig, BridgeError, GradientDonor
 from toolkit.bridge.errors import DiskError
 from toolkit.bridge.job import _LACKS, _READ
@@ -22,29 +20,14 @@ from toolkit.bridge.transport import READ_SECONDS
 pytestmark = pytest.mark.usefixtures("fresh_state")
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., DonorAlone]]:
-    jobs: list[DonorAlone] = []
-
-    def build(**settings: Any) -> DonorAlone:
-        jobs.append(DonorAlone(tmp_path / "runs", **settings))
-        return jobs[-1]
-
-    yield build
-    for job in jobs:
-        job.donor.close()
-
-
 def loader(job: DonorAlone, batch_size: int) -> DataLoader[tuple[torch.Tensor, ...]]:
     plain = DataLoader(build_dataset(Case(), "h2"), batch_size=batch_size)
     prepared: DataLoader[tuple[torch.Tensor, ...]] = job.accelerator.prepare(plain)
     return prepared
 
 
-def test_that_a_lone_donor_takes_exact_steps_up_to_its_bound(
-    start: Callable[..., DonorAlone],
-) -> None:
-    job = start(accumulation=3)
+def test_that_a_lone_donor_takes_exact_steps_up_to_its_bound(start_donor: StartDonor) -> None:
+    job = start_donor(accumulation=3)
     windows = 0
     with job.donor as donor:
         for inputs, labels in donor.follow(loader(job, 9), max_windows=3):  # 61 rows: 9, ..., 7
@@ -67,8 +50,8 @@ def test_that_a_lone_donor_takes_exact_steps_up_to_its_bound(
         assert torch.allclose(job.model.get_parameter(name), parameter, rtol=0, atol=1e-14), name
 
 
-def test_that_a_forgotten_publish_is_noticed(start: Callable[..., DonorAlone]) -> None:
-    job = start()
+def test_that_a_forgotten_publish_is_noticed(start_donor: StartDonor) -> None:
+    job = start_donor()
     with job.donor as donor:
         following = donor.follow(loader(job, 9))
         inputs, labels = next(following)
@@ -80,25 +63,21 @@ def test_that_a_forgotten_publish_is_noticed(start: Callable[..., DonorAlone]) -
             donor.backward(loss, len(labels))
 
 
-def test_that_an_empty_dataloader_is_refused(start: Callable[..., DonorAlone]) -> None:
-    job = start()
+def test_that_an_empty_dataloader_is_refused(start_donor: StartDonor) -> None:
+    job = start_donor()
     with pytest.raises(ValueError, match="is empty"), job.donor as donor:
         next(donor.follow(DataLoader([])))  # type: ignore[arg-type]
 
 
-def test_that_a_last_window_that_nothing_would_end_is_refused(
-    start: Callable[..., DonorAlone],
-) -> None:
-    job, rows = start(accumulation=2), build_dataset(Case(), "h2")
+def test_that_a_last_window_that_nothing_would_end_is_refused(start_donor: StartDonor) -> None:
+    job, rows = start_donor(accumulation=2), build_dataset(Case(), "h2")
     bare = DataLoader(rows, 13)
     with pytest.raises(ValueError, match=r"5 batches are no whole number of windows of 2.*prepare"):
         next(job.donor.follow(bare))
 
 
-def test_that_a_follower_publishes_exact_sums_and_forgets_them(
-    start: Callable[..., DonorAlone],
-) -> None:
-    job = start()
+def test_that_a_follower_publishes_exact_sums_and_forgets_them(start_donor: StartDonor) -> None:
+    job = start_donor()
     following = job.donor.follow(loader(job, 9))
     for step, fill in ((0, 0.1), (1, 0.2)):
         job.publish_weights(step, fill)
@@ -124,9 +103,9 @@ def test_that_a_follower_publishes_exact_sums_and_forgets_them(
 
 @pytest.mark.parametrize("has_ended", [False, True])
 def test_that_a_rank_that_never_reads_the_weights_ends_the_job(
-    start: Callable[..., DonorAlone], monkeypatch: pytest.MonkeyPatch, has_ended: bool
+    start_donor: StartDonor, monkeypatch: pytest.MonkeyPatch, has_ended: bool
 ) -> None:
-    job = start(exchange="gradient")
+    job = start_donor(exchange="gradient")
     job.donor.config.peer_wait = 3 * READ_SECONDS
     job.publish_weights(step=0, fill=0.1)
     if has_ended:
@@ -146,8 +125,8 @@ def test_that_a_rank_that_never_reads_the_weights_ends_the_job(
     assert num_read == 3
 
 
-def test_that_a_window_that_is_not_used_is_not_lost(start: Callable[..., DonorAlone]) -> None:
-    job = start()
+def test_that_a_window_that_is_not_used_is_not_lost(start_donor: StartDonor) -> None:
+    job = start_donor()
     following = job.donor.follow(loader(job, 9))
     job.publish_weights(0, 0.1)
     next(following)  # as a loop that goes on to the next batch without a backward
@@ -163,9 +142,9 @@ def test_that_a_window_that_is_not_used_is_not_lost(start: Callable[..., DonorAl
     ids=["finite", "overflow", "no samples"],
 )
 def test_that_only_an_overflow_lowers_the_loss_scale(
-    start: Callable[..., DonorAlone], num_samples: int, factor: float, scale_after: float
+    start_donor: StartDonor, num_samples: int, factor: float, scale_after: float
 ) -> None:
-    job = start(loss_reduction="sum")
+    job = start_donor(loss_reduction="sum")
     job.network.float()
     job.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     job.publish_weights(0, 0.1)
@@ -177,8 +156,8 @@ def test_that_only_an_overflow_lowers_the_loss_scale(
     assert job.accelerator.scaler.get_scale() == scale_after
 
 
-def test_that_gradients_of_another_model_are_noticed(start: Callable[..., DonorAlone]) -> None:
-    job = start()
+def test_that_gradients_of_another_model_are_noticed(start_donor: StartDonor) -> None:
+    job = start_donor()
     other = build_network(Case(), ("h2",))
     job.publish_weights(0, 0.1)
     inputs, labels = next(job.donor.follow(loader(job, 9)))
@@ -187,8 +166,8 @@ def test_that_gradients_of_another_model_are_noticed(start: Callable[..., DonorA
         job.donor.publish()
 
 
-def test_that_weights_are_not_loaded_under_autocast(start: Callable[..., DonorAlone]) -> None:
-    job = start()
+def test_that_weights_are_not_loaded_under_autocast(start_donor: StartDonor) -> None:
+    job = start_donor()
     following = job.donor.follow(loader(job, 9))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast"):
         next(following)
@@ -222,10 +201,8 @@ def test_that_fp16_without_a_scaler_is_refused(tmp_path: Path) -> None:
         GradientDonor(accelerator, network, optimizer, config)
 
 
-def test_that_the_receiver_is_told_what_its_weights_are_worth(
-    start: Callable[..., DonorAlone],
-) -> None:
-    job = start()
+def test_that_the_receiver_is_told_what_its_weights_are_worth(start_donor: StartDonor) -> None:
+    job = start_donor()
     job.publish_weights(step=0, fill=0.1)
     with job.donor as donor:
         with pytest.raises(RuntimeError, match="never had"):
@@ -259,10 +236,8 @@ def take_local_steps(job: DonorAlone, max_windows: int) -> list[bool]:
     return seen
 
 
-def test_that_the_last_round_before_the_bound_is_handed_over(
-    start: Callable[..., DonorAlone],
-) -> None:
-    job = start(exchange="delta", local_steps=2)
+def test_that_the_last_round_before_the_bound_is_handed_over(start_donor: StartDonor) -> None:
+    job = start_donor(exchange="delta", local_steps=2)
     job.publish_weights(step=0, fill=0.1)
     with job.donor as donor:
         assert take_local_steps(job, max_windows=2) == [True, False]
@@ -272,9 +247,9 @@ def test_that_the_last_round_before_the_bound_is_handed_over(
 
 
 def test_that_a_resume_takes_the_steps_of_an_unfinished_round_again(
-    start: Callable[..., DonorAlone], tmp_path: Path
+    start_donor: StartDonor, tmp_path: Path
 ) -> None:
-    job = start(exchange="delta", local_steps=2)
+    job = start_donor(exchange="delta", local_steps=2)
     job.publish_weights(step=0, fill=0.1)
     take_local_steps(job, max_windows=2)
     job.publish_weights(step=2, fill=0.2)
@@ -282,6 +257,8 @@ def test_that_a_resume_takes_the_steps_of_an_unfinished_round_again(
     job.accelerator.save_state(str(tmp_path / "checkpoint"))
     job.donor._stop()  # as after an error
     reset()
-    resumed = start(exchange="delta", local_steps=2, resume_from_checkpoint=tmp_path / "checkpoint")
+    resumed = start_donor(
+        exchange="delta", local_steps=2, resume_from_checkpoint=tmp_path / "checkpoint"
+    )
     resumed.accelerator.load_state(str(tmp_path / "checkpoint"))
     assert resumed.donor.completed_windows == 2

@@ -6,32 +6,12 @@ import json
 import logging
 import weakref
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
 from tests.unit.streams import Bridge
-from toolkit.bridge import inbox as inbox_module
 from toolkit.bridge.ledger import Entry
-from toolkit.bridge.transport import DirectoryTransport
-
-
-@pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bridge]:
-    def build(**settings: Any) -> Bridge:
-        bridge = Bridge(DirectoryTransport(tmp_path), **settings)
-        monkeypatch.setattr(inbox_module, "time", SimpleNamespace(monotonic=lambda: bridge.now))
-        return bridge
-
-    return build
-
-
-@pytest.fixture
-def bridge(make: Callable[..., Bridge]) -> Bridge:
-    return make()
 
 
 def test_that_gradients_are_applied_in_order(bridge: Bridge) -> None:
@@ -131,9 +111,9 @@ def test_that_old_and_foreign_gradients_are_dropped(bridge: Bridge) -> None:
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 2])
 def test_how_far_a_step_goes_ahead_of_the_donor(
-    make: Callable[..., Bridge], max_staleness: int
+    make_bridge: Callable[..., Bridge], max_staleness: int
 ) -> None:
-    bridge = make(max_staleness=max_staleness)
+    bridge = make_bridge(max_staleness=max_staleness)
     assert bridge.look() is None, "a donor that was never seen is waited for"
     bridge.donate(at=0, kind="skip")
     for _ in range(max_staleness + 1):  # the newest answered step is 0
@@ -147,8 +127,10 @@ def test_how_far_a_step_goes_ahead_of_the_donor(
     assert verdict.answered == bridge.step - 1 - max_staleness
 
 
-def test_that_a_gradient_is_used_while_it_is_fresh_enough(make: Callable[..., Bridge]) -> None:
-    bridge = make(max_staleness=2)
+def test_that_a_gradient_is_used_while_it_is_fresh_enough(
+    make_bridge: Callable[..., Bridge],
+) -> None:
+    bridge = make_bridge(max_staleness=2)
     bridge.donate(at=0)
     assert bridge.take().staleness == 0
     bridge.take()
@@ -192,8 +174,8 @@ def test_that_waiting_given_up_lasts_until_the_donor_publishes(bridge: Bridge) -
     assert bridge.look() is None
 
 
-def test_that_the_state_crosses_a_json_file(make: Callable[..., Bridge]) -> None:
-    bridge = make(max_staleness=2)
+def test_that_the_state_crosses_a_json_file(make_bridge: Callable[..., Bridge]) -> None:
+    bridge = make_bridge(max_staleness=2)
     for at in (0, 1):
         bridge.donate(at=at)
         bridge.take()
@@ -212,8 +194,10 @@ def test_that_the_state_crosses_a_json_file(make: Callable[..., Bridge]) -> None
     assert bridge.take() == expected, "the digest of older weights must survive"
 
 
-def test_that_fates_and_pending_add_up_to_what_was_published(make: Callable[..., Bridge]) -> None:
-    bridge = make(max_staleness=1)
+def test_that_fates_and_pending_add_up_to_what_was_published(
+    make_bridge: Callable[..., Bridge],
+) -> None:
+    bridge = make_bridge(max_staleness=1)
     for at, kind in ((0, "gradient"), (1, "skip"), (1, "gradient"), (0, "gradient")):
         bridge.donate(at=at, kind=kind)  # type: ignore[arg-type]
     bridge.damage(bridge.donate(at=2))

@@ -6,32 +6,14 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.unit.streams import Bridge
-from toolkit.bridge import inbox as inbox_module
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.inbox import MISSING_LOOKS, MISSING_SECONDS
-from toolkit.bridge.transport import DirectoryTransport
-
-
-@pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bridge]:
-    def build(**settings: Any) -> Bridge:
-        bridge = Bridge(DirectoryTransport(tmp_path), **settings)
-        monkeypatch.setattr(inbox_module, "time", SimpleNamespace(monotonic=lambda: bridge.now))
-        return bridge
-
-    return build
-
-
-@pytest.fixture
-def bridge(make: Callable[..., Bridge]) -> Bridge:
-    return make()
 
 
 def test_that_a_rejected_payload_is_noted_and_waited_for_again(bridge: Bridge) -> None:

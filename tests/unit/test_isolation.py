@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -230,15 +229,6 @@ def test_bad_input(models: Models) -> None:
         CutPoint(model2(latents).detach(), model2)
     with pytest.raises(ValueError, match="no parameter that requires a gradient: is it frozen"):
         backward_for(model1(real).sum(), model2.requires_grad_(False))
-
-
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    """A gloo group of this process alone."""
-    store = f"file://{tmp_path / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_rank")

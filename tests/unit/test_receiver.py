@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +11,17 @@ import torch
 from torch.nn import functional as F
 
 from tests.oracle import Case, build_network
-from tests.unit.jobs import ReceiverAlone, batches, reset
+from tests.unit.jobs import ReceiverAlone, StartReceiver, batches
 from toolkit import BridgeConfig, GradientReceiver, PeerError
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., ReceiverAlone]]:
-    jobs: list[ReceiverAlone] = []
-
-    def build(**settings: Any) -> ReceiverAlone:
-        reset()
-        jobs.append(ReceiverAlone(tmp_path / "runs", **settings))
-        return jobs[-1]
-
-    yield build
-    for job in jobs:
-        job.receiver.close()
-    reset()
+def job(start_receiver: StartReceiver) -> ReceiverAlone:
+    return start_receiver()
 
 
-@pytest.fixture
-def job(start: Callable[..., ReceiverAlone]) -> ReceiverAlone:
-    return start()
-
-
-def test_that_a_lone_receiver_takes_exact_steps(start: Callable[..., ReceiverAlone]) -> None:
-    job = start(accumulation=3)
+def test_that_a_lone_receiver_takes_exact_steps(start_receiver: StartReceiver) -> None:
+    job = start_receiver(accumulation=3)
     sizes = [2, 5, 1]
     for inputs, labels in batches("h1", sizes):
         with job.accelerator.accumulate(job.model):
@@ -102,8 +87,8 @@ def test_that_calls_in_the_wrong_order_are_refused(job: ReceiverAlone, tmp_path:
     assert (tmp_path / "good" / "gradient_bridge.json").is_file()
 
 
-def test_that_a_missing_donor_is_an_error_if_required(start: Callable[..., ReceiverAlone]) -> None:
-    job = start(require_peer=True)
+def test_that_a_missing_donor_is_an_error_if_required(start_receiver: StartReceiver) -> None:
+    job = start_receiver(require_peer=True)
     with pytest.raises(PeerError, match=r"did not come for 0\.2 s"):
         job.step()
 
@@ -134,11 +119,11 @@ def test_that_a_filter_on_requires_grad_is_noticed(job: ReceiverAlone, tmp_path:
         )
 
 
-def test_that_a_frozen_layer_of_the_backbone_rests(start: Callable[..., ReceiverAlone]) -> None:
+def test_that_a_frozen_layer_of_the_backbone_rests(start_receiver: StartReceiver) -> None:
     # Frozen in both jobs, as under adapters, the donor sends zeros for it: with them as its
     # gradient the weight decay would move it.
     name = "backbone.0.weight"
-    job = start()
+    job = start_receiver()
     frozen = job.network.get_parameter(name).requires_grad_(False)
     before = frozen.detach().clone()
     for value in (0.0, 1.0):
@@ -184,10 +169,10 @@ def test_that_fused_sgd_with_momentum_is_refused(job: ReceiverAlone, tmp_path: P
 
 
 def test_that_an_overflow_of_another_optimizer_cannot_pass_for_one_of_this(
-    start: Callable[..., ReceiverAlone], tmp_path: Path
+    start_receiver: StartReceiver, tmp_path: Path
 ) -> None:
     """The payload would have been applied, and would be applied again."""
-    job = start(init_scale=2.0**10)
+    job = start_receiver(init_scale=2.0**10)
     job.accelerator.prepare(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1))
     with pytest.raises(ValueError, match="2 optimizers share one loss scaler"):
         GradientReceiver(
@@ -197,10 +182,8 @@ def test_that_an_overflow_of_another_optimizer_cannot_pass_for_one_of_this(
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_that_a_payload_outlives_an_overflow(
-    start: Callable[..., ReceiverAlone], fused: bool
-) -> None:
-    job = start(init_scale=2.0**10, fused=fused)
+def test_that_a_payload_outlives_an_overflow(start_receiver: StartReceiver, fused: bool) -> None:
+    job = start_receiver(init_scale=2.0**10, fused=fused)
     with job.accelerator.accumulate(job.model):
         job.backward(factor=1e38)  # finite, but not times the scale
         job.donate(job.constant(1.0))
@@ -232,10 +215,10 @@ def test_that_a_payload_outlives_an_overflow(
     ), "the payload that outlived the overflow was not applied"
 
 
-def test_that_a_scaler_changes_nothing(start: Callable[..., ReceiverAlone]) -> None:
+def test_that_a_scaler_changes_nothing(start_receiver: StartReceiver) -> None:
     weights = []
     for init_scale in (1.0, 2.0**12):
-        job = start(init_scale=init_scale)
+        job = start_receiver(init_scale=init_scale)
         for value in (0.3, -0.7, 0.1):
             with job.accelerator.accumulate(job.model):
                 job.backward()
@@ -252,8 +235,8 @@ def test_that_a_scaler_changes_nothing(start: Callable[..., ReceiverAlone]) -> N
         assert torch.equal(tensor, weights[1][name]), name
 
 
-def test_that_a_required_donor_may_not_end(start: Callable[..., ReceiverAlone]) -> None:
-    job = start(require_peer=True)
+def test_that_a_required_donor_may_not_end(start_receiver: StartReceiver) -> None:
+    job = start_receiver(require_peer=True)
     with job.accelerator.accumulate(job.model):
         job.backward()
         job.donate(None, kind="end")
@@ -262,9 +245,9 @@ def test_that_a_required_donor_may_not_end(start: Callable[..., ReceiverAlone]) 
 
 
 def test_that_a_zero_grad_in_the_middle_of_a_window_is_noticed(
-    start: Callable[..., ReceiverAlone],
+    start_receiver: StartReceiver,
 ) -> None:
-    job = start(accumulation=2)
+    job = start_receiver(accumulation=2)
     with job.accelerator.accumulate(job.model):
         job.backward()
     with job.accelerator.accumulate(job.model):
@@ -274,9 +257,9 @@ def test_that_a_zero_grad_in_the_middle_of_a_window_is_noticed(
 
 
 def test_that_a_donor_back_from_a_silence_finds_the_present_weights(
-    start: Callable[..., ReceiverAlone],
+    start_receiver: StartReceiver,
 ) -> None:
-    job = start()
+    job = start_receiver()
     job.step()  # alone, after the wait
     job.step()
     assert job.weights_record().header.receiver_step == 0, "published for nobody"
@@ -316,9 +299,9 @@ def test_that_the_donors_validation_is_among_the_metrics(job: ReceiverAlone) -> 
 
 
 def test_that_steps_after_the_last_exchange_of_differences_count_as_alone(
-    start: Callable[..., ReceiverAlone], caplog: pytest.LogCaptureFixture
+    start_receiver: StartReceiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = start(exchange="delta", local_steps=2)
+    job = start_receiver(exchange="delta", local_steps=2)
     job.step()
     job.donate(job.constant(0.1), kind="delta")
     for _ in range(2):

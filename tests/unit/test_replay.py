@@ -4,37 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import Tensor
 
-from tests.unit.jobs import ReceiverAlone, reset
+from tests.unit.jobs import ReceiverAlone, StartReceiver
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.ledger import Entry, trail_path
 from toolkit.bridge.payload import parse_record, write_record
 from toolkit.bridge.replay import KeptPayloads
 from toolkit.parameters import same_bits
 
-Start = Callable[..., ReceiverAlone]
 OVERFLOW = 1e38  # a finite loss, but not times the scale
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    jobs: list[ReceiverAlone] = []
-
-    def build(name: str, **settings: Any) -> ReceiverAlone:
-        reset()
-        jobs.append(ReceiverAlone(tmp_path / name, **settings))
-        return jobs[-1]
-
-    yield build
-    for job in jobs:
-        job.receiver.close()
-    reset()
 
 
 def take_step(job: ReceiverAlone, answer: float | str | None, factor: float = 1.0) -> bool:
@@ -76,8 +59,8 @@ class Run:
 
 
 @pytest.fixture
-def run(start: Start) -> Run:
-    job = start("runs", keep_payloads=True)
+def run(start_receiver: StartReceiver) -> Run:
+    job = start_receiver("runs", keep_payloads=True)
     for answer in ANSWERS:
         assert take_step(job, answer)
     assert job.receiver.steps_alone == 2
@@ -90,14 +73,14 @@ def listing(directory: Path) -> list[tuple[Path, int]]:
 
 
 def test_that_a_replay_ends_in_the_same_weights_and_leaves_the_run_alone(
-    start: Start, run: Run
+    start_receiver: StartReceiver, run: Run
 ) -> None:
     assert [path.name for path in run.kept(0).parent.iterdir()] == [
         run.kept(0).name,
         run.kept(2).name,
     ]
     before = listing(run.directory)
-    replay = start("replay", replay=run.directory)
+    replay = start_receiver("replay", replay=run.directory)
     for _ in ANSWERS:
         assert replay.step()
 
@@ -110,12 +93,12 @@ def test_that_a_replay_ends_in_the_same_weights_and_leaves_the_run_alone(
     assert listing(run.directory) == before
 
 
-def test_that_staleness_is_as_it_was(start: Start) -> None:
-    job = start("runs", keep_payloads=True, max_staleness=1)
+def test_that_staleness_is_as_it_was(start_receiver: StartReceiver) -> None:
+    job = start_receiver("runs", keep_payloads=True, max_staleness=1)
     for answer in (None, 0.3, None):  # the second answers the weights of step 0
         take_step(job, answer)
     job.receiver.close()
-    replay = start("replay", replay=job.receiver.run_dir)
+    replay = start_receiver("replay", replay=job.receiver.run_dir)
     staleness = []
     for _ in range(3):
         replay.step()
@@ -125,36 +108,40 @@ def test_that_staleness_is_as_it_was(start: Start) -> None:
     assert_same(replay, weights(job))
 
 
-def test_that_a_window_that_a_loss_scaler_skipped_is_skipped_again(start: Start) -> None:
+def test_that_a_window_that_a_loss_scaler_skipped_is_skipped_again(
+    start_receiver: StartReceiver,
+) -> None:
     factors = (1.0, OVERFLOW, 1.0, 1.0)  # one payload serves the second window and the third
     answers = (0.3, -0.7, None, 0.1)
-    job = start("runs", keep_payloads=True, init_scale=2.0**10)
+    job = start_receiver("runs", keep_payloads=True, init_scale=2.0**10)
     happened = [take_step(job, *both) for both in zip(answers, factors, strict=True)]
     assert happened == [True, False, True, True]
     assert job.receiver.steps_alone == 0
     job.receiver.close()
-    replay = start("replay", replay=job.receiver.run_dir, init_scale=2.0**10)
+    replay = start_receiver("replay", replay=job.receiver.run_dir, init_scale=2.0**10)
 
     assert [replay.step(factor) for factor in factors] == happened
     assert replay.receiver.completed_windows == 4
     assert_same(replay, weights(job))
 
 
-def test_that_a_resumed_run_is_replayed_from_its_first_step(start: Start, tmp_path: Path) -> None:
-    job = start("runs", keep_payloads=True)
+def test_that_a_resumed_run_is_replayed_from_its_first_step(
+    start_receiver: StartReceiver, tmp_path: Path
+) -> None:
+    job = start_receiver("runs", keep_payloads=True)
     take_step(job, 0.3)
     job.accelerator.save_state(str(tmp_path / "checkpoint"))
     take_step(job, -5.0)  # lost: killed after it
     job.receiver._stop()
     settings = {"keep_payloads": True, "resume_from_checkpoint": tmp_path / "checkpoint"}
-    resumed = start("runs", **settings)
+    resumed = start_receiver("runs", **settings)
     resumed.accelerator.load_state(str(tmp_path / "checkpoint"))
     resumed.receiver.transport.reject("donor", 1, "digest", "this time another payload comes")
     resumed.published = 2
     take_step(resumed, 0.9)
     resumed.receiver.close()
     run_dir = resumed.receiver.run_dir
-    replay = start("replay", replay=run_dir)
+    replay = start_receiver("replay", replay=run_dir)
     for _ in range(2):
         replay.step()
 
@@ -167,8 +154,10 @@ def test_that_a_resumed_run_is_replayed_from_its_first_step(start: Start, tmp_pa
     assert initial != {""}
 
 
-def test_that_a_replay_says_after_which_step_its_weights_are_others(start: Start, run: Run) -> None:
-    replay = start("replay", replay=run.directory)
+def test_that_a_replay_says_after_which_step_its_weights_are_others(
+    start_receiver: StartReceiver, run: Run
+) -> None:
+    replay = start_receiver("replay", replay=run.directory)
     replay.step(factor=1.5)
     assert replay.receiver.evidence({})["departed_at"] is None
     replay.step()
@@ -201,30 +190,30 @@ def flip(path: Path) -> None:
     ],
 )
 def test_that_a_payload_that_was_meddled_with_is_refused(
-    start: Start, run: Run, meddle: Callable[[Path], None], words: str
+    start_receiver: StartReceiver, run: Run, meddle: Callable[[Path], None], words: str
 ) -> None:
     meddle(run.kept(2))
     with pytest.raises(BridgeError, match=words):
         KeptPayloads(run.directory).read("donor", 2)
-    replay = start("replay", replay=run.directory)
+    replay = start_receiver("replay", replay=run.directory)
     replay.step()
     replay.step()
     with pytest.raises(BridgeError, match=words):
         replay.step()
 
 
-def test_that_what_is_no_run_is_refused(start: Start, tmp_path: Path) -> None:
+def test_that_what_is_no_run_is_refused(start_receiver: StartReceiver, tmp_path: Path) -> None:
     with pytest.raises(BridgeError, match="is no run of the bridge"):
-        start("replay", replay=tmp_path / "absent" / "0001")
+        start_receiver("replay", replay=tmp_path / "absent" / "0001")
     assert not (tmp_path / "replay").exists()
 
 
 def test_that_what_a_replay_needs_outlives_a_crash_of_the_machine(
-    start: Start, monkeypatch: pytest.MonkeyPatch
+    start_receiver: StartReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: set[int] = set()
     monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
-    job = start("runs", keep_payloads=True)
+    job = start_receiver("runs", keep_payloads=True)
     take_step(job, 0.3)
     kept = job.receiver.transport.kept_path("donor", 0)
 

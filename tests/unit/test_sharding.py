@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.nn import functional as F
 
 from tests.oracle import Case, Network, build_network
-from tests.unit.jobs import batches, reset
+from tests.unit.jobs import batches
 from toolkit import BridgeConfig, GradientDonor, GradientReceiver
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.frozen_state import FrozenOptimizerState
@@ -26,14 +25,9 @@ from toolkit.sharding import check_sharding, full_tensor, is_sharded, reshard
 
 
 @pytest.fixture
-def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+def mesh(fresh_state: None, one_rank: None) -> DeviceMesh:
     """One dimension with one rank."""
-    reset()
-    store = f"file://{tmp_path / 'store'}"
-    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-    reset()
+    return init_device_mesh("cpu", (1,))
 
 
 def sharded_network(mesh: DeviceMesh, heads: tuple[str, ...] = ("h1", "h2")) -> Network:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,9 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.oracle import Case, Network, build_network, largest_difference
-from tests.unit.jobs import ReceiverAlone, batches, reset
+from tests.unit.jobs import ReceiverAlone, StartReceiver, batches
 
-Start = Callable[..., ReceiverAlone]
 LAMBDA = 0.7  # weight of the donor's loss
 STRENGTH = 0.3  # lambda of the compensation
 AGES = (0, 1, 0, 1, 2, 2, 0)  # of each step's payload
@@ -27,19 +25,8 @@ FROZEN = "backbone.0.weight"
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    jobs: list[ReceiverAlone] = []
-
-    def build(name: str = "runs", **settings: Any) -> ReceiverAlone:
-        reset()
-        settings = {"max_staleness": 2, "donor_weight": LAMBDA, **settings}
-        jobs.append(ReceiverAlone(tmp_path / name, **settings))
-        return jobs[-1]
-
-    yield build
-    for job in jobs:
-        job.receiver.close()
-    reset()
+def start(start_receiver: StartReceiver) -> StartReceiver:
+    return partial(start_receiver, max_staleness=2, donor_weight=LAMBDA)
 
 
 class Run:
@@ -147,7 +134,7 @@ WRONG = {
 
 @pytest.mark.parametrize("setting", ["plain", "head", "frozen", "append"])
 @pytest.mark.parametrize("rule", list(WRONG))
-def test_a_run_with_known_ages(start: Start, rule: str, setting: str) -> None:
+def test_a_run_with_known_ages(start: StartReceiver, rule: str, setting: str) -> None:
     scope = "head" if setting == "head" else "all"
     rescale = "append" if setting == "append" else "match"
     strength = {"compensation": STRENGTH} if rule.startswith("compensate") else {}
@@ -173,7 +160,7 @@ def test_a_run_with_known_ages(start: Start, rule: str, setting: str) -> None:
 
 
 @pytest.mark.parametrize(("rule", "default"), [("compensate", 0.04), ("compensate_adaptive", 2.0)])
-def test_the_strength_where_none_is_given(start: Start, rule: str, default: float) -> None:
+def test_the_strength_where_none_is_given(start: StartReceiver, rule: str, default: float) -> None:
     trained = []
     for strength in (None, default):
         job = start(stale=rule, compensation=strength)
@@ -185,7 +172,7 @@ def test_the_strength_where_none_is_given(start: Start, rule: str, default: floa
     assert largest_difference(*trained) == 0.0
 
 
-def test_that_a_layer_unfrozen_since_has_not_changed(start: Start) -> None:
+def test_that_a_layer_unfrozen_since_has_not_changed(start: StartReceiver) -> None:
     job = start(stale="compensate", compensation=STRENGTH, max_staleness=1)
     run = Run(job)
     layer = job.network.get_parameter(FROZEN).requires_grad_(False)
@@ -196,7 +183,7 @@ def test_that_a_layer_unfrozen_since_has_not_changed(start: Start) -> None:
     assert not torch.equal(layer, before), "its gradient is applied all the same"
 
 
-def test_that_an_older_version_outlives_an_overflow(start: Start) -> None:
+def test_that_an_older_version_outlives_an_overflow(start: StartReceiver) -> None:
     """The step after a skipped one needs the same versions, and the payload as it came."""
     scale, weight = 2.0**10, "heads.h2.weight"
     job = start(stale="compensate", compensation=STRENGTH, max_staleness=1, init_scale=scale)
@@ -221,7 +208,7 @@ def test_that_an_older_version_outlives_an_overflow(start: Start) -> None:
 @pytest.mark.parametrize("restarts", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule", list(WRONG))
 def test_that_a_checkpoint_is_gone_back_to(
-    start: Start, tmp_path: Path, rule: str, restarts: bool
+    start: StartReceiver, tmp_path: Path, rule: str, restarts: bool
 ) -> None:
     """Of what was taken before it, all is applied but what needs the weights of then."""
     settings = {"stale": rule, "max_staleness": 1, "exchange": "gradient"}
@@ -253,7 +240,7 @@ def test_that_a_checkpoint_is_gone_back_to(
     assert job.receiver.fates()["applied"] == fates["applied"] + 1
 
 
-def test_that_a_replay_ends_in_the_same_weights(start: Start) -> None:
+def test_that_a_replay_ends_in_the_same_weights(start: StartReceiver) -> None:
     settings = {"stale": "compensate_adaptive", "compensation": STRENGTH}
     job = start(keep_payloads=True, **settings)
     run = Run(job)
@@ -266,7 +253,7 @@ def test_that_a_replay_ends_in_the_same_weights(start: Start) -> None:
     assert largest_difference(weights(replay.network), weights(job.network)) == 0.0
 
 
-def test_that_lockstep_keeps_no_weights(start: Start) -> None:
+def test_that_lockstep_keeps_no_weights(start: StartReceiver) -> None:
     run = Run(start(max_staleness=0))
     run.step(0)
     assert run.metric("receiver steps") == 0.0
@@ -274,7 +261,7 @@ def test_that_lockstep_keeps_no_weights(start: Start) -> None:
     assert not run.job.receiver._injector._history._versions
 
 
-def test_what_is_kept(start: Start) -> None:
+def test_what_is_kept(start: StartReceiver) -> None:
     job = start(max_staleness=2)
     job.network.get_parameter(FROZEN).requires_grad_(False)
     run = Run(job)

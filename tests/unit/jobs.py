@@ -32,6 +32,23 @@ def reset() -> None:
     PartialState._reset_state()
 
 
+def build_accelerator(accumulation: int = 1, init_scale: float | None = None) -> Accelerator:
+    """On the CPU; with a loss scaler of this scale, if any, to be switched on by ``native_amp``."""
+    accelerator = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=accumulation,
+        mixed_precision="no" if init_scale is None else "fp16",
+    )
+    if init_scale is not None:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    return accelerator
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Its parameters as they are now."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
 def batches(head: str, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of these sizes, from the start of the head's data."""
     features, labels = build_dataset(Case(), head)[: sum(sizes)]
@@ -65,13 +82,7 @@ class ReceiverAlone:
         rests: Sequence[str] = (),
         **settings: Any,
     ) -> None:
-        self.accelerator = accelerator = Accelerator(
-            cpu=True,
-            gradient_accumulation_steps=accumulation,
-            mixed_precision="no" if init_scale is None else "fp16",
-        )
-        if init_scale is not None:
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        self.accelerator = accelerator = build_accelerator(accumulation, init_scale)
         network = build_network(Case(dtype="float64" if init_scale is None else "float32"))
         network.heads["h2"].requires_grad_(False)
         for name in rests:

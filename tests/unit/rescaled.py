@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
 from toolkit.bridge.rescaling import LossReduction, RescaleRule, rescale_factors
+
+SETTINGS: list[tuple[RescaleRule, LossReduction]] = [
+    ("match", "mean"), ("match", "sum"), ("append", "mean"), ("append", "sum"), ("pool", "mean"),
+]  # fmt: skip
+each_setting = pytest.mark.parametrize(("rule", "reduction"), SETTINGS)
 
 
 def two_factors(

@@ -7,22 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.unit.jobs import build_accelerator, reset
 from toolkit.bridge.accumulation import Window, WindowAccumulator, scale_grads_
 from toolkit.bridge.control import ControlGroup
 from toolkit.bridge.rescaling import LossReduction
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
-
-
-def reset() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    PartialState._reset_state()
 
 
 class Job:
@@ -39,13 +32,7 @@ class Job:
         self.reduction: LossReduction = reduction
         self.dtype = dtype
         model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).to(dtype)
-        self.accelerator = accelerator = Accelerator(
-            cpu=True,
-            gradient_accumulation_steps=accumulation,
-            mixed_precision="no" if init_scale is None else "fp16",
-        )
-        if init_scale is not None:
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        self.accelerator = accelerator = build_accelerator(accumulation, init_scale)
         self.model: nn.Module = accelerator.prepare(model)
         accelerator.native_amp = init_scale is not None
         self.optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.1))

@@ -7,14 +7,14 @@ import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.unit.rescaled import two_factors
-from tests.unit.test_accumulation import Job, reset
+from tests.unit.jobs import reset
+from tests.unit.rescaled import each_setting, two_factors
+from tests.unit.test_accumulation import Job
 from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.payload import Header, parse_record, write_record
 from toolkit.bridge.rescaling import (
@@ -23,10 +23,6 @@ from toolkit.bridge.rescaling import (
     RescaleRule,
 )
 
-SETTINGS: list[tuple[RescaleRule, LossReduction]] = [
-    ("match", "mean"), ("match", "sum"), ("append", "mean"), ("append", "sum"), ("pool", "mean"),
-]  # fmt: skip
-each_setting = pytest.mark.parametrize(("rule", "reduction"), SETTINGS)
 counts = st.integers(1, 10**6)
 sums = st.floats(-1e6, 1e6)
 weights = st.floats(0.0, 1e3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.jobs import ReceiverAlone, StartReceiver
+from tests.unit.jobs import ReceiverAlone, StartReceiver, weights_of
 from toolkit.bridge.compression import ErrorFeedback
 from toolkit.parameters import same_bits
 
@@ -36,10 +36,6 @@ def take_step(job: ReceiverAlone, tensors: dict[str, Tensor] | None, **header: A
         assert job.receiver.commit()
 
 
-def weights(job: ReceiverAlone) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in job.network.named_parameters()}
-
-
 @pytest.mark.parametrize("compression", ["topk", "bf16"])
 def test_that_a_receiver_and_a_replay_apply_what_was_sent(
     start_receiver: StartReceiver, compression: str
@@ -60,16 +56,16 @@ def test_that_a_receiver_and_a_replay_apply_what_was_sent(
     job = start_receiver("runs", keep_payloads=True)
     take_step(job, sent, compression=compression)
     assert job.receiver.fates()["applied"] == 1
-    for name, tensor in weights(job).items():
-        assert torch.allclose(tensor, weights(plain)[name], rtol=0, atol=1e-14), name
+    for name, tensor in weights_of(job.network).items():
+        assert torch.allclose(tensor, weights_of(plain.network)[name], rtol=0, atol=1e-14), name
     size = job.receiver.metrics["bridge/payload donor (MiB)"] * 2**20
     assert size == job.receiver.transport.kept_path("donor", 0).stat().st_size
     job.receiver.close()
     replay = start_receiver("replay", replay=job.receiver.run_dir)
     take_step(replay, None)
     assert replay.receiver.fates()["applied"] == 1
-    for name, tensor in weights(replay).items():
-        assert same_bits(tensor, weights(job)[name]), name
+    for name, tensor in weights_of(replay.network).items():
+        assert same_bits(tensor, weights_of(job.network)[name]), name
 
 
 def spoil(sent: dict[str, Tensor], name: str, value: float) -> dict[str, Tensor]:

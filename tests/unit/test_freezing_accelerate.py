@@ -21,7 +21,7 @@ from tests.frozen_cases import (
     snapshot,
     squared_error,
 )
-from tests.unit.jobs import reset
+from tests.unit.jobs import build_accelerator, reset
 from toolkit.freezing import Freezing, freeze, frozen, has_gradients, unfreeze
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
@@ -47,13 +47,7 @@ class Job:
         without: bool = False,
     ) -> None:
         reset()
-        self.accelerator = accelerator = Accelerator(
-            cpu=True,
-            gradient_accumulation_steps=accumulation,
-            mixed_precision="no" if init_scale is None else "fp16",
-        )
-        if init_scale is not None:
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+        self.accelerator = accelerator = build_accelerator(accumulation, init_scale)
         self.net: Net = build_net().float()
         layer = self.net.get_submodule(REST)
         others = [self.net.hidden_task1.weight, self.net.output.weight]

@@ -6,9 +6,8 @@ import contextlib
 
 import pytest
 import torch
-from accelerate import Accelerator
 
-from tests.unit.jobs import reset
+from tests.unit.jobs import build_accelerator, reset
 from tests.unit.test_isolation import Models, build, data, rmsprops, same
 from toolkit.isolation import CutPoint, backward_for, one_loss_scale
 
@@ -18,8 +17,7 @@ pytestmark = pytest.mark.usefixtures("fresh_state")
 def scaled_windows(models: Models, *, hold: bool) -> None:
     """Two accumulated windows under a scaler, whose scale halves at model1's first step."""
     reset()
-    accelerator = Accelerator(cpu=True, mixed_precision="fp16", gradient_accumulation_steps=2)
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    accelerator = build_accelerator(accumulation=2, init_scale=1024.0)
     model1, model2 = (accelerator.prepare(model) for model in models)
     accelerator.native_amp = True
     optimizer1, optimizer2 = (accelerator.prepare(optimizer) for optimizer in rmsprops(models))

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.unit.payloads import HEADER, tensors, written
 from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.payload import (
-    Header,
     Record,
     check_identity,
     check_sum,
@@ -30,23 +30,7 @@ from toolkit.bridge.payload import (
 )
 from toolkit.inner_products import all_finite
 
-HEADER = Header(
-    kind="gradient", run_id="run", job="donor", sequence=3, attempt=1, receiver_step=7,
-    weights_digest="abc", donor_step=4, count=5.0, loss=0.25,
-)  # fmt: skip
 EXPECTED = {"a": torch.zeros(2, 3), "b": torch.zeros(3, dtype=torch.float64)}
-
-
-def tensors() -> dict[str, Tensor]:
-    return {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3, dtype=torch.float64) / 3}
-
-
-def written(
-    tmp_path: Path, header: Header = HEADER, content: dict[str, Tensor] | None = None
-) -> Path:
-    path = tmp_path / "record.safetensors"
-    write_record(path, header, tensors() if content is None else content)
-    return path
 
 
 def record(content: dict[str, Tensor] | None = None, **changes: Any) -> Record:

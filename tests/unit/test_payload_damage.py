@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
+from tests.unit.payloads import HEADER, tensors, written
 from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.payload import (
@@ -20,23 +20,7 @@ from toolkit.bridge.payload import (
     Record,
     check_sum,
     parse_record,
-    write_record,
 )
-
-HEADER = Header(
-    kind="gradient", run_id="run", job="donor", sequence=3, attempt=1, receiver_step=7,
-    weights_digest="abc", donor_step=4, count=5.0, loss=0.25,
-)  # fmt: skip
-
-
-def tensors() -> dict[str, Tensor]:
-    return {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3, dtype=torch.float64) / 3}
-
-
-def written(tmp_path: Path, content: dict[str, Tensor] | None = None) -> Path:
-    path = tmp_path / "record.safetensors"
-    write_record(path, HEADER, tensors() if content is None else content)
-    return path
 
 
 def is_same(read: Record, tmp_path: Path) -> bool:

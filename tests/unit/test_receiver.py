@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.oracle import Case, build_network
-from tests.unit.jobs import ReceiverAlone, StartReceiver, batches
+from tests.unit.jobs import ReceiverAlone, StartReceiver, batches, weights_of
 from toolkit import BridgeConfig, GradientReceiver, PeerError
 
 
@@ -188,7 +188,7 @@ def test_that_a_payload_outlives_an_overflow(start_receiver: StartReceiver, fuse
         job.backward(factor=1e38)  # finite, but not times the scale
         job.donate(job.constant(1.0))
         job.receiver.inject()
-        before = {name: p.detach().clone() for name, p in job.network.named_parameters()}
+        before = weights_of(job.network)
         job.optimizer.step()
         job.optimizer.zero_grad()
         assert not job.receiver.commit()
@@ -229,7 +229,7 @@ def test_that_a_scaler_changes_nothing(start_receiver: StartReceiver) -> None:
                 job.optimizer.zero_grad()
                 job.receiver.commit()
         assert job.receiver.fates()["applied"] == 3
-        weights.append({name: p.detach() for name, p in job.network.named_parameters()})
+        weights.append(weights_of(job.network))
         job.receiver.close()
     for name, tensor in weights[0].items():
         assert torch.equal(tensor, weights[1][name]), name

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.oracle import Case, build_network
-from tests.unit.jobs import ReceiverAlone, batches, reset
+from tests.unit.jobs import ReceiverAlone, batches, reset, weights_of
 from toolkit.bridge import injection
 
 LAMBDA, NUM_DONOR = 0.7, 4.0
@@ -138,7 +138,7 @@ def trained(directory: Path, rule: str, init_scale: float) -> dict[str, Tensor]:
                 job.optimizer.step()
                 job.optimizer.zero_grad()
                 assert job.receiver.commit()
-        return {name: p.detach() for name, p in job.network.named_parameters()}
+        return weights_of(job.network)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from tests.unit.jobs import ReceiverAlone, StartReceiver
+from tests.unit.jobs import ReceiverAlone, StartReceiver, weights_of
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.ledger import Entry, trail_path
 from toolkit.bridge.payload import parse_record, write_record
@@ -34,12 +34,8 @@ def take_step(job: ReceiverAlone, answer: float | str | None, factor: float = 1.
         return job.receiver.commit()
 
 
-def weights(job: ReceiverAlone) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in job.network.named_parameters()}
-
-
 def assert_same(job: ReceiverAlone, expected: dict[str, Tensor]) -> None:
-    for name, tensor in weights(job).items():
+    for name, tensor in weights_of(job.network).items():
         assert same_bits(tensor, expected[name]), name
 
 
@@ -65,7 +61,7 @@ def run(start_receiver: StartReceiver) -> Run:
         assert take_step(job, answer)
     assert job.receiver.steps_alone == 2
     job.receiver.close()
-    return Run(job.receiver.run_dir, weights(job), job.receiver.fates())
+    return Run(job.receiver.run_dir, weights_of(job.network), job.receiver.fates())
 
 
 def listing(directory: Path) -> list[tuple[Path, int]]:
@@ -105,7 +101,7 @@ def test_that_staleness_is_as_it_was(start_receiver: StartReceiver) -> None:
         staleness.append(replay.receiver.metrics.get("bridge/staleness donor (receiver steps)"))
 
     assert staleness == [None, 1.0, None]
-    assert_same(replay, weights(job))
+    assert_same(replay, weights_of(job.network))
 
 
 def test_that_a_window_that_a_loss_scaler_skipped_is_skipped_again(
@@ -122,7 +118,7 @@ def test_that_a_window_that_a_loss_scaler_skipped_is_skipped_again(
 
     assert [replay.step(factor) for factor in factors] == happened
     assert replay.receiver.completed_windows == 4
-    assert_same(replay, weights(job))
+    assert_same(replay, weights_of(job.network))
 
 
 def test_that_a_resumed_run_is_replayed_from_its_first_step(
@@ -147,7 +143,7 @@ def test_that_a_resumed_run_is_replayed_from_its_first_step(
 
     assert KeptPayloads(run_dir).attempt == 2
     assert [entry.sequence for entry in KeptPayloads(run_dir).applied] == [0, 2]
-    assert_same(replay, weights(resumed))
+    assert_same(replay, weights_of(resumed.network))
     jobs = (job, resumed, replay)
     initial = {each.receiver.evidence({})["initial_weights_digest"] for each in jobs}
     assert len(initial) == 1

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.unit.rescaled import two_factors
+from tests.unit.rescaled import SETTINGS, each_setting, two_factors
 from toolkit.bridge.rescaling import (
     LOSS_REDUCTIONS,
     RESCALE_RULES,
@@ -19,10 +19,6 @@ from toolkit.bridge.rescaling import (
     check_rule,
 )
 
-SETTINGS: list[tuple[RescaleRule, LossReduction]] = [
-    ("match", "mean"), ("match", "sum"), ("append", "mean"), ("append", "sum"), ("pool", "mean"),
-]  # fmt: skip
-each_setting = pytest.mark.parametrize(("rule", "reduction"), SETTINGS)
 counts = st.floats(min_value=1e-3, max_value=1e6)
 weights = st.floats(min_value=0.0, max_value=1e3)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.oracle import Case, Network, build_network, largest_difference
-from tests.unit.jobs import ReceiverAlone, StartReceiver, batches
+from tests.unit.jobs import ReceiverAlone, StartReceiver, batches, weights_of
 
 LAMBDA = 0.7  # weight of the donor's loss
 STRENGTH = 0.3  # lambda of the compensation
@@ -108,10 +108,6 @@ def train_by_hand(formula: Formula, scope: str, frozen: bool, append: bool) -> l
     return versions
 
 
-def weights(network: Network) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in network.named_parameters()}
-
-
 WRONG = {
     "apply": [Formula("damp"), Formula("compensate")],
     "damp": [Formula("apply"), Formula("damp", later=1), Formula("damp", later=-1)],
@@ -146,17 +142,17 @@ def test_a_run_with_known_ages(start: StartReceiver, rule: str, setting: str) ->
     for number, age in enumerate(AGES):
         assert run.step(age)
         assert run.metric("receiver steps") == age
-        then, now = (weights(versions[at]) for at in (number - age, number))
+        then, now = (weights_of(versions[at]) for at in (number - age, number))
         shared = [name for name in now if "h1" not in name]
         change = math.sqrt(math.fsum(float((now[n] - then[n]).square().sum()) for n in shared))
         assert (change == 0.0) == (age == 0)
         assert run.metric("norm of weight change") == pytest.approx(change, rel=1e-9)
 
-    assert largest_difference(weights(job.network), weights(versions[-1])) <= 1e-12
+    assert largest_difference(weights_of(job.network), weights_of(versions[-1])) <= 1e-12
     assert job.receiver.fates()["applied"] == len(AGES)
     for formula in WRONG[rule]:
         wrong = train_by_hand(formula, scope, setting == "frozen", setting == "append")[-1]
-        assert largest_difference(weights(wrong), weights(versions[-1])) > 1e-5, formula
+        assert largest_difference(weights_of(wrong), weights_of(versions[-1])) > 1e-5, formula
 
 
 @pytest.mark.parametrize(("rule", "default"), [("compensate", 0.04), ("compensate_adaptive", 2.0)])
@@ -168,7 +164,7 @@ def test_the_strength_where_none_is_given(start: StartReceiver, rule: str, defau
         for age in (0, 1, 2):
             run.step(age)
         job.receiver.close()
-        trained.append(weights(job.network))
+        trained.append(weights_of(job.network))
     assert largest_difference(*trained) == 0.0
 
 
@@ -218,7 +214,7 @@ def test_that_a_checkpoint_is_gone_back_to(
     run.step(0)
     job.accelerator.save_state(str(checkpoint))
     run.step(1)
-    undisturbed = weights(job.network)
+    undisturbed = weights_of(job.network)
 
     if restarts:
         job.receiver._stop()
@@ -234,7 +230,7 @@ def test_that_a_checkpoint_is_gone_back_to(
         assert (fates["applied"], fates["dropped"]) == (1, 1)
     else:
         assert (fates["applied"], fates["dropped"]) == (2, 0)
-        assert largest_difference(weights(job.network), undisturbed) == 0.0
+        assert largest_difference(weights_of(job.network), undisturbed) == 0.0
     assert run.step(1)
     assert run.metric("norm of weight change")
     assert job.receiver.fates()["applied"] == fates["applied"] + 1
@@ -250,7 +246,7 @@ def test_that_a_replay_ends_in_the_same_weights(start: StartReceiver) -> None:
     replay = start("replay", replay=job.receiver.run_dir, **settings)
     for _ in AGES:
         assert replay.step()
-    assert largest_difference(weights(replay.network), weights(job.network)) == 0.0
+    assert largest_difference(weights_of(replay.network), weights_of(job.network)) == 0.0
 
 
 def test_that_lockstep_keeps_no_weights(start: StartReceiver) -> None:
@@ -269,7 +265,7 @@ def test_what_is_kept(start: StartReceiver) -> None:
         run.step(age)
     versions = job.receiver._injector._history._versions
     assert sorted(versions) == [3, 4, 5]
-    shared = {name for name in weights(job.network) if "h1" not in name}
+    shared = {name for name in weights_of(job.network) if "h1" not in name}
     assert all(set(version) == shared - {FROZEN} for version in versions.values())
     memory = {tensor.data_ptr() for version in versions.values() for tensor in version.values()}
     run.step(AGES[-1])

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from toolkit.bridge.authentication import UNSIGNED, Signer
+from toolkit.bridge.authentication import Signer
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.replay import KeptPayloads
 
@@ -64,14 +64,12 @@ def find_run(name: str, runs_dir: Path) -> Path:
     )
 
 
-def open_run(
-    directory: Path, output_dir: Path | None = None, signer: Signer = UNSIGNED
-) -> FinishedRun:
+def open_run(directory: Path, output_dir: Path | None, signer: Signer) -> FinishedRun:
     """Read what a run recorded, but for its payloads.
 
     Args:
         directory: of the run.
-        output_dir: of the receiver, if it had one of its own.
+        output_dir: of the receiver; None if it had none of its own.
         signer: with the run's key, if it has one.
 
     Raises:

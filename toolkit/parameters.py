@@ -206,7 +206,7 @@ def check_optimizer_within(model: nn.Module, optimizer: torch.optim.Optimizer) -
                 )
 
 
-def check_head_rests(head: Mapping[str, nn.Parameter], *, may_train: bool = False) -> None:
+def check_head_rests(head: Mapping[str, nn.Parameter], *, may_train: bool) -> None:
     """Refuse a donor's head that DDP would wait for in every backward of a receiver.
 
     On one process too, so that a script that runs on one runs on two. A teacher may put the head

@@ -112,7 +112,7 @@ def environment_warnings(run: Mapping[str, Any], replay: Mapping[str, Any]) -> l
 
 
 def verify_run(
-    run: FinishedRun, directory: Path, progress: Progress, key_file: Path | None = None
+    run: FinishedRun, directory: Path, progress: Progress, key_file: Path | None
 ) -> Verification:
     """Check every payload, replay the run in ``directory``, and compare.
 
@@ -120,7 +120,7 @@ def verify_run(
         run: what to replay.
         directory: where the replay writes.
         progress: to show it.
-        key_file: with the run's key, if it has one and the environment has not.
+        key_file: with the run's key; None where it has none or the environment has it.
 
     Raises:
         BridgeError: for a payload that is not what the ledger says.

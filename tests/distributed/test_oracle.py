@@ -97,12 +97,10 @@ def train(directory: Path, world: World, cases: list[Case]) -> Trained:
     return Trained(world, directory)
 
 
-def check_trained_jointly(
-    trained: Trained, case: Case, lost_windows: frozenset[int] = frozenset()
-) -> None:
+def check_trained_jointly(trained: Trained, case: Case) -> None:
     """The oracle check: every parameter and every rank of the receiver."""
     world, weights = trained.world, trained.weights(case)
-    joint = train_jointly(case, world.receiver, world.donor, lost_windows=lost_windows)
+    joint = train_jointly(case, world.receiver, world.donor)
     if case.dtype == "float64":
         bound = 1e-12
     else:

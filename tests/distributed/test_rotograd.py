@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.jobs.every_case import launch_all
 from tests.jobs.rotograd_job import CASES, Case, new_model, reference
-from tests.launching import Launcher
 
 State = dict[str, Tensor]
 
@@ -17,12 +16,7 @@ State = dict[str, Tensor]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[State]]:
     """By case, the final states of both ranks."""
     directory = tmp_path_factory.mktemp("rotograd")
-    with Launcher(directory) as launcher:
-        launcher("tests/jobs/rotograd_job.py", directory, num_processes=2).wait(200)
-    return {
-        case.name: [load_file(directory / f"{case.name}-{rank}.safetensors") for rank in (0, 1)]
-        for case in CASES
-    }
+    return launch_all("tests/jobs/rotograd_job.py", directory, CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -60,7 +60,7 @@ def record(
 
 
 def craft(
-    content: dict[str, Tensor], signer: Signer = UNSIGNED, *, without: str = "", **changes: Any
+    content: dict[str, Tensor], signer: Signer, *, without: str = "", **changes: Any
 ) -> bytes:
     """A file of these tensors whose digests fit, with header fields of any type and value."""
     fields = dataclasses.asdict(header()) | {"tensors_digest": digest_tensors(content)} | changes

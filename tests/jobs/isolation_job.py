@@ -6,18 +6,16 @@ each rank's weights. ``reference`` trains the same on the full batch in plain to
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import RMSprop
 
+from tests.jobs.every_case import train_all
 from toolkit.isolation import CutPoint, backward_for, check_disjoint, no_leak, one_loss_scale
 
 NUM_RANKS, NUM_STEPS, BATCH_SIZE = 2, 6, 5  # the batch is one rank's, of one micro-step
@@ -187,18 +185,5 @@ def _load(model: nn.Module, values: list[Tensor]) -> None:
             parameter.copy_(value)
 
 
-def main() -> None:
-    """Train every case and write ``<output>/<case>-<rank>.safetensors``."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    args = parser.parse_args()
-    accelerator = Accelerator(cpu=True)
-    for case in CASES:
-        weights = train(case)
-        save_file(weights, args.output / f"{case.name}-{accelerator.process_index}.safetensors")
-        accelerator.wait_for_everyone()
-    accelerator.end_training()
-
-
 if __name__ == "__main__":
-    main()
+    train_all(train, CASES)

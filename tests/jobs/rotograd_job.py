@@ -6,19 +6,17 @@ each rank's state. ``reference`` trains the same on the full batch, in plain tor
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, GradientState
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.jobs.every_case import train_all
 from tests.unit.rotograd_oracle import IN, build
 from toolkit.rotograd import RotateOnly, RotoGrad, RotoGradNorm, total
 
@@ -164,18 +162,5 @@ def reference(case: Case) -> dict[str, Tensor]:
     return dict(model.state_dict())
 
 
-def main() -> None:
-    """Train every case and write ``<output>/<case>-<rank>.safetensors``."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    args = parser.parse_args()
-    accelerator = Accelerator(cpu=True)
-    for case in CASES:
-        state = train(case)
-        save_file(state, args.output / f"{case.name}-{accelerator.process_index}.safetensors")
-        accelerator.wait_for_everyone()
-    accelerator.end_training()
-
-
 if __name__ == "__main__":
-    main()
+    train_all(train, CASES)

@@ -16,6 +16,7 @@ from typing import Any
 from tests.matrix.setting import Setting, Side, from_json
 
 ROWS = Path(__file__).with_name("rows.csv")
+NUM_CANDIDATES = 100  # of each row, of which one is taken
 
 SIDE: dict[str, list[Any]] = {
     "ranks": [1, 2, 3],
@@ -167,7 +168,7 @@ def generate() -> list[Row]:
     return [row for dtype in COMMON["dtype"] for row in cover([], DIMENSIONS | {"dtype": [dtype]})]
 
 
-def cover(rows: list[Row], dimensions: dict[str, list[Any]], candidates: int = 100) -> list[Row]:
+def cover(rows: list[Row], dimensions: dict[str, list[Any]]) -> list[Row]:
     """Further rows, so that with ``rows`` every two values that can meet do.
 
     Greedy, as in Cohen et al., "The AETG System" (1997): each row begins with a pair that is
@@ -178,7 +179,7 @@ def cover(rows: list[Row], dimensions: dict[str, list[Any]], candidates: int = 1
     random, added = Random(0), []
     while missing:
         start = min(missing, key=repr)
-        fills = [_fill(start, missing, dimensions, random) for _ in range(candidates)]
+        fills = [_fill(start, missing, dimensions, random) for _ in range(NUM_CANDIDATES)]
         added.append(max(fills, key=lambda row: len(missing.intersection(_pairs(row)))))
         missing.difference_update(_pairs(added[-1]))
     return added
@@ -222,24 +223,24 @@ def missing_pairs(rows: list[Row], dimensions: dict[str, list[Any]] = DIMENSIONS
     ]
 
 
-def read_rows(path: Path = ROWS) -> list[Row]:
+def read_rows() -> list[Row]:
     """The rows as they were generated, so that a case keeps its number."""
     texts = {name: {str(value): value for value in DIMENSIONS[name]} for name in DIMENSIONS}
-    with path.open(newline="") as file:
+    with ROWS.open(newline="") as file:
         return [
             {name: texts[name][text] for name, text in row.items()} for row in csv.DictReader(file)
         ]
 
 
-def write_rows(path: Path = ROWS) -> None:
+def write_rows() -> None:
     """Generate them anew, after a change of the dimensions."""
-    with path.open("w", newline="") as file:
+    with ROWS.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(DIMENSIONS), lineterminator="\n")
         writer.writeheader()
         writer.writerows(generate())
 
 
-def setting_of(row: Row, seed: int = 0) -> Setting:
+def setting_of(row: Row, seed: int) -> Setting:
     """The setting with the values of a full row."""
     sides = {
         role: {n.partition(".")[2]: v for n, v in row.items() if n.startswith(f"{role}.")}

@@ -65,8 +65,8 @@ class Outcome:
         return self.difference <= self.allowed and self.rank_difference == 0.0
 
 
-def runs_of(name: str, setting: Setting, directory: Path, *, is_mutated: bool = False) -> list[Run]:
-    """The case as it is and, on request, with every mutation that has an effect there."""
+def runs_of(name: str, setting: Setting, directory: Path, *, is_mutated: bool) -> list[Run]:
+    """The case as it is and, where it is mutated, with every mutation that has an effect there."""
     runs = [Run(setting, directory / name)]
     if is_mutated:
         for number, mutation in enumerate(mutations_of(setting)):

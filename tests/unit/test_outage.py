@@ -136,11 +136,11 @@ def publisher(tmp_path: Path) -> Publisher:
     return Publisher(DirectoryTransport(tmp_path), "donor", "run", 10_000)
 
 
-def publish_again(publisher: Publisher, header: Header = HEADER) -> int:
+def publish_again(publisher: Publisher) -> int:
     """As a job does: until it succeeds; how often it failed."""
     for num_failures in range(3):
         with contextlib.suppress(OSError):
-            publisher.publish(header, TENSORS)
+            publisher.publish(HEADER, TENSORS)
             return num_failures
     raise AssertionError("it never succeeded")
 

@@ -33,11 +33,9 @@ class Waiting:
         return self.clock.now - start
 
 
-def waiting_receiver(
-    tmp_path: Path, clock: SimulatedTime, names: list[str], num_expected: int = 1
-) -> Waiting:
+def waiting_receiver(tmp_path: Path, clock: SimulatedTime, names: list[str]) -> Waiting:
     """A receiver before its first step, to which these donors have shown life."""
-    alone = ReceiverAlone(tmp_path / "runs", exchange="gradient", num_donors=num_expected)
+    alone = ReceiverAlone(tmp_path / "runs", exchange="gradient")
     waiting = Waiting(alone.receiver, clock)
     for name in names:
         alone.receiver.transport.open_stream(name)

@@ -20,7 +20,7 @@ from toolkit.bridge.agreement import (
     open_bridge,
     read_claim,
 )
-from toolkit.bridge.authentication import UNSIGNED, Signer
+from toolkit.bridge.authentication import Signer
 from toolkit.bridge.class_names import stated_classes
 from toolkit.bridge.config import JOB_NAME
 from toolkit.bridge.errors import BridgeError, PayloadError
@@ -54,7 +54,7 @@ class Look:
         record_bytes: the size of a record, at most, as the jobs say; 0 if they do not.
     """
 
-    def __init__(self, run_dir: Path, signer: Signer = UNSIGNED) -> None:
+    def __init__(self, run_dir: Path, signer: Signer) -> None:
         self.run_dir, self._signer = run_dir, signer
         self._problems: list[str] = []
         found = self._try(run_dir.name, lambda: open_bridge(run_dir, signer))

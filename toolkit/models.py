@@ -171,7 +171,8 @@ def _build_text_backbone(num_tokens: int, max_length: int) -> nn.Module:
         from transformers import DistilBertConfig, DistilBertModel
     except ImportError as error:
         raise ValueError(
-            f"a text model needs transformers ({error}): pip install 'gradient-bridge[text]'"
+            f"a text model needs transformers ({error}): "
+            "pip install 'gradient-bridge[transformers]'"
         ) from error
     config = DistilBertConfig(
         vocab_size=num_tokens,

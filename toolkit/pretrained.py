@@ -102,8 +102,8 @@ def _load(name_or_path: str, num_channels: int) -> nn.Module:
         from transformers.image_processing_base import ImageProcessingMixin
     except ImportError as error:
         raise ValueError(
-            "a pretrained backbone needs transformers "
-            f"({error}): pip install 'gradient-bridge[text]'"
+            f"a pretrained backbone needs transformers ({error}): "
+            "pip install 'gradient-bridge[transformers]'"
         ) from error
     try:
         model = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)

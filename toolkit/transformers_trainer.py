@@ -1,4 +1,4 @@
-"""The bridge inside of ``transformers.Trainer`` (``pip install "gradient-bridge[trainer]"``).
+"""The bridge inside of ``transformers.Trainer`` (``pip install "gradient-bridge[transformers]"``).
 
 A callback comes too late: the Trainer has clipped by then. These mixins stand in ``training_step``,
 so that the joint gradient is there before the Trainer clips, steps and logs as ever. The receiver:

@@ -116,7 +116,7 @@ def test_missing_sources(sources: Path) -> None:
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"needs transformers .*gradient-bridge\[text\]"):
+    with pytest.raises(ValueError, match=r"needs transformers .*gradient-bridge\[transformers\]"):
         build_text_model(9, 5, {"h1": 2}, seed=0)
 
 

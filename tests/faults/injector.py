@@ -163,7 +163,7 @@ class Injector:
         self._around(Ledger, "flush", "ledger")
         self._halve_a_line()
         self._follow_steps()
-        self._around(BridgeJob, "_read", "read")
+        self._around(BridgeJob, "_read_now", "read")
         self._around(GradientDonor, "_load", "weights", done="weights: loaded")
         self._around(GradientDonor, "_publish_window", "window", begun="window: computed")
         self._around(GradientReceiver, "_on_load_state", "resume")

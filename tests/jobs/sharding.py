@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from tests.oracle import NUM_FEATURES, Case, build_optimizer
-from toolkit.bridge import accumulation, donor, injection, job
+from toolkit.bridge import accumulation, donor, gradient_sums, injection, job
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.sharding import full_tensor, is_sharded, local_tensor, shard_like
 
@@ -134,7 +134,7 @@ def _torn_weights(
 
 
 MUTATIONS: dict[str, tuple[Any, str, Any]] = {
-    "donor_gathers_one_shard": (donor, "full_tensor", _own_shard_only),
+    "donor_gathers_one_shard": (gradient_sums, "full_tensor", _own_shard_only),
     "receiver_gathers_one_shard": (job, "full_tensor", _own_shard_only),
     "reduce_twice": (accumulation.WindowAccumulator, "reduce_unmanaged_", _reduce_twice),
     "shard_of_another_rank": (injection, "shard_like", _shard_of_another_rank),

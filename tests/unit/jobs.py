@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tests.oracle import Case, Network, build_dataset, build_network
 from toolkit import BridgeConfig, GradientDonor, GradientReceiver
+from toolkit.bridge.collector import Findings
 from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.payload import (
     Header,
@@ -60,6 +61,12 @@ def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
+def look_once(receiver: GradientReceiver) -> Findings | None:
+    """One look at the donors' streams, as a step that waits takes it."""
+    may_teach = receiver._lessons is not None
+    return receiver._collector.poll(receiver.completed_steps, receiver.taught_heads, may_teach)
+
+
 class ReceiverAlone:
     """A receiver whose donor is this test.
 
@@ -101,7 +108,7 @@ class ReceiverAlone:
 
     def weights_record(self) -> Record:
         """The newest weights that the receiver published."""
-        self.receiver._catch_up()
+        self.receiver._waiting.catch_up()
         transport = self.receiver.transport
         newest = transport.sequences("receiver")[-1]
         return parse_record(transport.read("receiver", newest, max_bytes=10**6), transport.signer)
@@ -211,7 +218,7 @@ class DonorAlone:
 
     def payload(self, sequence: int) -> Record:
         """What the donor published."""
-        self.donor._catch_up()
+        self.donor._waiting.catch_up()
         transport = self.donor.transport
         return parse_record(transport.read("donor", sequence, max_bytes=10**6), transport.signer)
 

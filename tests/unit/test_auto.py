@@ -258,7 +258,7 @@ def test_that_a_resume_waits_for_a_donor_that_ended_and_has_left_no_weights(
     reset()
     again = start(**settings, resume_from_checkpoint=checkpoint)
     again.accelerator.load_state(str(checkpoint))
-    donors = again.receiver._donors
+    donors = again.receiver._collector.donors
     assert isinstance(donors, Donors)
     again.receiver._publish_weights()
     donors.begin()

@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from tests.unit.gates import PATIENCE_SECONDS, Gate
-from tests.unit.jobs import ReceiverAlone, reset, same_tensors
+from tests.unit.jobs import ReceiverAlone, look_once, reset, same_tensors
 from toolkit.bridge.background import Background
 from toolkit.bridge.errors import DiskError
 from toolkit.bridge.payload import Record
@@ -66,7 +66,7 @@ def test_that_steps_go_on_while_weights_are_written(
 
 def records(job: ReceiverAlone, stream: str) -> list[Record]:
     transport = job.receiver.transport
-    return [job.receiver._read(stream, number) for number in transport.sequences(stream)]
+    return [job.receiver._reading.read(stream, number) for number in transport.sequences(stream)]
 
 
 def test_that_the_digest_is_known_before_the_weights_can_be_answered(
@@ -79,7 +79,8 @@ def test_that_the_digest_is_known_before_the_weights_can_be_answered(
     def looking(transport: DirectoryTransport, stream: str, *args: Any) -> int:
         size = publish(transport, stream, *args)
         if stream == "receiver":
-            known.append(job.receiver.completed_steps in job.receiver._on_main.state()["digests"])
+            digests = job.receiver._collector.on_main.state()["digests"]
+            known.append(job.receiver.completed_steps in digests)
         return size
 
     monkeypatch.setattr(DirectoryTransport, "publish", looking)
@@ -87,7 +88,7 @@ def test_that_the_digest_is_known_before_the_weights_can_be_answered(
     job.backward()
     job.donate(job.constant(1.0))
     finish_step(job)
-    job.receiver._catch_up()
+    job.receiver._waiting.catch_up()
     assert known == [True, True]
     job.receiver.close()
 
@@ -114,7 +115,7 @@ def test_that_a_disk_that_fails_for_good_ends_the_next_step(
     held = gate("receiver")
     held.error = OSError(errno.ENOSPC, "No space left on device")
     assert finish_step(job), "this step is done"
-    assert job.receiver._background.join(PATIENCE_SECONDS)
+    assert job.receiver._waiting.background.join(PATIENCE_SECONDS)
     job.backward()
     with pytest.raises(DiskError, match="the disk has failed for 0"):
         job.receiver.inject()
@@ -142,8 +143,8 @@ def test_that_weights_asked_for_again_are_those_of_the_exchange(tmp_path: Path) 
     finish_step(job)
     assert not same_tensors(weights(job), published)
     job.receiver.transport.reject("receiver", 0, "digest", "for this test")
-    job.receiver._on_main.begin()
-    job.receiver._poll()
+    job.receiver._collector.on_main.begin()
+    look_once(job.receiver)
     record = job.weights_record()
     assert (record.header.sequence, record.header.receiver_step) == (1, 0)
     assert same_tensors(record.tensors, published)
@@ -167,7 +168,7 @@ def test_that_an_error_waits_for_what_is_written(
 
     with pytest.raises(error):
         fail()
-    assert not job.receiver._background.is_busy
+    assert not job.receiver._waiting.background.is_busy
     kinds = [record.header.kind for record in records(job, "receiver")]
     assert kinds == ["weights", "weights", *(["end"] if error is KeyboardInterrupt else [])]
     opener.join()

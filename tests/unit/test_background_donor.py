@@ -34,7 +34,7 @@ def test_that_windows_go_on_while_a_payload_is_written(
         shared = donor._gradient_parameters("heads.h2")
         grads = {n: p.grad for n, p in shared.items() if p.grad is not None}
         sums.append({name: grad.clone() for name, grad in grads.items()})
-        donor._catch_up()
+        donor._waiting.catch_up()
         held.close()
         assert donor.publish()
         assert len(donor.transport.sequences("donor")) == number - 1, "nobody waited for the disk"
@@ -42,7 +42,7 @@ def test_that_windows_go_on_while_a_payload_is_written(
             grad.zero_()  # as DDP does, whose buckets they may be
         if number == 2:
             donor.transport.reject("donor", 0, "digest", "for this test")
-            assert donor._look() is None, "it answered other weights than these"
+            assert donor._poll() is None, "it answered other weights than these"
         held.open()
         if number == 2:
             break
@@ -50,7 +50,8 @@ def test_that_windows_go_on_while_a_payload_is_written(
     record = job.payload(1)
     assert (record.header.receiver_step, record.header.donor_step) == (1, 2)
     assert same_tensors(record.tensors, sums[1])
-    assert list(donor._staged) == list(sums[1]), "they were staged, in the same memory each time"
+    staged = list(donor._sums._staged)
+    assert staged == list(sums[1]), "they were staged, in the same memory each time"
     donor.close()
 
 
@@ -59,12 +60,12 @@ def test_that_the_receiver_says_whether_a_step_waits(tmp_path: Path, max_stalene
     reset()
     job = ReceiverAlone(tmp_path / "runs", run="one", max_staleness=max_staleness)
     job.backward()
-    job.receiver._catch_up()
+    job.receiver._waiting.catch_up()
     other = DonorAlone(tmp_path / "runs", run="one")
     loader = other.accelerator.prepare(DataLoader(build_dataset(Case(), "h2"), batch_size=4))
     next(other.donor.follow(loader))
     assert other.donor._writes_behind == (max_staleness > 0)
-    assert (other.donor._prefetch is None) == (max_staleness == 0)
+    assert (other.donor._reading._prefetch is None) == (max_staleness == 0)
     other.donor._stop()
     job.receiver._stop()
     reset()
@@ -87,7 +88,7 @@ def test_that_a_donor_that_is_alone_is_told_of_a_write_that_failed(
         assert job.donor.publish() == follows
     held.error = OSError(errno.ENOSPC, "No space left on device")
     held.open()
-    assert job.donor._background.join(PATIENCE_SECONDS)
+    assert job.donor._waiting.background.join(PATIENCE_SECONDS)
     with pytest.raises(DiskError, match="No space left"):
         next(batches)
     held.error = None

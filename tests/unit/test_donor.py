@@ -14,7 +14,7 @@ from tests.oracle import Case, build_dataset, build_network
 from tests.unit.jobs import DonorAlone, StartDonor, batches, reset
 from toolkit import BridgeConfig, BridgeError, GradientDonor
 from toolkit.bridge.errors import DiskError
-from toolkit.bridge.job import _LACKS, _READ
+from toolkit.bridge.reading import _LACKS, _READ
 from toolkit.bridge.transport import READ_SECONDS
 
 pytestmark = pytest.mark.usefixtures("fresh_state")

@@ -71,7 +71,7 @@ def test_that_a_receiver_finishes_its_step(tmp_path: Path) -> None:
         assert job.receiver.commit()
         assert [*wishes, job.receiver.stop_signal] == [0, signal.SIGTERM]
         assert job.receiver.fates()["applied"] == 1
-        interruption = job.receiver._interruption
+        interruption = job.receiver._waiting.interruption
     assert signal.getsignal(signal.SIGTERM) != interruption._handle
 
 
@@ -92,13 +92,13 @@ def test_that_a_rank_that_knows_of_a_signal_before_it_comes_saves_its_checkpoint
             job.optimizer.step()
             job.receiver.commit()
         get(signal.SIGTERM)
-    assert job.receiver._interruption.signal == signal.SIGTERM
+    assert job.receiver._waiting.interruption.signal == signal.SIGTERM
 
 
 def test_that_a_wait_for_a_donor_is_broken_off_and_the_step_has_not_happened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolkit.bridge.receiver.GRACE_SECONDS", 0.05)
+    monkeypatch.setattr("toolkit.bridge.collector.GRACE_SECONDS", 0.05)
     job = receiver_alone(tmp_path)
     with job.receiver:
         with job.receiver.interruptible():
@@ -127,7 +127,7 @@ def test_that_a_donor_that_ends_by_the_same_signal_costs_no_step_alone(tmp_path:
 def test_that_an_exchange_of_deltas_that_is_broken_off_is_no_place_to_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toolkit.bridge.receiver.GRACE_SECONDS", 0.05)
+    monkeypatch.setattr("toolkit.bridge.collector.GRACE_SECONDS", 0.05)
     job = ReceiverAlone(tmp_path, exchange="delta", local_steps=2)
     job.receiver.config.peer_wait = 1000.0
     with job.receiver:
@@ -151,7 +151,8 @@ def test_that_a_donor_that_waits_ends_at_once(tmp_path: Path) -> None:
     job = DonorAlone(tmp_path, exchange="gradient")
     job.donor.config.peer_wait = 1000.0
     with job.donor, job.donor.interruptible():
-        job.donor._interruption._handle(signal.SIGINT, None)  # between the vote and the wait
+        # Between the vote and the wait.
+        job.donor._waiting.interruption._handle(signal.SIGINT, None)
         job.donor._vote_to_stop = lambda: None  # type: ignore[method-assign]
         next(job.donor.follow(loader(job)))
         pytest.fail("there is no receiver")

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from tests.oracle import Case, build_dataset
 from tests.unit.jobs import DonorAlone, ReceiverAlone, reset
-from toolkit.bridge import job as job_module
+from toolkit.bridge import reading as reading_module
 from toolkit.bridge.errors import DiskError
 from toolkit.bridge.ledger import trail_path
 
@@ -133,7 +133,7 @@ class SleepingClock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         clock = SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep)
-        monkeypatch.setattr(job_module, "time", clock)
+        monkeypatch.setattr(reading_module, "time", clock)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -174,9 +174,9 @@ def test_that_a_rank_rides_out_what_the_main_process_does_not_see(
     monkeypatch.setattr(os, "open", fail)
     if outcome == "an error":
         with pytest.raises(DiskError, match="the disk of some rank has failed for 60 s"):
-            receiver._read_everywhere("donor", 0, digest, None)
+            receiver._reading.read_everywhere("donor", 0, digest, None)
     else:
-        record = receiver._read_everywhere("donor", 0, digest, None)
+        record = receiver._reading.read_everywhere("donor", 0, digest, None)
         assert (record is not None) == (outcome == "read")
     receiver._stop()
 
@@ -208,5 +208,5 @@ def test_that_a_resume_waits_for_the_disk(
     resumed.accelerator.load_state(str(tmp_path / "checkpoint"))
     assert left == [0]
     assert len(trail.read_text().splitlines()) == 1
-    assert resumed.receiver.ledger.counts("donor")["applied"] == 1
+    assert resumed.receiver._collector.ledger.counts("donor")["applied"] == 1
     resumed.receiver.close()

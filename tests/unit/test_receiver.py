@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.oracle import Case, build_network
-from tests.unit.jobs import ReceiverAlone, StartReceiver, batches, weights_of
+from tests.unit.jobs import ReceiverAlone, StartReceiver, batches, look_once, weights_of
 from toolkit import BridgeConfig, GradientReceiver, PeerError
 
 
@@ -266,7 +266,7 @@ def test_that_a_donor_back_from_a_silence_finds_the_present_weights(
     with job.accelerator.accumulate(job.model):
         job.backward()
         job.donate(job.constant(1.0))  # late: of the weights that it could find
-        job.receiver._on_main.begin()
+        job.receiver._collector.on_main.begin()
         with pytest.raises(Stop):
             job.receiver.control.decide(stop_after(job, 2))
     assert job.weights_record().header.receiver_step == 2
@@ -283,7 +283,7 @@ def stop_after(job: ReceiverAlone, looks: int) -> Callable[[], None]:
     def poll() -> None:
         if next(counter, None) is None:
             raise Stop
-        assert job.receiver._poll() is None
+        assert look_once(job.receiver) is None
 
     return poll
 

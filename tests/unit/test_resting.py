@@ -57,9 +57,9 @@ def test_that_a_peer_that_comes_back_is_noticed(
 ) -> None:
     waiting = make(case, tmp_path, clock)
     back = 1000.0
-    peers = ["receiver"] if case == "donor" else waiting.job._on_main.names  # type: ignore[union-attr]
+    peers = ["receiver"] if case == "donor" else waiting.job._collector.on_main.names  # type: ignore[union-attr]
     looks: list[float] = []
-    rest, lasts = waiting.job._rest, waiting.job._rest.lasts
+    rest, lasts = waiting.job._waiting.rest, waiting.job._waiting.rest.lasts
 
     def lasting(waits: Any) -> bool:
         outcome = lasts(waits)
@@ -84,7 +84,7 @@ def test_that_a_donor_that_nobody_knows_is_noticed(tmp_path: Path, clock: Simula
     found: list[float] = []
 
     def look() -> None:
-        if not found and waiting.job._on_main.names:  # type: ignore[union-attr]
+        if not found and waiting.job._collector.on_main.names:  # type: ignore[union-attr]
             found.append(clock.now - start)
         clock.after(0.1, look)
 
@@ -101,7 +101,7 @@ def test_that_a_signal_is_answered_while_a_job_rests(
     tmp_path: Path, clock: SimulatedTime, case: str
 ) -> None:
     waiting = make(case, tmp_path, clock)
-    interruption = waiting.job._interruption
+    interruption = waiting.job._waiting.interruption
 
     def get() -> None:
         interruption.signal = signal.SIGTERM
@@ -118,7 +118,7 @@ def test_that_nothing_is_given_up_without_a_look(tmp_path: Path, clock: Simulate
     alone = DonorAlone(tmp_path / "runs", exchange="gradient")
     waiting = Waiting(alone.donor, clock)
     clock.after(PEER_WAIT - 0.6, lambda: alone.publish_weights(0, 0.5))  # without a heart
-    decision, _ = alone.donor._decide(alone.donor._poll, grace=0.0)
+    decision = alone.donor._waiting.decide(alone.donor._poll, grace=0.0)
     assert decision.action == "follow"
     assert waiting.counter == 0
 
@@ -156,7 +156,7 @@ def test_that_the_wait_before_the_first_step_ends_in_time(
     Waiting(job.receiver, clock)
     if exchange == "head":
         job.receiver.config.peer_wait = patience
-        job.receiver._take_heads()
+        job.receiver._collector.take_heads(job.receiver.shared)
     expected = patience + (last_beat if exchange == "head" else 0)
     assert expected <= clock.now - start <= expected + 1.5
 
@@ -177,4 +177,4 @@ def test_that_jobs_that_stood_still_together_after_a_long_wait_are_not_silent(
     clock.after(39.5, stand_still)
     clock.after(139.5 + 1.0, lambda: job.donate(job.constant(1.0)))
     assert waiting.decide() >= 140.0
-    assert job.receiver._on_main.num_away == 0
+    assert job.receiver._collector.on_main.num_away == 0

@@ -98,7 +98,7 @@ def test_that_a_donors_own_weights_are_whole(jobs: Jobs) -> None:
     backward(job)
     assert not job.donor.publish()
     job.donor.close()
-    record = newest_own_weights(job.donor.transport, "donor", job.donor._read)
+    record = newest_own_weights(job.donor.transport, "donor", job.donor._reading.read)
     assert record is not None
     assert set(record.tensors) == set(job.donor.shared.weights)
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
-from tests.unit.jobs import ReceiverAlone, reset
+from tests.unit.jobs import ReceiverAlone, look_once, reset
 from toolkit import BridgeConfig, GradientReceiver
 from toolkit.bridge import runs
 from toolkit.bridge.digests import Digest
@@ -59,7 +59,7 @@ def test_that_weights_for_a_donor_that_comes_late_can_be_read(
     receiver.inject()  # the donor does not come: nobody is there to read the next weights
     optimizer.step()
     receiver.commit()
-    receiver._catch_up()
+    receiver._waiting.catch_up()
     before = transport.sequences("receiver")
     mean = network.get_buffer("backbone.1.running_mean")
     committed = mean.clone()
@@ -68,8 +68,8 @@ def test_that_weights_for_a_donor_that_comes_late_can_be_read(
     with torch.no_grad():
         network.get_parameter("backbone.0.weight").add_(1.0)  # as loading a checkpoint does
     transport.beat("donor", 1)
-    receiver._on_main.begin()
-    receiver._poll()
+    receiver._collector.on_main.begin()
+    look_once(receiver)
     (newest,) = set(transport.sequences("receiver")) - set(before)
     data = transport.read("receiver", newest, max_bytes=10**6)
     record = parse_record(data, transport.signer)
@@ -144,7 +144,7 @@ def test_that_a_payload_is_judged_once_the_digest_of_its_weights_is_known(
         slow.open()
         job.optimizer.step()
         job.receiver.commit()
-        job.receiver._catch_up()
+        job.receiver._waiting.catch_up()
     fates = job.receiver.fates()
     assert (fates["applied"], fates["dropped"]) == (1, 0)
     job.receiver.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from tests.unit.jobs import DonorAlone, ReceiverAlone
+from tests.unit.jobs import DonorAlone, ReceiverAlone, look_once
 from tests.unit.metadata import SimulatedTime
 from toolkit.bridge.donor import GradientDonor
 from toolkit.bridge.receiver import GradientReceiver
@@ -29,7 +29,9 @@ class Waiting:
     def decide(self) -> float:
         """Wait for the peers; for how long."""
         start = self.clock.now
-        self.job._decide(self.job._poll, grace=0.0)
+        job = self.job
+        look = partial(look_once, job) if isinstance(job, GradientReceiver) else job._poll
+        job._waiting.decide(look, grace=0.0)
         return self.clock.now - start
 
 
@@ -43,8 +45,8 @@ def waiting_receiver(tmp_path: Path, clock: SimulatedTime, names: list[str]) -> 
         (alone.receiver.transport.root / "donor" / "records").rmdir()
         (alone.receiver.transport.root / "donor" / "rejected").rmdir()
         (alone.receiver.transport.root / "donor").rmdir()
-    alone.receiver._donors = alone.receiver._open_donors()
-    alone.receiver._outbox._donors = alone.receiver._donors  # type: ignore[union-attr]
+    alone.receiver._collector.donors = alone.receiver._open_donors()
+    alone.receiver._outbox._donors = alone.receiver._collector.donors  # type: ignore[union-attr]
     alone.receiver._publish_weights()
     for name in names:
         clock.after(0.1, partial(waiting.beat, name))
@@ -59,7 +61,7 @@ def waiting_donor(tmp_path: Path, clock: SimulatedTime, is_there: bool) -> Waiti
         waiting.beat("receiver")
         alone.donor._begin_window()
         alone.donor._publish_payload("skip", {}, None)
-        alone.donor._wait = None
+        alone.donor._next_window.begin()
         clock.after(0.1, lambda: waiting.beat("receiver"))
     return waiting
 

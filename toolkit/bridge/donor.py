@@ -34,53 +34,42 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from accelerate import skip_first_batches
-from accelerate.data_loader import DataLoaderStateMixin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from toolkit.bridge.accumulation import Window, scale_grads_
 from toolkit.bridge.agreement import read_claim
+from toolkit.bridge.batches import batches_from, windows_per_epoch
 from toolkit.bridge.compression import check_compressible
 from toolkit.bridge.config import Role
 from toolkit.bridge.digests import Digest
 from toolkit.bridge.errors import DiskError, Interrupted, PayloadError
+from toolkit.bridge.gradient_sums import GradientSums
 from toolkit.bridge.interruption import GRACE_SECONDS
 from toolkit.bridge.job import BridgeJob
-from toolkit.bridge.liveness import PeerWatch, Wait
+from toolkit.bridge.liveness import PeerWatch
 from toolkit.bridge.loss_scale import FollowedLossScale
+from toolkit.bridge.next_window import Decision, NextWindow
 from toolkit.bridge.outer import LocalRound
 from toolkit.bridge.own_weights import stream_of
 from toolkit.bridge.payload import (
     Header,
     Kind,
     Record,
-    payload_dtype,
 )
 from toolkit.bridge.payload_outbox import PayloadOutbox
-from toolkit.bridge.prefetch import Prefetch
 from toolkit.bridge.runs import read_checkpoint
+from toolkit.bridge.terms import record_bytes
 from toolkit.bridge.transport import READ_SECONDS
 from toolkit.bridge.weights_inbox import WeightsInbox
 from toolkit.inner_products import all_finite, is_finite, squared_norm
 from toolkit.parameters import check_only_shared_trains, innermost_optimizer
-from toolkit.sharding import full_tensor, reshard, shard_like
+from toolkit.sharding import reshard, shard_like
 
 logger = logging.getLogger(__name__)
-
-MAX_REPLACEMENTS = 1  # of a rejected payload by another; after that a skip record takes its place
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Decision:
-    """What the donor's next accumulation window is for."""
-
-    action: Literal["follow", "again", "skip", "alone", "stop"]
-    sequence: int = -1  # of the weights to load
-    digest: str = ""
 
 
 class GradientDonor(BridgeJob):
@@ -122,7 +111,6 @@ class GradientDonor(BridgeJob):
         (self.head,) = self.shared.heads
         check_compressible(self._gradient_parameters(self.head), self.config.compression)
         self._writes_behind = False  # on the main process
-        self._prefetch: Prefetch | None = None
         self._receiver_bytes = 0  # of its records, at most, as its newest claim says
         super()._attach()
         self.following = False
@@ -131,26 +119,27 @@ class GradientDonor(BridgeJob):
         self.receiver_step = 0
         self.stop_reason = ""
         self._published_windows = 0
-        self._wait: Wait | None = None  # main process: for the present window
         self._weights: Header | None = None  # of the weights that are loaded
         self._is_alone = False
         self._round: LocalRound | None = None  # exchange "delta": the steps since these weights
         every = self.config.publish_every
         self._publish_every = 1 if every == "epoch" else every
         self._copies: dict[str, Tensor] = {}  # of its own weights, while they are published
-        self._staged: dict[str, Tensor] = {}  # gradient sums, while they are written behind
+        self._sums = GradientSums()
         self._own_published = -1  # windows after which the donor's own weights were published
-        self._replacements = 0  # at the present weights
         self._validation: dict[str, float] = {}  # what the next payload tells the receiver
         self._loss_scale = FollowedLossScale(self.accelerator)
         self.completed_windows = self.control.on_main(self._open_inbox)
 
     def _open_inbox(self) -> int:
         self.receiver = PeerWatch(self.transport, "receiver")
-        read = functools.partial(self._read, "receiver")
+        read = functools.partial(self._reading.read, "receiver")
         is_resumed = self.attempt > 1
         self._inbox = WeightsInbox(self.job, self.transport, read, is_resumed=is_resumed)
         self._outbox = PayloadOutbox(self.transport, self._publisher, self._inbox, self.config)
+        self._next_window = NextWindow(
+            self._inbox, self._publisher, self.receiver, self._waiting, self.config
+        )
         self._expect_late(self.config.writes_behind)
         if self.config.has_own_weights:
             self._own_weights = self._open_stream(stream_of(self.job))
@@ -179,32 +168,14 @@ class GradientDonor(BridgeJob):
         Raises:
             PeerError: if the receiver does not come and ``require_peer`` is set.
         """
-        if not len(dataloader):
-            raise ValueError("the dataloader to follow is empty")
-        if not self.accelerator.gradient_state.sync_with_dataloader:
-            raise ValueError(
-                "follow() needs accumulation windows that end with the dataloader: leave "
-                "GradientAccumulationPlugin(sync_with_dataloader=True) as it is"
-            )
-        accumulation = self.accelerator.gradient_accumulation_steps
-        is_prepared = isinstance(dataloader, DataLoaderStateMixin)
-        if not is_prepared and len(dataloader) % accumulation:
-            raise ValueError(
-                f"{len(dataloader)} batches are no whole number of windows of {accumulation}, and "
-                "only a dataloader from accelerator.prepare() ends one with its last batch: "
-                "prepare it, or leave batches out (drop_last=True)"
-            )
-        windows_per_epoch = math.ceil(len(dataloader) / accumulation)
+        per_epoch = windows_per_epoch(dataloader, self.accelerator)
         if self.config.publish_every == "epoch":
-            self._publish_every = windows_per_epoch
+            self._publish_every = per_epoch
         while max_windows is None or self.completed_windows < max_windows:
             before = self.completed_windows
-            epoch, offset = divmod(self.completed_windows, windows_per_epoch)
-            shuffled: Any = dataloader if is_prepared else getattr(dataloader, "sampler", None)
-            if hasattr(shuffled, "set_epoch"):
-                shuffled.set_epoch(epoch)
-            rest = skip_first_batches(dataloader, offset * accumulation) if offset else dataloader
-            for batch in rest:
+            epoch, offset = divmod(self.completed_windows, per_epoch)
+            first = offset * self.accelerator.gradient_accumulation_steps
+            for batch in batches_from(dataloader, epoch, first):
                 if not self.begin_window():
                     return
                 yield batch
@@ -259,8 +230,8 @@ class GradientDonor(BridgeJob):
         self.metrics = {
             f"loss/{self.job} (per sample)": window.loss,
             f"events/{self.job} follows (0 or 1)": float(self.following),
+            **self._waiting.metrics(),
         }
-        self._measure_wait()
         if self._round is not None or not self.following:
             if self._round is not None:
                 self._round.add(window)
@@ -288,7 +259,7 @@ class GradientDonor(BridgeJob):
         if local is None or local.num_windows < self.config.local_steps:
             return
         self._round = None
-        self._catch_up()
+        self._waiting.catch_up()
         changes = local.difference()
         finite = self.control.agree(all_finite(changes.values()) and local.count > 0)
         self._published_windows += local.num_windows
@@ -334,25 +305,15 @@ class GradientDonor(BridgeJob):
     def _expect_late(self, writes_behind: bool) -> None:
         """On the main process: whether no step of the receiver waits for the next payload."""
         self._writes_behind = writes_behind
-        if writes_behind and self._prefetch is None:
-            self._prefetch = Prefetch(self._inbox.next_records, super()._read)
-
-    def _read(self, job: str, sequence: int) -> Record:
-        if self._prefetch is not None:
-            return self._prefetch.read(job, sequence)
-        return super()._read(job, sequence)
-
-    def _stop(self) -> None:
-        if self._prefetch is not None:
-            self._prefetch.stop()
-        super()._stop()
+        if writes_behind:
+            self._reading.read_ahead(self._inbox.next_records)
 
     def _read_bytes(self, job: str, sequence: int) -> memoryview:
         try:
             return self.transport.read(job, sequence, max_bytes=self._receiver_bytes)
         except PayloadError:  # no claim was read yet, or the receiver has more heads now
             claim = read_claim(self.transport, job) or {}
-            self._receiver_bytes = int(claim.get("record_bytes", self._record_bytes()))
+            self._receiver_bytes = int(claim.get("record_bytes", record_bytes(self.shared)))
             return self.transport.read(job, sequence, max_bytes=self._receiver_bytes)
 
     def _begin_window(self) -> bool:
@@ -374,21 +335,23 @@ class GradientDonor(BridgeJob):
             return True
         num_unread = 0
         while True:
-            self._wait = None
-            decision, seconds = self._decide(self._poll, grace=0)
-            self._wait_seconds += seconds
+            if self.accelerator.is_main_process:
+                self._next_window.begin()
+            decision = self._waiting.decide_on_peers(self._poll, grace=0)
             if decision.action == "alone":
                 self._go_alone()
                 return True
             if decision.action == "again":
                 return True
             if decision.action == "skip":
-                self._catch_up()
+                self._waiting.catch_up()
                 self._publish_payload("skip", {}, None)
                 continue
             if decision.sequence >= 0:
                 mine = self._inbox.fetched if self.accelerator.is_main_process else None
-                record = self._read_everywhere("receiver", decision.sequence, decision.digest, mine)
+                record = self._reading.read_everywhere(
+                    "receiver", decision.sequence, decision.digest, mine
+                )
                 if record is None:  # replaced by newer ones meanwhile: decide again
                     num_unread += 1
                     self._check_reading(num_unread)
@@ -417,7 +380,7 @@ class GradientDonor(BridgeJob):
             is_due = self.windows_alone > 0 and self.windows_alone % self._publish_every == 0
         if is_due:
             self._publish_own_weights()
-        if self._persist(lambda: self._inbox.look(self.receiver) is False):
+        if self._waiting.persist(lambda: self._inbox.look(self.receiver) is False):
             self.stop_reason = "the receiver has ended"
             return False
         self.receiver_step = self.completed_windows
@@ -432,55 +395,18 @@ class GradientDonor(BridgeJob):
         if self._own_published == self.completed_windows:
             return
         self._own_published = self.completed_windows
-        self._catch_up(grace)
+        self._waiting.catch_up(grace)
         is_behind = self.config.writes_behind and grace == math.inf
         weights = self._whole_weights(self.shared.weights, self._copies if is_behind else None)
         header = self._header("weights").of_weights("")  # their digest is filled in
         if not is_behind:
-            self._persist(lambda: self._own_weights.publish_weights(header, weights), grace)
+            self._waiting.persist(lambda: self._own_weights.publish_weights(header, weights), grace)
         elif self.accelerator.is_main_process:
-            self._write_behind(lambda: self._own_weights.publish_weights(header, weights))
+            self._waiting.write_behind(lambda: self._own_weights.publish_weights(header, weights))
 
-    def _poll(self) -> _Decision | None:
+    def _poll(self) -> Decision | None:
         """On the main process: what the next window is for, or None to wait."""
-        if self._wait is None:
-            self._wait = self._open_wait(self.receiver, "the receiver's next weights")
-        if self._rest.lasts([self._wait]):
-            return None
-        decision = self._look()
-        if decision is not None:
-            self._wait.is_over()
-        elif (reason := self._wait.gave_up()) is not None:
-            logger.warning(
-                "TRAINING ALONE: %s. The donor trains its own backbone and head from here on, "
-                "until a receiver publishes weights",
-                reason,
-            )
-            return _Decision("alone")
-        return decision
-
-    def _look(self) -> _Decision | None:
-        """One look at the receiver's stream."""
-        is_new = self._inbox.look(self.receiver)
-        if is_new is not None:
-            fetched = self._inbox.fetched
-            action: Literal["follow", "stop"] = "follow" if is_new else "stop"
-            if fetched is None:
-                return _Decision(action)
-            return _Decision(action, fetched.header.sequence, fetched.header.tensors_digest)
-        is_written = self._background.check()
-        if self._is_alone:
-            return _Decision("alone")
-        if self.following and is_written:
-            reason = self._publisher.last_rejection
-            if reason is not None:
-                logger.warning("the receiver rejected the last payload (%s)", reason)
-                self._replacements += 1
-                # The weights that a difference was taken from are not loaded any more.
-                may_repeat = self.config.exchange == "gradient"
-                is_over = not may_repeat or self._replacements > MAX_REPLACEMENTS
-                return _Decision("skip" if is_over else "again")
-        return None
+        return self._next_window.poll(is_alone=self._is_alone, is_following=self.following)
 
     def _go_alone(self) -> None:
         if not self._is_alone:
@@ -499,10 +425,11 @@ class GradientDonor(BridgeJob):
         self._weights = record.header
         if self.accelerator.is_main_process:
             self._inbox.note_loaded(record.header)
+            self._next_window.note_loaded()
         if is_new_start:
-            self._persist(self._ask_whether_late)
+            self._waiting.persist(self._ask_whether_late)
         self.receiver_step = record.header.receiver_step + 1
-        self._is_alone, self.following, self._replacements = False, True, 0
+        self._is_alone, self.following = False, True
         if self.config.exchange == "delta":
             self._round = LocalRound(self._gradient_parameters(self.head))
 
@@ -515,25 +442,13 @@ class GradientDonor(BridgeJob):
                 "no shared parameter got a gradient: the loss was not computed with the model that "
                 "this donor was given"
             )
-        self._catch_up()  # the one before is staged until it is written
-        sums: dict[str, Tensor] = {}
-        factor = window.sum_factor / window.scale
-        for name, parameter in parameters.items():
-            dtype = payload_dtype(parameter.dtype)
-            if parameter.grad is None:
-                sums[name] = torch.zeros(parameter.shape, dtype=dtype)
-                continue
-            grad = full_tensor(parameter.grad)
-            if self._writes_behind:
-                # New memory takes longer to get than to fill.
-                if name not in self._staged:
-                    self._staged[name] = torch.empty(grad.shape, dtype=dtype)
-                sums[name] = self._staged[name].copy_(grad).mul_(factor)
-            else:
-                grad = grad.to(dtype=dtype)
-                # One that is the receiver's, and written at once, needs no copy.
-                scaled = grad.mul_(factor) if self.following else grad * factor
-                sums[name] = scaled.cpu().contiguous()
+        self._waiting.catch_up()  # the one before is staged until it is written
+        sums = self._sums.take(
+            parameters,
+            window.sum_factor / window.scale,
+            stage=self._writes_behind,
+            may_overwrite=self.following,
+        )
         is_sent = self.accelerator.is_main_process and self.config.compression == "none"
         digest = Digest(sums) if is_sent else None
         squares = [squared_norm([tensor]) for tensor in sums.values()]
@@ -580,7 +495,7 @@ class GradientDonor(BridgeJob):
         if kind != "skip":
             self._validation = {}
         mine = digest if sums else None
-        return self._persist(lambda: self._hand_over(header, sums, mine))
+        return self._waiting.persist(lambda: self._hand_over(header, sums, mine))
 
     def _hand_over(self, header: Header, sums: dict[str, Tensor], digest: Digest | None) -> int:
         """On the main process: publish a payload, or begin to.
@@ -592,7 +507,7 @@ class GradientDonor(BridgeJob):
             return self._outbox.publish(header, sums, digest)
         size = self._outbox.newest_bytes
         self._inbox.note_answer(header, self._publisher.next_sequence)
-        self._write_behind(functools.partial(self._outbox.write, header, sums, digest))
+        self._waiting.write_behind(functools.partial(self._outbox.write, header, sums, digest))
         return size
 
     # -- checkpoints and results --------------------------------------------------------------

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
@@ -21,14 +18,11 @@ from torch import Tensor, nn
 from toolkit.bridge import files
 from toolkit.bridge.accumulation import WindowAccumulator
 from toolkit.bridge.authentication import KEY_SOURCES, UNSIGNED, Signer, load_key
-from toolkit.bridge.background import Background
-from toolkit.bridge.compression import compressed_bytes
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.control import ControlGroup
-from toolkit.bridge.errors import BridgeError, DiskError, Interrupted, PayloadError
-from toolkit.bridge.interruption import GRACE_SECONDS, Interruption
-from toolkit.bridge.liveness import Heartbeat, PeerWatch, Wait
-from toolkit.bridge.outage import ride_out, riding_out
+from toolkit.bridge.errors import BridgeError, DiskError, Interrupted
+from toolkit.bridge.interruption import GRACE_SECONDS
+from toolkit.bridge.liveness import Heartbeat
 from toolkit.bridge.payload import (
     Header,
     Record,
@@ -37,10 +31,12 @@ from toolkit.bridge.payload import (
     payload_dtype,
 )
 from toolkit.bridge.publisher import Publisher
-from toolkit.bridge.resting import Rest
+from toolkit.bridge.reading import Reading
 from toolkit.bridge.resting_parameters import RestingParameters
 from toolkit.bridge.runs import CHECKPOINT_FILE, attach, read_checkpoint
-from toolkit.bridge.transport import READ_SECONDS, DirectoryTransport
+from toolkit.bridge.terms import claim_of, record_bytes, terms_of
+from toolkit.bridge.transport import DirectoryTransport
+from toolkit.bridge.waiting import Waiting
 from toolkit.configuration import check_configuration
 from toolkit.parameters import check_in_optimizer, check_optimizer_within, shared_parameters
 from toolkit.sharding import check_sharding, full_tensor, is_sharded, reshard
@@ -48,9 +44,6 @@ from toolkit.sharding import check_sharding, full_tensor, is_sharded, reshard
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_HEADER_ALLOWANCE_BYTES = 2**20
-_DISK_FAILS, _LACKS, _READ = 0.0, 1.0, 2.0  # what a rank has come to with a record, worst first
 
 
 class BridgeJob:
@@ -90,9 +83,7 @@ class BridgeJob:
             accelerator, model, self.control, config.loss_reduction
         )
         self.metrics: dict[str, float] = {}
-        self._wait_seconds, self._step_began = 0.0, time.monotonic()
         self.stop_signal = 0
-        self._interruption = Interruption()
         self._signer = self._agree_on_key()
         self._resting = RestingParameters(self.shared)
         self._attach()
@@ -122,31 +113,8 @@ class BridgeJob:
             }
             for head in self.shared.heads
         }
-        terms = {
-            "schemas": self._schemas(),
-            "exchange": config.exchange,
-            "local_steps": config.local_steps if config.exchange == "delta" else None,
-            "scope": config.scope,
-            "unit": config.unit,
-            "class_names": self._class_names(),
-        }
-        claim = {
-            "record_bytes": self._record_bytes(),
-            "writes_behind": config.writes_behind,
-            "compression": config.compression,
-            "payload_budget_files": config.payload_budget_files,
-            "payload_budget_gib": config.payload_budget_gib,
-            "payload_bytes": compressed_bytes(
-                (tensor for like in self._payloads_like.values() for tensor in like.values()),
-                config.compression,
-                config.topk_ratio,
-            ),
-            # No teacher is kept for a checkpoint.
-            "checkpoint_interval": None
-            if config.exchange == "distill"
-            else config.checkpoint_interval,
-            "checkpoints_kept": config.checkpoints_kept,
-        }
+        terms = terms_of(config, self.shared, self._resting.digests)
+        claim = claim_of(config, self.shared, self._payloads_like)
         attachment = self.control.on_main(
             lambda: attach(self.role, config, terms, claim, self._signer)
         )
@@ -164,36 +132,17 @@ class BridgeJob:
             self._heartbeat = Heartbeat(self.transport, self.job, self.attempt)
             signs = ", which signs with a key" if self._signer.has_key else ""
             logger.info("%s of run %s%s", self.job, self.run_dir, signs)
-        self._rest = Rest(self._heartbeat)
-        self._background = Background()  # main process: where no step waits for what it writes
-
-    def _schemas(self) -> dict[str, dict[str, list[Any]]]:
-        """What all jobs must have alike: tensors, or in exchange ``distill`` heads by name only.
-
-        A teacher may have another shape; whether the receiver can run it shows where it is read.
-        """
-        schemas = self.shared.schemas()
-        if self.config.exchange == "distill":
-            return {part: {} for part in schemas}
-        for name, digest in self._resting.digests.items():
-            schemas["backbone"][name].append(digest)
-        return schemas
-
-    def _class_names(self) -> dict[str, list[str]]:
-        stated = self.config.class_names
-        if unknown := sorted(set(stated) - set(self.shared.heads)):
-            raise ValueError(
-                f"class_names has {unknown[0]!r}, which this job does not share; it shares "
-                f"{', '.join(self.shared.heads)}"
-            )
-        return {head: list(names) for head, names in stated.items()}
+        self._waiting = Waiting(self.control, config, self.role, self.run_dir, self._heartbeat)
+        self._reading = Reading(self._read_now, self.control, self.run_dir, config)
 
     def _open_on_main(self) -> None:
         self._publisher = self._open_stream(self.job)
         self.output_dir.mkdir(exist_ok=True)
 
     def _open_stream(self, name: str) -> Publisher:
-        self._publishers.append(Publisher(self.transport, name, self.run_id, self._record_bytes()))
+        self._publishers.append(
+            Publisher(self.transport, name, self.run_id, record_bytes(self.shared))
+        )
         return self._publishers[-1]
 
     def _gradient_parameters(self, head: str) -> dict[str, nn.Parameter]:
@@ -233,58 +182,14 @@ class BridgeJob:
 
     # -- reading ----------------------------------------------------------------------------
 
-    def _record_bytes(self) -> int:
-        """The size of a record of all that this job shares, at most."""
-        # A gradient may be wider than its parameter, at most 8 bytes an element.
-        elements = sum(tensor.numel() for tensor in self.shared.weights.values())
-        return 8 * elements + 1024 * len(self.shared.weights) + _HEADER_ALLOWANCE_BYTES
-
-    def _read(self, job: str, sequence: int) -> Record:
+    def _read_now(self, job: str, sequence: int) -> Record:
         """Read and verify one record of another job, on this rank."""
         record = parse_record(self._read_bytes(job, sequence), self.transport.signer)
         check_identity(record.header, run_id=self.run_id, job=job, sequence=sequence)
         return record
 
     def _read_bytes(self, job: str, sequence: int) -> memoryview:
-        return self.transport.read(job, sequence, max_bytes=self._record_bytes())
-
-    def _read_everywhere(
-        self, job: str, sequence: int, digest: str, mine: Record | None
-    ) -> Record | None:
-        """The same record on every rank, or None on every rank if one of them lacks it.
-
-        Args:
-            job: whose record it is.
-            sequence: the record's number.
-            digest: the tensors' digest that the main process read; every rank must find it.
-            mine: the record, where this rank has read it already.
-
-        Raises:
-            DiskError: on every rank, if the disk of one fails for ``peer_wait`` seconds.
-        """
-        record, disk_fails, start = mine, False, time.monotonic()
-        while record is None:
-            try:
-                record = self._read(job, sequence)
-            except (OSError, PayloadError) as error:
-                disk_fails = isinstance(error, OSError) and error.errno != errno.ENOENT
-                patience = self.config.peer_wait if disk_fails else READ_SECONDS
-                if time.monotonic() > start + patience:
-                    logger.warning("rank cannot read record %d: %s", sequence, error)
-                    break
-                time.sleep(0.05)
-        if record is None:
-            mine_is = _DISK_FAILS if disk_fails else _LACKS
-        else:
-            mine_is = _READ if record.header.tensors_digest == digest else _LACKS
-        outcome = self.control.min(mine_is)
-        if outcome == _DISK_FAILS:
-            raise DiskError(
-                f"the disk of some rank has failed for {self.config.peer_wait:g} s (--peer_wait), "
-                f"as that rank's log says: let its host read {self.run_dir} again, then start this "
-                "job again, with --resume_from_checkpoint if it has a checkpoint"
-            )
-        return record if outcome == _READ else None
+        return self.transport.read(job, sequence, max_bytes=record_bytes(self.shared))
 
     # -- waiting, and being interrupted -------------------------------------------------------
 
@@ -300,7 +205,7 @@ class BridgeJob:
 
         It goes inside of ``with receiver:``; a checkpoint can be saved between the two ends.
         """
-        self._interruption.catch()
+        self._waiting.interruption.catch()
         try:
             yield
         except Interrupted as interrupted:  # on all ranks
@@ -309,85 +214,11 @@ class BridgeJob:
             # This rank may know of a signal that is still on its way to it: not to end its
             # checkpoint.
             if not self.stop_signal:
-                self._interruption.release()
+                self._waiting.interruption.release()
 
     def _vote_to_stop(self) -> None:
         """Whether some rank has got a signal, on all ranks. A collective."""
-        self.stop_signal = -int(self.control.min(-self._interruption.signal))
-
-    def _decide(self, poll: Callable[[], T | None], grace: float) -> tuple[T, float]:
-        """:meth:`ControlGroup.decide`, which a signal breaks off after ``grace`` seconds.
-
-        A poll that fails with an ``OSError`` is repeated.
-
-        Raises:
-            DiskError: if the disk fails for ``peer_wait`` seconds.
-        """
-
-        def awake() -> T | None:
-            try:
-                return poll()
-            except OSError:
-                self._rest.wake()
-                raise
-
-        riding = riding_out(awake, self.run_dir, self.config.peer_wait)
-        return self.control.decide(self._interruption.bounding(riding, grace))
-
-    def _persist(self, action: Callable[[], T], grace: float = math.inf) -> T:
-        """What ``action`` returns on the main process, once the disk lets it. A collective.
-
-        The other ranks follow in slices, as in every wait, so that no collective times out.
-
-        Args:
-            action: may be repeated after an ``OSError``.
-            grace: seconds after a signal at which it is given up. Not within a step: one that is
-                half done is in no checkpoint.
-
-        Raises:
-            DiskError: if the disk fails for ``peer_wait`` seconds.
-        """
-        (outcome,), _ = self._decide(lambda: (action(),), grace)
-        return outcome
-
-    def _write_behind(self, action: Callable[[], object]) -> None:
-        """Begin a write that no step waits for (main process), after :meth:`_catch_up`.
-
-        It must touch nothing that this thread changes meanwhile. It is tried again while the disk
-        fails; what it raises is raised by the next :meth:`_catch_up`.
-        """
-        directory, patience = self.run_dir, self.config.peer_wait
-        self._background.start(lambda: ride_out(action, directory, patience))
-
-    def _catch_up(self, grace: float = math.inf) -> None:
-        """Wait for the write that :meth:`_write_behind` has begun. A collective."""
-        # A donor is told by the receiver, its main process alone, whether a step waits for it.
-        if self.config.writes_behind or self.role == "donor":
-            self._decide(lambda: self._background.check() or None, grace)
-
-    def _open_wait(self, peer: PeerWatch, what: str, patience: float | None = None) -> Wait:
-        """Begin a wait for something of another job (main process).
-
-        Args:
-            peer: that job.
-            what: what is waited for.
-            patience: seconds of silence after which it is given up; by default ``peer_wait``.
-        """
-        config = self.config
-        recipe = "receiver" if self.role == "donor" else "donor"
-        hint = f"Start it now, for instance: accelerate launch recipes/{recipe}.py"
-        if str(config.runs_dir) != "runs":
-            hint += f" --runs_dir {config.runs_dir}"
-        if config.run is not None:
-            hint += f" --run {config.run}"
-        return Wait(peer, what, config.peer_wait, config.require_peer, hint, patience)
-
-    def _measure_wait(self) -> None:
-        """Add to the metrics how long this job has waited for the other one since the last call."""
-        waited, self._wait_seconds = self._wait_seconds, 0.0
-        began, self._step_began = self._step_began, time.monotonic()
-        share = waited / max(waited, self._step_began - began) if waited else 0.0
-        self.metrics |= {"bridge/wait (s)": waited, "bridge/wait (% of the step)": 100.0 * share}
+        self.stop_signal = -int(self.control.min(-self._waiting.interruption.signal))
 
     # -- checkpoints ------------------------------------------------------------------------
 
@@ -408,7 +239,7 @@ class BridgeJob:
         raise NotImplementedError
 
     def _on_save_state(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
-        self._catch_up()
+        self._waiting.catch_up()
         if (obstacle := self.obstacle_to_saving) is not None:
             raise RuntimeError(obstacle)
         sharded = any(map(is_sharded, self.parameters.values()))
@@ -428,7 +259,7 @@ class BridgeJob:
 
     def _on_load_state(self, models: list[nn.Module], directory: str) -> None:
         content = read_checkpoint(Path(directory))
-        self._catch_up()
+        self._waiting.catch_up()
         if content["run_id"] != self.run_id:
             raise BridgeError(
                 f"{directory} is a checkpoint of run {content['run']}, but this job has joined "
@@ -485,8 +316,8 @@ class BridgeJob:
         if self._closed:
             return
         try:
-            self._catch_up(GRACE_SECONDS)
-            self._persist(self._publish_end, GRACE_SECONDS)
+            self._waiting.catch_up(GRACE_SECONDS)
+            self._waiting.persist(self._publish_end, GRACE_SECONDS)
         except (DiskError, Interrupted) as error:
             self._say_untold(error)
         finally:
@@ -501,7 +332,8 @@ class BridgeJob:
 
     def _stop(self) -> None:
         self._closed = True
-        self._interruption.release()
+        self._reading.stop()
+        self._waiting.interruption.release()
         if self._heartbeat is not None:
             self._heartbeat.stop()
 
@@ -520,9 +352,9 @@ class BridgeJob:
             # No collective: the other ranks may be elsewhere. After an error the stream stays open,
             # as after a crash: the other job waits for a resume as long as its peer_wait.
             # A process that ends while a thread is inside of torch is aborted.
-            is_written = self._background.join(GRACE_SECONDS)
+            is_written = self._waiting.background.join(GRACE_SECONDS)
             try:
-                self._background.check()
+                self._waiting.background.check()
             except Exception as failure:  # the error that ends this job is the one to raise
                 logger.error("the newest record of the %s is not written: %s", self.job, failure)
                 is_written = False

@@ -14,14 +14,13 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from toolkit.bridge.accumulation import Window
 from toolkit.bridge.config import BridgeConfig
 from toolkit.bridge.errors import SchemaMismatchError
 from toolkit.bridge.liveness import Wait
 from toolkit.bridge.resting import Rest
-from toolkit.bridge.teacher import TeacherFactory
 from toolkit.bridge.teachers import Offer, Teachers
 from toolkit.distillation import kl_loss, mse_loss
 from toolkit.parameters import SharedParameters
@@ -228,46 +227,3 @@ class Lessons:
                 working.offer.donor_step
             )
         return {"loss/own (per sample)": own, **metrics}
-
-
-def obstacle_to_teachers(
-    config: BridgeConfig, shared: SharedParameters, factory: TeacherFactory | None
-) -> str | None:
-    """Exchange ``auto``: why no teacher can stand in for a donor; None if one can."""
-    if config.exchange != "auto":
-        return None
-    if config.no_stand_in is not None:
-        return config.no_stand_in
-    if (sharded := sharded_head(shared)) is None:
-        return None
-    if not sharded.requires_grad:
-        return "FSDP2 reduces no gradient of a head that was frozen when it was sharded"
-    if factory is None:
-        return "FSDP2's modules cannot be copied: give GradientReceiver a teacher_factory"
-    return None
-
-
-def sharded_head(shared: SharedParameters) -> nn.Parameter | None:
-    """A parameter of the heads that FSDP2 manages, a frozen one if there is any; or None.
-
-    FSDP2 reduces what gets a gradient, whenever that is, so that heads need not rest for its sake,
-    but it learns at the first forward for good what may get one.
-    """
-    sharded = [parameter for parameter in shared.head.values() if is_sharded(parameter)]
-    return min(sharded, key=lambda parameter: parameter.requires_grad, default=None)
-
-
-def check_sharded_head(shared: SharedParameters) -> None:
-    """Refuse a head that no teacher can ever train.
-
-    Raises:
-        ValueError: if FSDP2 manages a frozen one.
-    """
-    parameter = sharded_head(shared)
-    if parameter is not None and not parameter.requires_grad:
-        name = next(name for name, other in shared.head.items() if other is parameter)
-        raise ValueError(
-            f"{name!r} is sharded by FSDP2, which would never reduce a gradient of a "
-            "parameter that was frozen at first: leave requires_grad_(False) out in exchange "
-            "'distill'; FSDP2 does not wait for a head that gets no gradient"
-        )

@@ -35,7 +35,6 @@ accelerator.sync_gradients``. A loss scaler must be the accelerator's: ``mixed_p
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,32 +44,24 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from toolkit.bridge.blueprints import check_sharded_head, draw_blueprints, sharded_head
+from toolkit.bridge.collector import Collector, Findings
 from toolkit.bridge.config import BridgeConfig, Role
 from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.donors import Donors, open_donors
-from toolkit.bridge.errors import BridgeError, Interrupted, PayloadError
+from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.frozen_state import FrozenOptimizerState, frozen_sharded
-from toolkit.bridge.inbox import Verdict
 from toolkit.bridge.injection import Injector
-from toolkit.bridge.interruption import GRACE_SECONDS
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.ledger import Ledger, Resumption, trail_path
-from toolkit.bridge.lessons import (
-    Lessons,
-    LossFunction,
-    check_sharded_head,
-    obstacle_to_teachers,
-    sharded_head,
-)
-from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS, ArrivalWatch, PeerWatch, Wait
+from toolkit.bridge.lessons import Lessons, LossFunction
+from toolkit.bridge.liveness import BEAT_SECONDS, SILENT_BEATS, PeerWatch, Wait
 from toolkit.bridge.outage import ride_out
 from toolkit.bridge.outer import OuterOptimizer
-from toolkit.bridge.own_weights import newest_own_weights, stream_of
 from toolkit.bridge.payload import Header, Record, decompressed
-from toolkit.bridge.prefetch import Prefetch
 from toolkit.bridge.replay import KeptPayloads, Replay
 from toolkit.bridge.retention import CheckpointCursors
-from toolkit.bridge.teacher import Blueprint, TeacherFactory, blueprints_of, tensors_of
+from toolkit.bridge.teacher import Blueprint, TeacherFactory
 from toolkit.bridge.teachers import Teachers
 from toolkit.bridge.weights_outbox import WeightsOutbox
 from toolkit.configuration import check_one_scaled_optimizer
@@ -79,7 +70,6 @@ from toolkit.parameters import (
     check_takes_late_gradients,
     innermost_optimizer,
 )
-from toolkit.sharding import shard_like
 
 logger = logging.getLogger(__name__)
 
@@ -155,13 +145,19 @@ class GradientReceiver(BridgeJob):
         check_head_rests(self.shared.head, may_train=self.config.has_teachers and is_sharded)
         check_takes_late_gradients(self.optimizer)
         check_one_scaled_optimizer(self.accelerator)
-        self._blueprints = self._draw_blueprints() if self.config.has_teachers else {}
+        self._blueprints = draw_blueprints(
+            self.accelerator,
+            self.model,
+            self.shared,
+            self.config,
+            backbone=self._backbone_name,
+            factory=self._teacher_factory,
+        )
         replay = self.config.replay
         self._kept = KeptPayloads(Path(replay), self._signer) if replay is not None else None
         self._injector = Injector(
             self.accelerator, self.parameters.values(), self.shared, self.control, self.config
         )
-        self._prefetch: Prefetch | None = None
         super()._attach()
         self.completed_steps = 0
         self.completed_windows = 0
@@ -170,40 +166,72 @@ class GradientReceiver(BridgeJob):
         self._has_published = False
         self._injected: _Injection | None = None
         self._in_exchange = False  # in "delta": the local steps are over, the outer one is not
-        self.ledger = Ledger(
-            trail_path(self.run_dir, self.attempt) if self.accelerator.is_main_process else None,
-            durable=self.config.keep_payloads,
-        )
-        # On the main process: the donors, and the weights on their way to them.
-        self._donors: Donors | Replay | None = None
-        self._outbox: WeightsOutbox | None = None
-        if self.accelerator.is_main_process:
-            self._donors = self._open_donors()
-            self._outbox = WeightsOutbox(
-                self._publisher, self._donors, publishes=self.config.follows
-            )
+        self._outbox: WeightsOutbox | None = None  # on the main process
+        self._collector = self._open_collector()
         # Weights that change before they are published, or are asked for again: a copy of them.
         is_late = self.config.writes_behind or self.config.exchange == "delta"
         self._copies: dict[str, Tensor] | None = {} if is_late else None
-        if isinstance(self._donors, Donors) and self.config.writes_behind:
-            self._prefetch = Prefetch(self._donors.next_records, self._read_now)
-        self._ages = [0, 0]  # of the payloads applied in this start: their sum, and how many
-        self._to_keep: list[Verdict] = []  # main process: applied, to be kept for good
         self._retention = CheckpointCursors(
             self.transport, self.run_id, will_save=self.config.checkpoint_interval is not None
         )
-        self._outer: OuterOptimizer | None = None
-        if self.config.exchange == "delta":
-            config = self.config
-            weights = {head: config.weight_of(head) for head in self.shared.heads}
-            self._outer = OuterOptimizer(
-                self.shared, weights, config.outer_learning_rate, config.outer_momentum
-            )
-            if config.outer_momentum:
-                self.accelerator.register_for_checkpointing(self._outer.optimizer)
+        self._outer = self._open_outer() if self.config.exchange == "delta" else None
         if frozen := frozen_sharded(self.shared.head):
             inner = innermost_optimizer(self.optimizer)
             self.accelerator.register_for_checkpointing(FrozenOptimizerState(inner, frozen))
+
+    def _open_collector(self) -> Collector:
+        """Of the donors, and on the main process the way of the weights to them."""
+        donors: Donors | Replay | None = None
+        ledger_path: Path | None = None
+        if self.accelerator.is_main_process:
+            ledger_path = trail_path(self.run_dir, self.attempt)
+            donors = self._open_donors()
+            self._outbox = WeightsOutbox(self._publisher, donors, publishes=self.config.follows)
+            if isinstance(donors, Donors) and self.config.writes_behind:
+                self._reading.read_ahead(donors.next_records)
+        return Collector(
+            donors,
+            self._outbox,
+            Ledger(ledger_path, durable=self.config.keep_payloads),
+            transport=self.transport,
+            waiting=self._waiting,
+            reading=self._reading,
+            config=self.config,
+        )
+
+    def _open_donors(self) -> Donors | Replay:
+        if self._kept is not None:
+            return Replay(self._kept, self._reading.read)
+        return open_donors(
+            self.transport,
+            self.config,
+            backbone=self.shared.backbone,
+            expected={head: self._gradient_parameters(head) for head in self.shared.heads},
+            read=self._reading.read,
+            open_wait=self._open_donor_wait,
+        )
+
+    def _open_donor_wait(self, peer: PeerWatch, what: str) -> Wait:
+        patience, may_teach = None, self._lessons is not None and not self.config.require_peer
+        if may_teach and peer.seen:  # a teacher takes over: do not stall
+            patience = min(self.config.peer_wait, SILENT_BEATS * BEAT_SECONDS)
+        return self._waiting.begin(peer, what, patience)
+
+    def _read_now(self, job: str, sequence: int) -> Record:
+        read = super()._read_now if self._kept is None else self._kept.read
+        return decompressed(read(job, sequence), self._payloads_like)
+
+    def _open_outer(self) -> OuterOptimizer:
+        config = self.config
+        outer = OuterOptimizer(
+            self.shared,
+            {head: config.weight_of(head) for head in self.shared.heads},
+            config.outer_learning_rate,
+            config.outer_momentum,
+        )
+        if config.outer_momentum:
+            self.accelerator.register_for_checkpointing(outer.optimizer)
+        return outer
 
     # -- the three calls --------------------------------------------------------------------
 
@@ -218,7 +246,7 @@ class GradientReceiver(BridgeJob):
             raise RuntimeError("backward() after inject(): call commit() after optimizer.step()")
         if not self._has_published and self.config.exchange != "distill":
             if self.config.init_h2 == "donor" and self.completed_steps == 0:
-                self._take_heads()
+                self._collector.take_heads(self.shared)
             self._publish_weights()
         self.accumulator.backward(loss, num_samples)
         if self._lessons is not None:
@@ -244,7 +272,7 @@ class GradientReceiver(BridgeJob):
         window = self.accumulator.close(self._lessons.sums() if self._lessons else ())
         self.accumulator.reduce_unmanaged_(self.parameters.items())
         takes_gradients = self._outer is None and self.config.exchange != "distill"
-        found, records = self._receive() if takes_gradients else (_Findings(()), [])
+        found, records = self._collect() if takes_gradients else (Findings(), [])
         for head, parameters in self.shared.heads.items():
             for parameter in () if head in self.taught_heads else parameters.values():
                 parameter.grad = None  # zeros would let the optimizer's moments move the head
@@ -279,7 +307,7 @@ class GradientReceiver(BridgeJob):
         self.completed_windows += 1
         self._vote_to_stop()
         stepped = self._end_step(injected)
-        self._measure_wait()
+        self.metrics |= self._waiting.metrics()
         return stepped
 
     def _end_step(self, injected: _Injection) -> bool:
@@ -296,7 +324,7 @@ class GradientReceiver(BridgeJob):
         if was_skipped:
             return False
         if self._outer is None:
-            self._settle(injected.found.verdicts, num_steps=0 if is_taught else 1)
+            self._settle(injected.found, num_steps=0 if is_taught else 1)
             self.steps_taught += is_taught
             self.completed_steps += 1
             self._publish_weights()
@@ -306,10 +334,10 @@ class GradientReceiver(BridgeJob):
         self.completed_steps += 1
         if self.completed_steps % self.config.local_steps == 0:
             self._in_exchange = True
-            found, records = self._receive()
+            found, records = self._collect()
             if records:
                 self.metrics |= self._outer.step(records)
-            self._settle(found.verdicts, num_steps=self.config.local_steps)
+            self._settle(found, num_steps=self.config.local_steps)
             self._publish_weights()
             self._in_exchange = False
         return True
@@ -347,24 +375,6 @@ class GradientReceiver(BridgeJob):
             )
         return self._lessons.loss(head, logits, inputs)
 
-    def _draw_blueprints(self) -> dict[str, Blueprint]:
-        """How teachers are made, by head; none where none can stand in for a donor."""
-        factory, shared = self._teacher_factory, self.shared
-        if (obstacle := obstacle_to_teachers(self.config, shared, factory)) is not None:
-            logger.info("no teacher will stand in for a donor that goes away: %s", obstacle)
-            return {}
-        blueprints = blueprints_of(
-            self.accelerator, self.model, shared, backbone=self._backbone_name, factory=factory
-        )
-        for head, blueprint in blueprints.items():
-            lines = blueprint.differences(tensors_of(shared, head), "receiver")
-            if lines and self.config.exchange == "auto":
-                raise ValueError(
-                    "in exchange 'auto' teacher_factory must make a model with the receiver's "
-                    f"backbone and {head}; these differ:\n  " + "\n  ".join(lines)
-                )
-        return blueprints
-
     def _begin_lessons(
         self, blueprints: Mapping[str, Blueprint], loss_fn: LossFunction | None
     ) -> Lessons:
@@ -373,11 +383,11 @@ class GradientReceiver(BridgeJob):
         if self.config.exchange == "auto":
             teachers.at_work = frozenset()
             return lessons
-        watch = self._watch_for_first()
-        lessons.begin(self._open_wait(watch, "a teacher"), watch.job, self._rest)
+        watch = self._collector.first_watch()
+        lessons.begin(self._waiting.begin(watch, "a teacher"), watch.job, self._waiting.rest)
         return lessons
 
-    def _change_lessons(self, lessons: Lessons, found: _Findings) -> None:
+    def _change_lessons(self, lessons: Lessons, found: Findings) -> None:
         """Exchange ``auto``: teachers stand in for donors that are away.
 
         A collective where some are.
@@ -393,143 +403,18 @@ class GradientReceiver(BridgeJob):
             lessons.end()
             self._lessons = None
 
-    def _watch_for_first(self) -> PeerWatch:
-        """A watch over the first donor that has come, or over who will be."""
-        names = self._donors.names if self._donors is not None else []
-        if not names:
-            return ArrivalWatch(self.transport, "donor")
-        return PeerWatch(self.transport, names[0])
-
-    def _open_donor_wait(self, peer: PeerWatch, what: str) -> Wait:
-        patience, may_teach = None, self._lessons is not None and not self.config.require_peer
-        if may_teach and peer.seen:  # a teacher takes over: do not stall
-            patience = min(self.config.peer_wait, SILENT_BEATS * BEAT_SECONDS)
-        return self._open_wait(peer, what, patience)
-
     # -- inside -----------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _take_heads(self) -> None:
-        """Begin with the heads that the donors have. A collective."""
-        wait: list[Wait] = []  # main process
-
-        def find() -> dict[str, tuple[int, str]] | None:
-            if self._rest.lasts(wait):
-                return None
-            self._on_main.discover()
-            found = {}
-            for donor in self._on_main.names:
-                record = newest_own_weights(self.transport, donor, self._read)
-                if record is not None:
-                    found[donor] = (record.header.sequence, record.header.tensors_digest)
-            if not wait:
-                wait.append(self._open_wait(self._watch_for_first(), "the donor's head"))
-            if len(found) >= self.config.num_donors:
-                return found
-            if (reason := wait[0].gave_up()) is None:
-                return None
-            logger.warning("%s: its head begins as it is", reason)
-            return found
-
-        found, _ = self._decide(find, GRACE_SECONDS)
-        for donor, (sequence, digest) in found.items():
-            record = self._read_everywhere(stream_of(donor), sequence, digest, None)
-            if record is None:
-                raise BridgeError(f"not every rank could read the weights of the {donor}")
-            for name, parameter in self.shared.heads[record.header.head].items():
-                parameter.copy_(shard_like(record.tensors[name], parameter))
-            logger.info("%s begins as the %s has it", record.header.head, donor)
-
-    def _settle(self, verdicts: Sequence[Verdict], num_steps: int) -> None:
-        """What was received has been applied in as many steps: record its fate."""
-        applied = [verdict for verdict in verdicts if verdict.digest is not None]
-        if self._donors is not None:
-            if self.config.keep_payloads:
-                self._to_keep = applied
-            self.ledger.note(self._donors.settle(verdicts))
-            self.metrics |= self._donors.event_metrics()
-            for donor in self._donors.names:
-                for fate, count in self.ledger.counts(donor).items():
-                    if count:  # TensorBoard's axis leaves out what is far from many zeros
-                        self.metrics[f"fates/{fate} {donor} (payloads)"] = float(count)
-        self.steps_alone += 0 if applied else num_steps
-        self._ages[0] += sum(verdict.staleness for verdict in applied)
-        self._ages[1] += len(applied)
-
-    def _open_donors(self) -> Donors | Replay:
-        if self._kept is not None:
-            return Replay(self._kept, self._read)
-        return open_donors(
-            self.transport,
-            self.config,
-            backbone=self.shared.backbone,
-            expected={head: self._gradient_parameters(head) for head in self.shared.heads},
-            read=self._read,
-            open_wait=self._open_donor_wait,
+    def _collect(self) -> tuple[Findings, list[Record]]:
+        """The donors' parts of this step. A collective."""
+        return self._collector.collect(
+            self.completed_steps, self.taught_heads, may_teach=self._lessons is not None
         )
 
-    @property
-    def _on_main(self) -> Donors | Replay:
-        """The donors, on the main process."""
-        assert self._donors is not None
-        return self._donors
-
-    def _read(self, job: str, sequence: int) -> Record:
-        if self._prefetch is not None:
-            return self._prefetch.read(job, sequence)
-        return self._read_now(job, sequence)
-
-    def _read_now(self, job: str, sequence: int) -> Record:
-        read = super()._read if self._kept is None else self._kept.read
-        return decompressed(read(job, sequence), self._payloads_like)
-
-    def _receive(self) -> tuple[_Findings, list[Record]]:
-        """The donors' parts of this step, the same on every rank."""
-        if self._donors is not None:
-            self._donors.begin()
-        while True:
-            found, seconds = self._decide(self._poll, GRACE_SECONDS)
-            self._wait_seconds += seconds
-            records = []
-            for verdict in found.verdicts:
-                if verdict.digest is None:
-                    continue
-                mine = self._donors.fetched(verdict) if self._donors is not None else None
-                record = self._read_everywhere(
-                    verdict.donor, verdict.sequence, verdict.digest, mine
-                )
-                if record is not None:
-                    records.append(record)
-                    continue
-                error = PayloadError("unreadable", "not every rank could read the same bytes")
-                self._persist(functools.partial(self._reject, verdict, error))
-                break
-            else:
-                return found, records
-
-    def _reject(self, verdict: Verdict, error: PayloadError) -> None:
-        self._on_main.reject(verdict, error)
-
-    def _poll(self) -> _Findings | None:
-        """On the main process: one look at the donors' streams."""
-        assert self._outbox is not None
-        donors, num_away = self._on_main, self._on_main.num_away
-        if self._rest.lasts(donors.waits()):
-            return None
-        if self._background.check():
-            self._outbox.look()
-        verdicts = donors.look(self.completed_steps, self.taught_heads)
-        if self._interruption.signal and donors.num_away > num_away:  # by the same signal, maybe
-            raise Interrupted(self._interruption.signal)  # sooner than a step without its part
-        if self.config.require_peer:
-            donors.require_peers()
-        if verdicts is None:
-            return None
-        if self._lessons is None:
-            return _Findings(verdicts)
-        assert isinstance(donors, Donors)  # a replay has no teachers
-        trained = donors.heads_trained(lambda donor: self.ledger.counts(donor)["applied"])
-        return _Findings(verdicts, donors.heads_alone(), trained)
+    def _settle(self, found: Findings, num_steps: int) -> None:
+        """What was found has been applied in as many steps."""
+        self.metrics |= self._collector.settle(found)
+        self.steps_alone += 0 if found.applied else num_steps
 
     def _step_was_skipped(self, scale_before: float) -> bool:
         """Whether the loss scaler skipped the step; a fused optimizer's own flag is unreliable."""
@@ -540,27 +425,24 @@ class GradientReceiver(BridgeJob):
     def _publish_weights(self) -> None:
         """Take the present weights and publish them. A collective."""
         self._has_published = True
-        self._catch_up()
+        self._waiting.catch_up()
         if self._outbox is not None:
             self._outbox.forget()  # the last ones, before these take as much memory
         weights = self._whole_weights(self.shared.crossing, self._copies)
         if self._outbox is not None:
             self._outbox.take(self._header("weights", ""), weights)
-        self._persist(self._write_step)
+        self._waiting.persist(self._write_step)
         if self._outbox is not None and self.config.writes_behind:
             publish, is_due = self._outbox.publish, self._outbox.is_due()
-            self._write_behind(lambda: publish(is_due))
+            self._waiting.write_behind(lambda: publish(is_due))
 
     def _write_step(self) -> None:
         """On the main process: what the disk must have of a step; may be repeated."""
         assert self._outbox is not None
-        for verdict in self._to_keep:
-            self.transport.keep(verdict.donor, verdict.sequence)
-        self._to_keep = []
-        self.ledger.flush()
+        self._collector.write()
         if not self.config.writes_behind:
             self._outbox.offer()
-        self._retention.acknowledge(self._on_main.cursors())
+        self._retention.acknowledge(self._collector.on_main.cursors())
 
     def _header(self, kind: Any, digest: str) -> Header:
         return Header(
@@ -593,8 +475,6 @@ class GradientReceiver(BridgeJob):
     def _stop(self) -> None:
         if self._lessons is not None:
             self._lessons.teachers.close()
-        if self._prefetch is not None:
-            self._prefetch.stop()
         super()._stop()
 
     # -- checkpoints and results --------------------------------------------------------------
@@ -620,9 +500,8 @@ class GradientReceiver(BridgeJob):
             "completed_windows": self.completed_windows,
             "steps_alone": self.steps_alone,
             "steps_taught": self.steps_taught,
-            "ledger": self.ledger.by_donor,
             "teachers": self._lessons.teachers.state() if self._lessons is not None else {},
-            **self._on_main.state(),
+            **self._collector.state(),
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
@@ -632,16 +511,17 @@ class GradientReceiver(BridgeJob):
         self.completed_windows = state["completed_windows"]
         self.steps_alone = state["steps_alone"]
         self.steps_taught = state["steps_taught"]
-        self.ledger.resume(Resumption(state["attempt"], self.completed_steps), state["ledger"])
-        self._persist(self.ledger.flush)
+        ledger = self._collector.ledger
+        ledger.resume(Resumption(state["attempt"], self.completed_steps), state["ledger"])
+        self._waiting.persist(ledger.flush)
         self._injector.forget_weights()
         if self._injector.needs_older_weights:
             # Older weights are in no checkpoint: what was taken at them is superseded.
             digests = state["digests"].items()
             present = {step: d for step, d in digests if int(step) == self.completed_steps}
             state = {**state, "digests": present}
-        if self._donors is not None:
-            self._donors.load_state(state)
+        if self._collector.donors is not None:
+            self._collector.donors.load_state(state)
 
     def _on_load_state(self, models: list[nn.Module], directory: str) -> None:
         super()._on_load_state(models, directory)
@@ -660,8 +540,7 @@ class GradientReceiver(BridgeJob):
         Over this start; None without payloads, and where they are not taken at the receiver's
         weights.
         """
-        total, number = self._ages
-        return total / number if number and self.config.follows else None
+        return self._collector.mean_staleness
 
     def fates(self) -> dict[str, int]:
         """How many payloads met which fate, over all donors, for ``results.json``.
@@ -682,19 +561,7 @@ class GradientReceiver(BridgeJob):
         Raises:
             DiskError: if the donors' directories cannot be looked at for ``peer_wait`` seconds.
         """
-        return ride_out(self._count_fates, self.run_dir, self.config.peer_wait)
-
-    def _count_fates(self) -> dict[str, dict[str, int]]:
-        fates: dict[str, dict[str, int]] = {}
-        for donor in self._donors.names if self._donors is not None else ():
-            pending, published = self._on_main.published(donor)
-            fates[donor] = {
-                **self.ledger.counts(donor),
-                "pending": pending,
-                "published": published,
-                "alien": len(self.transport.alien_names(donor)),
-            }
-        return fates
+        return ride_out(self._collector.fates, self.run_dir, self.config.peer_wait)
 
     def alarms(self) -> dict[str, dict[str, int]]:
         """By donor, how many payloads have raised which alarm, for ``results.json``.
@@ -702,7 +569,8 @@ class GradientReceiver(BridgeJob):
         Empty but on the main process. The alarms: ``zero``, ``idle head`` and ``idle backbone``
         (exactly zero gradients, three in a row), ``norm`` (30 times the usual), ``flat loss``.
         """
-        return self._donors.alarms() if self._donors is not None else {}
+        donors = self._collector.donors
+        return donors.alarms() if donors is not None else {}
 
     def evidence(self, model_state: Mapping[str, Tensor]) -> dict[str, Any]:
         """What ``gradient-bridge verify`` must know beside the arguments, for ``results.json``.
@@ -721,25 +589,9 @@ class GradientReceiver(BridgeJob):
             "initial_weights_digest": self._outbox.initial_digest if self._outbox else "",
             "final_weights_digest": digest_tensors(model_state),
         }
-        if isinstance(self._donors, Replay):
-            evidence["departed_at"] = self._donors.departed_at
+        if isinstance(self._collector.donors, Replay):
+            evidence["departed_at"] = self._collector.donors.departed_at
         return evidence
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Findings:
-    """What the main process found in the donors' streams at a step, for all ranks.
-
-    Attributes:
-        verdicts: one for each donor.
-        heads_alone: exchange ``auto``: the heads whose donors are all away.
-        heads_trained: exchange ``auto``: those that some donor has trained in this run, and the
-            newest receiver step that it answered.
-    """
-
-    verdicts: tuple[Verdict, ...]
-    heads_alone: frozenset[str] = frozenset()
-    heads_trained: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -747,4 +599,4 @@ class _Injection:
     """An injected step that is not committed yet."""
 
     scale: float
-    found: _Findings
+    found: Findings

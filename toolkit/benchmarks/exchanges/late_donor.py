@@ -23,6 +23,7 @@ from toolkit.bridge.digests import Digest
 from toolkit.bridge.donor import GradientDonor
 from toolkit.bridge.payload import Header
 from toolkit.bridge.publisher import Publisher
+from toolkit.bridge.terms import record_bytes
 from toolkit.launching import bundled
 
 
@@ -70,12 +71,12 @@ class LateDonor(GradientDonor):
     late = 0
 
     def _open_stream(self, name: str) -> Publisher:
-        stream = (self.transport, name, self.run_id, self._record_bytes())
+        stream = (self.transport, name, self.run_id, record_bytes(self.shared))
         self._publishers.append(LatePublisher(self.late, *stream))
         return self._publishers[-1]
 
-    def _look(self) -> Any:
-        decision = super()._look()
+    def _poll(self) -> Any:
+        decision = super()._poll()
         newest = self._inbox.fetched
         if newest is not None:
             assert isinstance(self._publisher, LatePublisher)

@@ -39,8 +39,8 @@ from toolkit.bridge.arguments import (
     bridge_config,
     check_bridge_arguments,
     checkpoint_to_resume,
-    donor_arguments,
 )
+from toolkit.bridge.donor_arguments import donor_arguments
 from toolkit.checkpoints import leave_checkpoint, save_checkpoint
 from toolkit.configuration import check_configuration
 from toolkit.data import HEADS, in_memory, take_shard, to_dtype

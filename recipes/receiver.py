@@ -31,9 +31,9 @@ from toolkit.bridge.arguments import (
     bridge_config,
     check_bridge_arguments,
     checkpoint_to_resume,
-    receiver_arguments,
     rescaling_arguments,
 )
+from toolkit.bridge.receiver_arguments import receiver_arguments
 from toolkit.checkpoints import leave_checkpoint, save_checkpoint
 from toolkit.configuration import check_configuration
 from toolkit.data import HEADS, in_memory, to_dtype

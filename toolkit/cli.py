@@ -22,6 +22,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=toolkit.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_verify(commands)
+    _add_inspect(commands)
+    _add_doctor(commands)
+    _add_reasons(commands)
+    return parser
+
+
+def _add_demo(commands: Subcommands) -> None:
     demo = commands.add_parser(
         "demo",
         help="train a receiver alone, with a donor, and jointly, and compare",
@@ -35,9 +44,16 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         formatter_class=DefaultsFormatter,
     )
-    demo.add_argument("--task", choices=["digits", "overlap", "text"], default="digits")
+    demo.add_argument(
+        "--task",
+        choices=["digits", "overlap", "text"],
+        default="digits",
+        help="bundled data; text needs transformers",
+    )
     demo.add_argument("--num_seeds", type=positive_int, default=1, help="seeds 0, 1, ...")
-    demo.add_argument("--max_train_steps", type=positive_int, help="optimizer steps")
+    demo.add_argument(
+        "--max_train_steps", type=positive_int, help="optimizer steps; 400 if left out"
+    )
     demo.add_argument(
         "--dtype",
         choices=["float32", "float64"],
@@ -50,6 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where results go")
     _add_json(demo)
     demo.set_defaults(run=_demo)
+
+
+def _add_verify(commands: Subcommands) -> None:
     verify = commands.add_parser(
         "verify",
         help="replay a finished run without its donor, and compare the weights bit by bit",
@@ -73,33 +92,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_of_runs(verify)
     verify.set_defaults(run=_verify)
-    _add_inspect(commands)
-    _add_doctor(commands)
-    reasons = commands.add_parser(
-        "reasons",
-        help="say what the words mean by which jobs and commands say what happened",
-        description=(
-            "Print one table of all fates, reasons, alarms, states and exit statuses: what each "
-            "means, and what to do about it."
-        ),
-        epilog="The fields of --json: kind, code, meaning, remedy.",
-    )
-    _add_json(reasons)
-    reasons.set_defaults(run=_reasons)
-    return parser
-
-
-def _add_of_runs(command: argparse.ArgumentParser) -> None:
-    """Flags of the commands that look at runs."""
-    command.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are")
-    command.add_argument(
-        "--key_file", type=Path, help="with the run's key, if GRADIENT_BRIDGE_KEY does not hold it"
-    )
-    _add_json(command)
-
-
-def _add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print one JSON object, no table")
 
 
 def _add_inspect(commands: Subcommands) -> None:
@@ -169,6 +161,33 @@ def _add_doctor(commands: Subcommands) -> None:
     )
     _add_json(doctor)
     doctor.set_defaults(run=_doctor)
+
+
+def _add_reasons(commands: Subcommands) -> None:
+    reasons = commands.add_parser(
+        "reasons",
+        help="say what the words mean by which jobs and commands say what happened",
+        description=(
+            "Print one table of all fates, reasons, alarms, states and exit statuses: what each "
+            "means, and what to do about it."
+        ),
+        epilog="The fields of --json: kind, code, meaning, remedy.",
+    )
+    _add_json(reasons)
+    reasons.set_defaults(run=_reasons)
+
+
+def _add_of_runs(command: argparse.ArgumentParser) -> None:
+    """Flags of the commands that look at runs."""
+    command.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are")
+    command.add_argument(
+        "--key_file", type=Path, help="with the run's key, if GRADIENT_BRIDGE_KEY does not hold it"
+    )
+    _add_json(command)
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print one JSON object, no table")
 
 
 def _demo(args: argparse.Namespace) -> int:

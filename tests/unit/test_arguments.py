@@ -15,7 +15,8 @@ from toolkit.arguments import (
     step_arguments,
     training_arguments,
 )
-from toolkit.bridge.arguments import bridge_arguments, check_bridge_arguments, donor_arguments
+from toolkit.bridge.arguments import bridge_arguments, check_bridge_arguments
+from toolkit.bridge.donor_arguments import donor_arguments
 
 
 def parse(*flags: str) -> argparse.Namespace:

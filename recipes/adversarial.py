@@ -7,6 +7,7 @@ The generator's output is the critic's input. One forward of the generator serve
 loss1 moves the critic only, loss2 the generator only, each through an RMSprop of its own. The first
 steps are checked for leaks, bit by bit. The losses are those of Gulrajani et al. 2017 (gradient
 penalty instead of clipped weights), on scikit-learn's digits, with the digit to draw as an input.
+TensorBoard's page Images shows what it draws.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from toolkit.flag_types import (
     positive_float,
 )
 from toolkit.isolation import CutPoint, backward_for, check_disjoint, no_leak, one_loss_scale
-from toolkit.metrics import PatientTensorBoard, image_grid, start_tracking
+from toolkit.metrics import PatientTensorBoard, closing_line, image_grid, start_tracking
 from toolkit.models import ConditionalPerceptron
 from toolkit.training import (
     banner,
@@ -264,7 +265,7 @@ def main() -> None:
     write_results(output_dir, results, weights)
     logger.info(f"leak check: nothing moved that was to rest, in {checked_steps} steps checked")
     logger.info(f"drawings recognised as the digit asked for: {recognised:.1f} %")
-    logger.info(f"results: {output_dir}; drawings: tensorboard --logdir {output_dir}")
+    logger.info(closing_line(accelerator, output_dir))
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     accelerator.end_training()

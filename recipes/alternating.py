@@ -38,7 +38,7 @@ from toolkit.configuration import check_configuration
 from toolkit.data import endless_batches
 from toolkit.flag_types import DefaultsFormatter, positive_int
 from toolkit.freezing import frozen
-from toolkit.metrics import start_tracking
+from toolkit.metrics import closing_line, start_tracking
 from toolkit.optimizers import build_optimizer, optimizer_arguments
 from toolkit.training import (
     banner,
@@ -310,7 +310,7 @@ def main() -> None:
     if accelerator.is_main_process:
         Console().print(changes.table())
     logger.info(f"accuracy: {describe_accuracies(accuracies)}")
-    logger.info(f"results: {output_dir}; curves: tensorboard --logdir {output_dir}")
+    logger.info(closing_line(accelerator, output_dir))
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     accelerator.end_training()

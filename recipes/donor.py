@@ -45,7 +45,7 @@ from toolkit.checkpoints import leave_checkpoint, save_checkpoint
 from toolkit.configuration import check_configuration
 from toolkit.data import HEADS, in_memory, take_shard, to_dtype
 from toolkit.flag_types import DefaultsFormatter, shard
-from toolkit.metrics import start_tracking
+from toolkit.metrics import closing_line, start_tracking
 from toolkit.optimizers import build_optimizer, build_scheduler, parameter_groups
 from toolkit.pictures import record_predictions
 from toolkit.silos import load_data
@@ -241,7 +241,7 @@ def main() -> None:
     write_results(output_dir, results, final_weights(accelerator, model))
     logger.info(f"accuracy: {describe_accuracies(accuracies)}")
     logger.info(f"windows: {donor.published_windows} published, {donor.windows_alone} alone")
-    logger.info(f"results: {output_dir}; curves: tensorboard --logdir {donor.run_dir.parent}")
+    logger.info(closing_line(accelerator, output_dir, donor.run_dir.parent))
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     accelerator.end_training()

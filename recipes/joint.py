@@ -44,7 +44,7 @@ from toolkit.methods import (
     method_groups,
     rotating_model,
 )
-from toolkit.metrics import start_tracking
+from toolkit.metrics import closing_line, start_tracking
 from toolkit.multitask import CLASSES, PAIR, PAIR_TASKS, digit_pair, one_silo_each
 from toolkit.optimizers import build_optimizer, build_scheduler, learning_rates
 from toolkit.silos import load_data
@@ -303,7 +303,7 @@ def main() -> None:
     write_results(output_dir, results, final_weights(accelerator, model))
     described = [f"{tag} {value:.4g}" for tag, value in tasks.tagged(found).items()]
     logger.info(", ".join(described) or "no labels")
-    logger.info(f"results: {output_dir}; curves: tensorboard --logdir {output_dir}")
+    logger.info(closing_line(accelerator, output_dir))
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     accelerator.end_training()

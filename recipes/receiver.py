@@ -38,7 +38,7 @@ from toolkit.checkpoints import leave_checkpoint, save_checkpoint
 from toolkit.configuration import check_configuration
 from toolkit.data import HEADS, in_memory, to_dtype
 from toolkit.flag_types import DefaultsFormatter
-from toolkit.metrics import start_tracking
+from toolkit.metrics import closing_line, start_tracking
 from toolkit.models import OneHead
 from toolkit.optimizers import (
     build_optimizer,
@@ -267,7 +267,7 @@ def main() -> None:
     logger.info(f"accuracy: {describe_accuracies(accuracies)}")
     logger.info(f"steps alone: {receiver.steps_alone}, with a teacher: {receiver.steps_taught}")
     record_fates(accelerator, results["fates_by_donor"], receiver.completed_steps)
-    logger.info(f"results: {output_dir}; curves: tensorboard --logdir {receiver.run_dir.parent}")
+    logger.info(closing_line(accelerator, output_dir, receiver.run_dir.parent))
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import TensorBoardTracker, on_main_process
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, on_main_process
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
@@ -64,7 +64,7 @@ def start_tracking(
     """
     accelerator.project_configuration.logging_dir = str(output_dir.parent)
     surroundings = {"num_processes": accelerator.num_processes, **environment(accelerator)}
-    name = f"{output_dir.parent.name}-{output_dir.name}"
+    name = _run_name(output_dir)
     texts = {
         "configuration/settings": settings_table(config) + "\n\n" + settings_table(surroundings)
     }
@@ -90,6 +90,32 @@ def start_tracking(
     write_patiently("the curves in", output_dir, begin)
     for board in boards:
         atexit.register(board.flush)  # a job that is interrupted leaves all its curves
+
+
+def _run_name(output_dir: Path) -> str:
+    return f"{output_dir.parent.name}-{output_dir.name}"
+
+
+def closing_line(accelerator: Accelerator, output_dir: Path, runs_dir: Path | None = None) -> str:
+    """Where a job's results are, and by what its metrics can be looked at.
+
+    Args:
+        accelerator: whose trackers :func:`start_tracking` has begun.
+        output_dir: of the job.
+        runs_dir: whose jobs TensorBoard shows together, if ``output_dir`` is one of theirs.
+    """
+    places = []
+    for tracker in accelerator.log_with:
+        kind = tracker.name if isinstance(tracker, GeneralTracker) else str(tracker)
+        if isinstance(tracker, PatientTensorBoard):
+            is_inside = runs_dir and output_dir.resolve().is_relative_to(runs_dir.resolve())
+            places.append(f"tensorboard --logdir {runs_dir if is_inside else output_dir}")
+        elif kind in NAME_ARGUMENTS:
+            places.append(f"{kind}, run {_run_name(output_dir)} of project {PROJECT}")
+        else:
+            places.append(kind)
+    curves = f"curves: {' and '.join(places)}" if places else "no curves were recorded"
+    return f"results: {output_dir}; {curves}"
 
 
 class PatientTensorBoard(TensorBoardTracker):

@@ -53,6 +53,8 @@ def test_trackio(launcher: Launcher, tmp_path: Path) -> None:
     assert accuracies[-1]["step"] == 4
     assert accuracies[-1]["value"] == pytest.approx(results["accuracies (%)"]["h1"])
     assert not list(tmp_path.glob("runs/*/*/events.out.tfevents.*"))
+    for job, role in zip(jobs, ("donor", "receiver"), strict=True):
+        assert f"curves: trackio, run 0001-{role} of project gradient-bridge" in job.output()
 
 
 def test_that_a_tracker_without_its_package_is_refused(launcher: Launcher, tmp_path: Path) -> None:

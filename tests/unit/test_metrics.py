@@ -19,7 +19,7 @@ from tests.unit.full_disk import no_file_above
 from tests.unit.jobs import ReceiverAlone
 from toolkit import metrics, patience
 from toolkit.dashboard import BRIDGE_CHARTS
-from toolkit.metrics import PatientTensorBoard, image_grid, start_tracking
+from toolkit.metrics import PatientTensorBoard, closing_line, image_grid, start_tracking
 
 
 # TensorBoard's own thread ends with the error, and says so.
@@ -155,6 +155,28 @@ def test_that_another_tracker_gets_what_is_logged(tmp_path: Path, fresh_state: N
     assert tracker.configuration == {"lr": 0.1, "clip": None, "at": str(tmp_path)}
     assert tracker.values == [(1, {"loss/own (per sample)": 3.0})]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_closing_line(tmp_path: Path, fresh_state: None) -> None:
+    def line(output_dir: Path, *log_with: Any, runs_dir: Path | None = None) -> str:
+        accelerator = Accelerator(cpu=True)
+        accelerator.log_with = list(log_with)
+        return closing_line(accelerator, output_dir, runs_dir)
+
+    runs = tmp_path / "runs"
+    job = runs / "0001" / "donor"
+    of_job = f"results: {job}; "
+    assert line(job) == of_job + "no curves were recorded"
+    board = PatientTensorBoard(job.name, job.parent)
+    assert line(job, board) == of_job + f"curves: tensorboard --logdir {job}"
+    assert line(job, board, runs_dir=runs) == of_job + f"curves: tensorboard --logdir {runs}"
+    elsewhere = tmp_path / "elsewhere"
+    said = line(elsewhere, board, runs_dir=runs)
+    assert said == f"results: {elsewhere}; curves: tensorboard --logdir {elsewhere}"
+    trackio = LoggerType.TRACKIO
+    said = line(job, trackio, runs_dir=runs)
+    assert said == of_job + "curves: trackio, run 0001-donor of project gradient-bridge"
+    assert line(job, LoggerType.CLEARML, Tracker()) == of_job + "curves: clearml and kept"
 
 
 def test_that_a_grid_keeps_rows_and_columns() -> None:

@@ -180,9 +180,8 @@ def main() -> None:
     def measure() -> dict[str, float]:
         size = args.per_device_eval_batch_size
         accuracies = evaluate(accelerator, model, task.evaluation, [args.head], size)
-        # Weights that a receiver published have not taken the step that they serve.
-        step = donor.receiver_step - donor.at_receiver_weights
-        accelerator.log({f"accuracy/{head} (%)": a for head, a in accuracies.items()}, step=step)
+        tagged = {f"accuracy/{head} (%)": a for head, a in accuracies.items()}
+        accelerator.log(tagged, step=donor.weights_step)
         return accuracies
 
     with donor, logging_redirect_tqdm():
@@ -226,8 +225,7 @@ def main() -> None:
         accelerator.end_training()
         sys.exit(128 + donor.stop_signal)
     accuracies = measure()
-    step = donor.receiver_step - donor.at_receiver_weights
-    record_predictions(accelerator, model, task, [args.head], step)
+    record_predictions(accelerator, model, task, [args.head], donor.weights_step)
     results = {
         "recipe": "donor",
         "accuracies (%)": accuracies,

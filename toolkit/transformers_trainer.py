@@ -317,6 +317,12 @@ class DonorMixin(_BridgeMixin):
         job: GradientDonor = self._bridge
         return job
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's; an evaluation says too after which receiver step its weights are."""
+        if self._job is not None and "eval_loss" in logs:
+            logs = {**logs, "eval_weights_step": self.donor.weights_step}
+        super().log(logs, *args, **kwargs)
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any) -> tuple[list[Any], Any]:
         """The Trainer's next window, once the receiver's weights for it are loaded."""
         if self.donor.begin_window():

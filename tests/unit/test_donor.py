@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -234,6 +235,38 @@ def take_local_steps(job: DonorAlone, max_windows: int) -> list[bool]:
             job.optimizer.step()
             job.optimizer.zero_grad()
     return seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "published", "expected"),
+    [
+        ({"exchange": "gradient"}, 4, [4]),
+        ({"exchange": "auto"}, None, [1, 2]),
+        ({"exchange": "delta", "local_steps": 2}, 4, [5, 6]),
+        ({"exchange": "distill"}, None, [1, 2]),
+    ],
+    ids=["following", "alone", "local steps", "by itself"],
+)
+def test_after_which_step_the_weights_are(
+    start_donor: StartDonor,
+    settings: dict[str, Any],
+    published: int | None,
+    expected: list[int],
+) -> None:
+    job = start_donor(**settings)
+    if published is not None:
+        job.publish_weights(step=published, fill=0.1)
+    seen = []
+    with job.donor as donor:
+        for inputs, labels in donor.follow(loader(job, 9), max_windows=len(expected)):
+            with job.accelerator.accumulate(job.model):
+                donor.backward(F.cross_entropy(job.model(inputs, "h2"), labels), len(labels))
+                if not donor.publish():
+                    job.optimizer.step()
+                job.optimizer.zero_grad()
+            seen.append(donor.weights_step)
+        assert donor.weights_step == seen[-1]
+    assert seen == expected
 
 
 def test_that_the_last_round_before_the_bound_is_handed_over(start_donor: StartDonor) -> None:

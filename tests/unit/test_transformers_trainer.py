@@ -53,7 +53,7 @@ class Built:
         )
         further = {} if kind is Trainer else {"bridge": bridge}
         dataset: Any = build_dataset(case, "h1")
-        self.trainer = kind(self.model, args, collate, dataset, **further)
+        self.trainer = kind(self.model, args, collate, dataset, dataset, **further)
 
 
 @pytest.mark.parametrize("tokens", [True, False], ids=["tokens", "samples"])
@@ -76,6 +76,15 @@ def test_that_the_optimizer_has_the_donors_head_and_ddp_does_not(tmp_path: Path)
     for parameter in built.model.heads["h2"].parameters():
         assert id(parameter) in in_groups
         assert not parameter.requires_grad
+
+
+def test_that_an_evaluation_says_after_which_step_the_weights_are(tmp_path: Path) -> None:
+    built = Built(DonorTrainer, tmp_path, max_steps=3, eval_strategy="steps", eval_steps=1)
+    for parameter in built.model.heads["h1"].parameters():
+        parameter.requires_grad_(False)
+    built.trainer.train()
+    evaluations = [logs for logs in built.trainer.state.log_history if "eval_loss" in logs]
+    assert [logs["eval_weights_step"] for logs in evaluations] == [1, 2, 3], "it was alone"
 
 
 def test_that_the_bridge_begins_with_train(tmp_path: Path) -> None:

@@ -275,6 +275,17 @@ class GradientDonor(BridgeJob):
             self.following and loaded is not None and self.receiver_step == loaded.receiver_step + 1
         )
 
+    @property
+    def weights_step(self) -> int:
+        """After which step the model has its present weights: that which an accuracy belongs to.
+
+        Of the receiver, with this donor's local steps since; of a donor by itself its own. Read it
+        between two windows, once the optimizer has stepped.
+        """
+        if not self.config.follows:
+            return self.completed_windows
+        return self.receiver_step - self.following  # which is one on, for the next gradient
+
     def report(self, validation: Mapping[str, float]) -> None:
         """Tell the receiver, with the next payload, what its weights are worth.
 

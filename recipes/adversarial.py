@@ -142,8 +142,8 @@ def evaluate(accelerator: Accelerator, generator: nn.Module, step: int) -> float
     grid, recognised = draw(accelerator.unwrap_model(generator), accelerator.device)
     for tracker in accelerator.trackers:
         if isinstance(tracker, PatientTensorBoard):  # each kind takes images in a form of its own
-            tracker.log_images({"generated digits": grid[None]}, step=step)
-    accelerator.log({"recognised (%)": recognised}, step=step)
+            tracker.log_images({"validation/drawings": grid[None]}, step=step)
+    accelerator.log({"accuracy/drawings recognised (%)": recognised}, step=step)
     return recognised
 
 
@@ -237,8 +237,9 @@ def main() -> None:
         progress.update()
         if accelerator.log_with:
             losses = torch.stack([loss1.detach(), loss2.detach()])
-            critic_loss, generator_loss = accelerator.reduce(losses, reduction="mean").tolist()
-            metrics = {"loss/critic": critic_loss, "loss/generator": generator_loss}
+            means = accelerator.reduce(losses, reduction="mean").tolist()
+            tags = ("loss/critic (per sample)", "loss/generator (per sample)")
+            metrics = dict(zip(tags, means, strict=True))
             accelerator.log(metrics, step=completed.value)
         if completed.value % args.eval_steps == 0 and completed.value < max_train_steps:
             evaluate(accelerator, generator, completed.value)

@@ -279,7 +279,7 @@ def main() -> None:
         if accelerator.log_with:
             metrics = {f"change/{layer} (max abs)": value for layer, value in changes.last.items()}
             mean_loss = accelerator.reduce(loss.detach(), reduction="mean").item()
-            metrics |= {f"loss/task{task} (nats)": mean_loss, "task in training (number)": task}
+            metrics |= {f"loss/task{task} (per sample)": mean_loss, "train/task (number)": task}
             if completed.value % args.eval_steps == 0 and completed.value < max_train_steps:
                 accuracies = evaluate(accelerator, model, evaluation)
                 metrics |= {f"accuracy/{name} (%)": value for name, value in accuracies.items()}

@@ -19,7 +19,7 @@ CATEGORY = "Is it working?"
 # Titles of charts, and a regular expression of the tags in them.
 CHARTS = {
     "loss in training (per sample)": r"loss/",
-    "accuracy on validation data (%)": r"(accuracy|validation)/",
+    "accuracy in evaluation (%)": r"(accuracy|validation)/",
 }
 BRIDGE_CHARTS = {
     **CHARTS,

@@ -17,6 +17,7 @@ from tests.launching import Job, Launcher
 RECIPE = "recipes/alternating.py"
 LAYERS = ("hidden_task1", "hidden_task2", "output")
 STEPS, STEPS_PER_TASK = 20, 5
+OF_TASKS = {"loss/task": "per sample", "accuracy/task": "%"}  # beginnings of tags, and their unit
 COMMON = [f"--max_train_steps={STEPS}", f"--steps_per_task={STEPS_PER_TASK}"]
 # An epoch has 1437 images: 6 steps, the last one short. Both jobs see the same 240 images a step.
 PAIR = ["--gradient_accumulation_steps=2", "--optimizer=sgd", "--learning_rate=0.05"]
@@ -71,13 +72,16 @@ def test_only_the_layer_in_training_and_the_output_change(
     assert set(results["accuracies (%)"]) == {"task1", "task2"}
 
     events = EventAccumulator(str(directory / name)).Reload()
-    tasks = [event.value for event in events.Scalars("task in training [number]")]
+    of_tasks = {f"{tag}{task} [{unit}]" for task in (1, 2) for tag, unit in OF_TASKS.items()}
+    of_layers = {f"change/{layer} [max abs]" for layer in LAYERS}
+    assert set(events.Tags()["scalars"]) == of_tasks | of_layers | {"train/task [number]"}
+    tasks = [event.value for event in events.Scalars("train/task [number]")]
     assert tasks == [1] * 5 + [2] * 5 + [1] * 5 + [2] * 5
     for layer, at_rest in (("hidden_task1", 2), ("hidden_task2", 1), ("output", None)):
         for task, event in zip(tasks, events.Scalars(f"change/{layer} [max abs]"), strict=True):
             assert (event.value == 0.0) if task == at_rest else (event.value > 0.0), (layer, event)
     for task in (1, 2):
-        losses = events.Scalars(f"loss/task{task} [nats]")
+        losses = events.Scalars(f"loss/task{task} [per sample]")
         assert [loss.step for loss in losses] == [n + 1 for n in range(20) if tasks[n] == task]
         (accuracy,) = events.Scalars(f"accuracy/task{task} [%]")
         assert accuracy.value == pytest.approx(results["accuracies (%)"][f"task{task}"])

@@ -60,8 +60,12 @@ def test_settings() -> None:
 
 def test_that_each_chart_has_its_tags_and_no_others() -> None:
     tags = {
-        "loss in training (per sample)": {"loss/own [per sample]", "loss/donor [per sample]"},
-        "accuracy on validation data (%)": {"accuracy/h1 [%]", "validation/donor h2 [%]"},
+        "loss in training (per sample)": {
+            *("loss/own [per sample]", "loss/donor [per sample]", "loss/critic [per sample]"),
+        },
+        "accuracy in evaluation (%)": {
+            *("accuracy/h1 [%]", "validation/donor h2 [%]", "accuracy/drawings recognised [%]"),
+        },
         "staleness of the donors' weights (receiver steps)": {
             "bridge/staleness donor [receiver steps]"
         },

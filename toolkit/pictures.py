@@ -67,7 +67,7 @@ def draw_predictions(
         images: (N, C, H, W) in [0, 1], with one channel or three.
         labels: by head, (N,), ``NO_LABEL`` where there is none.
         answers: by head, (N,): classes as predicted.
-        class_names: by head; a head without has its class numbers.
+        class_names: by head; a class without has its number.
 
     Returns:
         At most ``TILES`` images; below each a line for each head, red where it is wrong.
@@ -87,7 +87,7 @@ def draw_predictions(
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         picture.paste(image.resize(size, Image.Resampling.NEAREST), (left + MARGIN, top))
         for line, head in enumerate(answers):
-            is_wrong, names = bool(wrong[head][number]), class_names.get(head)
+            is_wrong, names = bool(wrong[head][number]), class_names.get(head, ())
             text = f"{head}: {_name(answers[head][number], names)}"
             if is_wrong:
                 text += f", is {_name(labels[head][number], names)}"
@@ -96,5 +96,6 @@ def draw_predictions(
     return picture
 
 
-def _name(number: Tensor, names: Sequence[str] | None) -> str:
-    return str(int(number)) if names is None else names[int(number)]
+def _name(label: Tensor, names: Sequence[str]) -> str:
+    number = int(label)
+    return names[number] if number < len(names) else str(number)

@@ -51,3 +51,12 @@ def test_colours_and_shapes() -> None:
     pixels = np.asarray(draw_predictions(images, zero, zero, {}))
     assert pixels[SIDE // 2, MARGIN + SIDE // 4].tolist() == [0, 255, 0]
     assert pixels[SIDE // 2, MARGIN + 3 * SIDE // 4].tolist() == [255, 255, 255], "half as wide"
+
+
+def test_that_a_head_may_have_more_classes_than_names() -> None:
+    images = torch.zeros(1, 1, 8, 8)
+    labels, answers = ({"h1": torch.tensor([number])} for number in (0, 2))
+    named = draw_predictions(images, labels, answers, {"h1": ["zero", "one"]})
+    assert named.tobytes() == draw_predictions(images, labels, answers, {"h1": ["zero"]}).tobytes()
+    other = draw_predictions(images, labels, answers, {"h1": ["zero", "one", "two"]})
+    assert named.tobytes() != other.tobytes()

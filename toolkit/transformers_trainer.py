@@ -35,7 +35,8 @@ What counts is what the Trainer divides by: the labelled tokens of all micro-bat
 where it counts them (``num_items_in_batch``), and samples elsewhere. So the receiver's own part of
 a step is the Trainer's gradient, in a short last window too. Only where the Trainer would average
 the means of micro-batches, or with ``average_tokens_across_devices=False`` of ranks, of unequal
-size, is it the mean over all samples or tokens instead.
+size, is it the mean over all samples or tokens instead. With ``rescale`` ``append`` or ``pool``
+both jobs must count the same: say which by ``BridgeConfig(unit="tokens")`` in both.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,7 @@ from toolkit.bridge.config import BridgeConfig
 from toolkit.bridge.donor import GradientDonor
 from toolkit.bridge.job import BridgeJob
 from toolkit.bridge.receiver import GradientReceiver
+from toolkit.bridge.runs import CHECKPOINT_FILE
 from toolkit.parameters import shared_parameters
 
 _Base: Any = object  # whatever Trainer a mixin stands before
@@ -96,11 +99,14 @@ class _BridgeMixin(_Base):
 
     def train(
         self,
-        resume_from_checkpoint: str | bool | None = None,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """As the Trainer's; the bridge's position is in every checkpoint but ``save_only_model``.
+
+        ``resume_from_checkpoint=True`` takes the newest checkpoint that is complete: a job that is
+        killed while it saves leaves one that is not.
 
         Raises:
             ValueError: for a hyperparameter search, each of whose trials would be a run.
@@ -108,10 +114,11 @@ class _BridgeMixin(_Base):
         """
         if trial is not None:
             raise ValueError("a hyperparameter search is not supported: a run has one receiver")
-        if resume_from_checkpoint is True:  # None where there is none, which the Trainer says
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
-        is_path = isinstance(resume_from_checkpoint, str)
-        self._checkpoint = Path(str(resume_from_checkpoint)) if is_path else None
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._newest_checkpoint() or True  # the Trainer has the error
+        self._checkpoint = None
+        if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool):
+            self._checkpoint = Path(resume_from_checkpoint)
         with contextlib.ExitStack() as self._exit:
             return super().train(resume_from_checkpoint, None, ignore_keys_for_eval)
 
@@ -127,6 +134,13 @@ class _BridgeMixin(_Base):
             # The Trainer has divided by the number of micro-batches: as such, or with the items of
             # the whole window. Thus it is the mean over this micro-batch's share of the items.
             self._bridge.backward(loss * num_micro_batches, count)
+            self.accelerator.__dict__["backward"] = refuse
+
+        def refuse(loss: Tensor, **kwargs: Any) -> None:
+            raise RuntimeError(
+                "training_step() called accelerator.backward() twice for one micro-batch, whose "
+                "samples count once: add its losses up and call it once"
+            )
 
         self.accelerator.__dict__["backward"] = backward
         try:
@@ -186,6 +200,19 @@ class _BridgeMixin(_Base):
         over_ranks = self.args.average_tokens_across_devices
         num_ranks = self.accelerator.num_processes if over_ranks else 1
         return float(num_items_in_batch) / (num_ranks * self.current_gradient_accumulation_steps)
+
+    def _newest_checkpoint(self) -> str | None:
+        """The newest one with the bridge's position, which is saved last; without any, the newest.
+
+        None where there is no checkpoint.
+        """
+        directory = Path(self.args.output_dir)
+        complete = directory.glob(f"checkpoint-*/{CHECKPOINT_FILE}")
+        ends = [path.parent.name.rpartition("-")[2] for path in complete]
+        steps = [int(end) for end in ends if end.isdigit()]
+        if not steps:
+            return get_last_checkpoint(str(directory))
+        return str(directory / f"checkpoint-{max(steps)}")
 
     def _begin(self) -> None:
         """Model, optimizer and checkpoint are ready."""

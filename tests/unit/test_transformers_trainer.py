@@ -24,7 +24,8 @@ from tests.trainer_case import (
 )
 from tests.unit.jobs import reset
 from toolkit import BridgeConfig, BridgeError
-from toolkit.transformers_trainer import DonorTrainer, ReceiverTrainer
+from toolkit.bridge.runs import CHECKPOINT_FILE
+from toolkit.transformers_trainer import DonorTrainer, ReceiverMixin, ReceiverTrainer
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
 
@@ -134,6 +135,40 @@ def test_that_a_checkpoint_without_the_bridge_is_refused(tmp_path: Path) -> None
     Built(Trainer, tmp_path, **saving).trainer.train()
     with pytest.raises(BridgeError, match="no complete checkpoint of a bridged job"):
         Built(ReceiverTrainer, tmp_path, **saving).trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("is_path", [True, False])
+def test_that_a_resume_goes_on_from_a_path_or_from_what_is_complete(
+    tmp_path: Path, is_path: bool
+) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    first = Built(ReceiverTrainer, tmp_path, **saving)
+    first.trainer.train()
+    for step in (6, 10):  # as a job leaves them that is killed while it saves
+        (tmp_path / f"checkpoint-{step}" / CHECKPOINT_FILE).unlink()
+    second = Built(ReceiverTrainer, tmp_path, **saving)
+
+    second.trainer.train(tmp_path / "checkpoint-4" if is_path else True)
+
+    receiver = second.trainer.receiver
+    assert receiver.run_dir == first.trainer.receiver.run_dir
+    assert receiver.steps_alone == receiver.completed_steps == second.trainer.state.global_step
+    assert largest_difference(dict(first.model.state_dict()), dict(second.model.state_dict())) == 0
+
+
+def test_that_a_second_backward_is_refused(tmp_path: Path) -> None:
+    class Twice(Trainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
+            for _ in range(2):
+                loss = self.compute_loss(model, inputs)
+                self.accelerator.backward(loss)
+            return loss.detach()
+
+    class Receiver(ReceiverMixin, Twice):
+        pass
+
+    with pytest.raises(RuntimeError, match="twice for one micro-batch"):
+        Built(Receiver, tmp_path).trainer.train()
 
 
 def test_that_a_checkpoint_without_optimizer_has_no_position(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -228,7 +229,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with terminable():
-            return int(args.run(args))
+            status = int(args.run(args))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as after `| head`
+        # What is still to be written must not fail once more at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from toolkit.launching import JobFailedError, LaunchedJob, follow, launch, new_directory
-from toolkit.terminal import report_error
+from toolkit.terminal import Output, report_error
 
 FORMAT = 1  # of the JSON; while it is the same, fields may be added, but none goes away
 DONE, FAILED, UNUSABLE = 0, 1, 2  # exit statuses
@@ -148,7 +148,7 @@ def _table(comparison: Comparison) -> Table:
 
 def run_demo(args: argparse.Namespace) -> int:
     """Run the demo and print its table; the exit status."""
-    console, errors = Console(), Console(stderr=True)
+    console, errors = Output(), Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     report = functools.partial(report_error, as_json=args.json, runs_dir=str(args.runs_dir))
     try:

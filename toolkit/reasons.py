@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +19,7 @@ from toolkit.bridge.reasons import (
     STATES,
     Reason,
 )
+from toolkit.terminal import Output
 
 FORMAT = 1  # of the JSON; while it is the same, fields may be added, but none goes away
 KINDS: Mapping[str, Mapping[Any, Reason]] = {
@@ -50,7 +50,7 @@ def run_reasons(args: argparse.Namespace) -> int:
         ]
         print(json.dumps({"format": FORMAT, "reasons": rows}, indent=2))
         return 0
-    console = Console()
+    console = Output()
     for kind, reasons in KINDS.items():
         table = Table(
             title=_TITLES[kind], title_justify="left", title_style="bold", box=None,

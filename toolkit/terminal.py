@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import json
+from typing import NoReturn
 
 from rich.console import Console
+
+
+class Output(Console):
+    """Standard output; where nobody reads it any more, as after ``| head``, it says so."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        """In place of an end with status 1, which has another meaning here.
+
+        Raises:
+            BrokenPipeError: the one that is being handled.
+        """
+        raise
 
 
 def report_error(error: Exception, *, as_json: bool, **place: object) -> None:

@@ -32,7 +32,7 @@ from toolkit.finished_run import FinishedRun, find_run, open_run
 from toolkit.launching import JobFailedError, follow, launch
 from toolkit.parameters import same_bits
 from toolkit.provenance import flags_of
-from toolkit.terminal import report_error
+from toolkit.terminal import Output, report_error
 
 FORMAT = 1  # of the JSON; while it is the same, fields may be added, but none goes away
 EQUAL, DIFFERENT, UNUSABLE = 0, 1, 2  # exit statuses
@@ -239,7 +239,7 @@ def _scratch() -> Iterator[Path]:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Verify a run and print what was found; the exit status."""
-    console, errors = Console(), Console(stderr=True)
+    console, errors = Output(), Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     try:
         signer = Signer(load_key(args.key_file))

@@ -95,3 +95,15 @@ def test_that_a_log_is_shown_as_it_is(
     assert cli.main(["demo", "--runs_dir", str(tmp_path)]) == 1
 
     assert "[rank0] in [/tmp] [bold]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_that_a_pipe_that_nobody_reads_ends_the_command_in_silence(
+    damaged: list[str], flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, its = os.pipe()
+    os.close(ours)
+    with os.fdopen(its, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+
+        assert cli.main([*damaged, *flags]) == 141  # and not 1, which is about the run

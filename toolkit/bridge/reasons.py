@@ -18,7 +18,7 @@ Drop = Literal["stale", "superseded", "pruned"]
 Fate = Literal["applied", "dropped", "rejected", "skipped"]
 Alarm = Literal["zero", "idle head", "idle backbone", "norm", "flat loss"]
 State = Literal["waiting", "alive", "silent", "ended"]
-ExitStatus = Literal[0, 1, 2, 130, 143]
+ExitStatus = Literal[0, 1, 2, 130, 141, 143]
 
 UNKNOWN: Rejection = "unknown"
 _OTHERS_WRITE = "see who else can write in the run's directory; a key shuts them out"
@@ -167,6 +167,7 @@ EXIT_STATUSES: Mapping[ExitStatus, Reason] = {
         "the error says what; see --help",
     ),
     130: Reason("ended by Ctrl-C", "--resume_from_checkpoint latest goes on"),
+    141: Reason("nobody read the command's output to its end, as after `| head`"),
     143: Reason(
         "ended by SIGTERM, as schedulers send it", "--resume_from_checkpoint latest goes on"
     ),

@@ -24,7 +24,7 @@ from toolkit.doctor.advice import advise, exchange_seconds
 from toolkit.doctor.measures import find_place, measure_costs, try_promises
 from toolkit.doctor.peer import Peer
 from toolkit.doctor.report import FORMAT, Report, Times
-from toolkit.terminal import report_error
+from toolkit.terminal import Output, report_error
 
 USABLE, UNUSABLE = 0, 1  # exit statuses
 NUM_STAGES = 6  # that the progress display counts
@@ -145,7 +145,7 @@ def _rate(bytes_per_second: float) -> str:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Examine a directory and print what was found; the exit status."""
-    console, errors = Console(), Console(stderr=True)
+    console, errors = Output(), Console(stderr=True)
     directory = Path(args.directory)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     try:

@@ -22,7 +22,7 @@ from toolkit.inspection.report import FORMAT, Report, Run
 from toolkit.inspection.run import Look
 from toolkit.inspection.tables import print_run, print_runs
 from toolkit.inspection.verify import Verification
-from toolkit.terminal import report_error
+from toolkit.terminal import Output, report_error
 
 OK, WRONG, UNUSABLE = 0, 1, 2  # exit statuses
 _LOOK_SECONDS = 0.05  # between two looks at the heartbeats
@@ -86,7 +86,7 @@ def verify(looks: Sequence[Look], runs: Sequence[Run], progress: Progress) -> li
 
 def run_inspect(args: argparse.Namespace) -> int:
     """Inspect runs and print what was found; the exit status."""
-    console, errors = Console(), Console(stderr=True)
+    console, errors = Output(), Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     seconds = args.seconds or SILENT_BEATS * BEAT_SECONDS
     try:

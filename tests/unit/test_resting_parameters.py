@@ -155,3 +155,16 @@ def test_that_new_values_are_refused_and_the_same_ones_are_not(jobs: Jobs) -> No
     backward(job)
     with pytest.raises(RuntimeError, match=r"backbone\.0\.weight has other values now"):
         job.donor.publish()
+
+
+def test_that_new_values_behind_torchs_back_are_refused(jobs: Jobs) -> None:
+    job = jobs.receiver()
+    job.step()
+    weight = job.network.get_parameter(BASE[1])
+    before, version = weight.detach().clone(), weight._version
+    weight.data += 0.5  # so adapters are merged
+    assert weight._version == version
+    with pytest.raises(RuntimeError, match=r"backbone\.0\.weight has other values now"):
+        job.step()
+    weight.data.copy_(before)  # and unmerged
+    job.receiver._resting.check()

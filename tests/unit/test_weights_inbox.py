@@ -64,3 +64,26 @@ def test_a_receiver_that_has_ended_while_the_donor_joined(tmp_path: Path, is_res
     inbox = WeightsInbox("donor", transport, read, is_resumed=is_resumed)
     found = inbox.look(PeerWatch(transport, "receiver"))
     assert found is (None if is_resumed else False), "one that is resumed waits for the receiver's"
+
+
+def test_a_receiver_that_is_resumed_while_the_donor_looks_at_its_end(tmp_path: Path) -> None:
+    resumed = dataclasses.replace(WEIGHTS, attempt=2)
+
+    class Transport(DirectoryTransport):
+        def read_header(self, job: str, sequence: int) -> Header:
+            header = super().read_header(job, sequence)
+            if header.kind == "end":
+                publisher.publish(resumed, {})
+            return header
+
+    transport = Transport(tmp_path)
+    publisher = Publisher(transport, "receiver", "run", 10_000)
+    publisher.publish(dataclasses.replace(WEIGHTS, kind="end", weights_digest=""), {})
+
+    def read(sequence: int) -> Record:
+        return parse_record(transport.read("receiver", sequence, max_bytes=10_000))
+
+    inbox = WeightsInbox("donor", transport, read, is_resumed=True)
+    assert inbox.look(PeerWatch(transport, "receiver"))
+    assert inbox.fetched is not None
+    assert inbox.fetched.header.attempt == 2

@@ -54,10 +54,12 @@ class WeightsInbox:
             self.completed_windows = header.donor_step
             if header.kind != "end":
                 self.note_answer(header, sequence)
+        # Listed before it is read: a receiver that is resumed meanwhile has newer ones to answer.
+        newest = max(transport.sequences("receiver"), default=-1)
         if is_resumed and has_ended(transport, "receiver"):
             # The end of an earlier start of the receiver, which is to be resumed like this job.
             # For a first start it is the end: the receiver has ended while this job joined.
-            self._seen = transport.sequences("receiver")[-1]
+            self._seen = newest
 
     def look(self, peer: PeerWatch) -> bool | None:
         """One look at the stream; ``fetched`` becomes the weights to take, or None.

@@ -52,7 +52,7 @@ class Case:
     max_staleness: int = 0
     compression: Compression = "none"  # "topk" sends TOPK_RATIO of the elements
     donor_pause: float = 0.0  # seconds that the donor sleeps before each window
-    mutation: str = ""  # applied in one of the jobs, see tests/jobs/bridge_job.py
+    mutation: str = ""  # a fault in one of the jobs, see tests/jobs/bridge_job.py
     seed: int = 0
 
     @property

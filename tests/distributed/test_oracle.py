@@ -45,23 +45,24 @@ EVERY_WORLD = [
     Case(dtype="float32", num_steps=20),
     Case(dtype="float32", optimizer="sgd", accumulation=3, num_steps=20),
 ]
-# Every one of these, in a world of two ranks and three micro-steps on both sides, is wrong.
+# Every one of these, in a world of two ranks and three micro-steps on both sides, is wrong; see
+# `tests/matrix/mutations.py`.
 MUTATIONS = [
     Case(mutation=mutation, accumulation=3, donor_accumulation=3, optimizer="sgd", num_steps=10)
     for mutation in (
-        "half",
-        "times_world_size",
-        "twice",
-        "on_one_rank",
-        "drop_tensor",
-        "stale_by_one",
-        "forget_accumulation",
-        "forget_world_size",
-        "mean_for_sum",
-        "mean_of_means",
+        "payload halved",
+        "payload times world size",
+        "payload twice",
+        "payload on one rank",
+        "payload without one tensor",
+        "stale by one",
+        "accumulation forgotten, receiver",
+        "world size forgotten, donor",
+        "mean for sum",
+        "mean of means, donor",
     )
 ]
-MUTATIONS.append(dataclasses.replace(MUTATIONS[0], mutation="other_weights", aggregate="pcgrad"))
+MUTATIONS.append(dataclasses.replace(MUTATIONS[0], mutation="other weights", aggregate="pcgrad"))
 
 
 class World(NamedTuple):
@@ -174,7 +175,7 @@ def test_a_receiver_runs_ahead_of_a_slow_donor_by_the_allowed_steps_only(tmp_pat
 
 @pytest.mark.slow  # the campaign of faults does more of it
 def test_bad_files_are_rejected_and_training_goes_on(tmp_path: Path) -> None:
-    case = Case(mutation="bad_files", num_steps=20)
+    case = Case(mutation="bad files", num_steps=20)
     trained = train(tmp_path, World(2, 2), [case])
     # The torn payload costs its window. The alien costs none, unless the receiver moves it aside
     # in the very moment in which the donor publishes: then that payload counts as refused too.

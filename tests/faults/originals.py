@@ -21,7 +21,7 @@ from toolkit.bridge.payload import Header, write_record
 
 RUN, JOB, SEQUENCE = "run", "donor", 3
 EXPECTED = {"a": torch.zeros(64, 32), "b": torch.zeros(33, dtype=torch.float64)}
-# What a job that shares these tensors expects at most (`Job._record_bytes`).
+# What a job that shares these tensors expects at most (`BridgeJob._record_bytes`).
 LIMIT = 8 * sum(t.numel() for t in EXPECTED.values()) + 1024 * len(EXPECTED) + 2**20
 HUGE = [2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**400]
 

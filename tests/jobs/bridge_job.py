@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +23,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from tests.jobs import sharding
+from tests.matrix.mutations import MUTATIONS
 from tests.oracle import NUM_SAMPLES, TOPK_RATIO, Case, UnevenBatches, build_dataset, build_network
 from tests.oracle import build_optimizer as build_optimizer_of
 from toolkit import BridgeConfig, GradientDonor, GradientReceiver
-from toolkit.bridge import accumulation
 from toolkit.bridge.injection import Injector
-from toolkit.bridge.payload import Record
 from toolkit.bridge.transport import DirectoryTransport
 
 
@@ -113,70 +111,14 @@ def donate(accelerator: Accelerator, case: Case, config: BridgeConfig) -> nn.Mod
     return model
 
 
-# -- deliberate faults: each makes the bridge wrong in one way --------------------------------
+# -- deliberate faults, beside those of the matrix and of sharding ------------------------------
 
-_add = Injector.add_
 _weigh = Injector.weigh
-_load = GradientDonor._load
-_close = accumulation.WindowAccumulator.close
-_backward = accumulation.WindowAccumulator.backward
-_publish_window = GradientDonor._publish_window
 _publish = DirectoryTransport.publish
-
-
-def _scaled(factor: Callable[[Injector], float]) -> Callable[..., None]:
-    def add(self: Injector, tensors: Any, donor_factor: float, weight: float) -> None:
-        _add(self, tensors, donor_factor * factor(self), weight)
-
-    return add
-
-
-def _twice(self: Injector, tensors: Any, factor: float, weight: float) -> None:
-    _add(self, tensors, factor, weight)
-    _add(self, tensors, factor, weight)
-
-
-def _on_one_rank(self: Injector, tensors: Any, factor: float, weight: float) -> None:
-    if self.accelerator.is_main_process:
-        _add(self, tensors, factor, weight)
-
-
-def _drop_tensor(self: Injector, tensors: dict[str, Tensor], factor: float, weight: float) -> None:
-    name = next(iter(self.shared.head))
-    _add(self, {**tensors, name: torch.zeros_like(tensors[name])}, factor, weight)
 
 
 def _other_weights(self: Injector, backbone: Tensor) -> list[float]:
     return _weigh(self, backbone)[::-1]
-
-
-def _stale_by_one(self: GradientDonor, record: Record) -> None:
-    previous = getattr(self, "_previous", record)
-    self._previous = record  # type: ignore[attr-defined]
-    _load(self, Record(header=record.header, tensors=previous.tensors, num_bytes=0))
-
-
-def _forget(attribute: str) -> Callable[..., Any]:
-    """Leave the world size or the accumulation steps out of the sum's factor."""
-
-    def close(self: accumulation.WindowAccumulator, *extra: Any) -> accumulation.Window:
-        window = _close(self, *extra)
-        factor = window.sum_factor / getattr(self._accelerator, attribute)
-        return accumulation.Window(window.count, window.loss, factor, window.scale)
-
-    return close
-
-
-def _mean_for_sum(self: GradientDonor, window: accumulation.Window) -> None:
-    factor = window.sum_factor / window.count
-    _publish_window(self, accumulation.Window(window.count, window.loss, factor, window.scale))
-
-
-def _mean_of_means(self: accumulation.WindowAccumulator, loss: Tensor, num_samples: float) -> None:
-    """What plain Accelerate does with unequal batches, made into a 'sum' afterwards."""
-    fake = getattr(self, "_typical", num_samples)
-    self._typical = fake  # type: ignore[attr-defined]
-    _backward(self, loss * (fake / num_samples), num_samples)
 
 
 def _bad_files(
@@ -186,33 +128,27 @@ def _bad_files(
     if job == "donor" and sequence == 0:
         self.path(job, sequence).with_name("notes.txt").write_text("not a payload")
         self.path(job, 9).write_bytes(b"nor is this")
+    is_torn = (job, sequence) == ("donor", 5)
+    return _publish(self, job, sequence, sharding.half_of(write) if is_torn else write)
 
-    def write_half(path: Path) -> None:
-        write(path)
-        os.truncate(path, path.stat().st_size // 2)
 
-    return _publish(self, job, sequence, write_half if (job, sequence) == ("donor", 5) else write)
+FAULTS: dict[str, tuple[Any, str, Any]] = {
+    "other weights": (Injector, "weigh", _other_weights),
+    "bad files": (DirectoryTransport, "publish", _bad_files),
+    **sharding.MUTATIONS,
+}
+
+
+def replacement(fault: str, role: str) -> tuple[Any, str, Any] | None:
+    """What a fault replaces in one job: whose method, its name and the other method."""
+    if fault not in MUTATIONS:
+        return FAULTS[fault] if fault else None
+    mutation = MUTATIONS[fault]
+    is_here = mutation.role == role
+    return (mutation.owner, mutation.method, mutation.replacement) if is_here else None
 
 
 DELTA = ("local_steps", "outer_learning_rate", "outer_momentum")  # settings of this exchange only
-MUTATIONS: dict[str, tuple[Any, str, Any]] = {
-    "half": (Injector, "add_", _scaled(lambda job: 0.5)),
-    "times_world_size": (
-        Injector, "add_", _scaled(lambda job: job.accelerator.num_processes),
-    ),
-    "twice": (Injector, "add_", _twice),
-    "on_one_rank": (Injector, "add_", _on_one_rank),
-    "drop_tensor": (Injector, "add_", _drop_tensor),
-    "stale_by_one": (GradientDonor, "_load", _stale_by_one),
-    "forget_accumulation": (
-        accumulation.WindowAccumulator, "close", _forget("gradient_accumulation_steps"),
-    ),
-    "forget_world_size": (accumulation.WindowAccumulator, "close", _forget("num_processes")),
-    "mean_for_sum": (GradientDonor, "_publish_window", _mean_for_sum),
-    "other_weights": (Injector, "weigh", _other_weights),
-    "bad_files": (DirectoryTransport, "publish", _bad_files),
-    "mean_of_means": (accumulation.WindowAccumulator, "backward", _mean_of_means),
-}  # fmt: skip
 
 
 def main() -> None:
@@ -246,19 +182,12 @@ def main() -> None:
             topk_ratio=TOPK_RATIO if case.compression == "topk" else BridgeConfig().topk_ratio,
             **({name: getattr(case, name) for name in DELTA} if case.exchange == "delta" else {}),
         )
-        faults = MUTATIONS | sharding.MUTATIONS
-        patches = [mock.patch.object(*faults[case.mutation])] if case.mutation else []
-        for patch in patches:
-            patch.start()
-        sharded: contextlib.AbstractContextManager[None]
-        if case.prepared and case.sharded in (args.role, "both"):
-            sharded = sharding.fsdp2(accelerator, **sharding.SETTINGS[args.role])
-        else:
-            sharded = contextlib.nullcontext()
-        with sharded:
+        with contextlib.ExitStack() as stack:
+            if found := replacement(case.mutation, args.role):
+                stack.enter_context(mock.patch.object(*found))
+            if case.prepared and case.sharded in (args.role, "both"):
+                stack.enter_context(sharding.fsdp2(accelerator, **sharding.SETTINGS[args.role]))
             model = train(accelerator, case, config)
-        for patch in patches:
-            patch.stop()
         state = sharding.full_tensors(accelerator.unwrap_model(model).state_dict())
         rank = accelerator.process_index
         save_file(state, args.output / case.name / f"{args.role}-{rank}.safetensors")

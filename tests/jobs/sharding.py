@@ -119,18 +119,22 @@ def _shard_of_another_rank(tensor: Tensor, like: Tensor) -> Tensor:
     return shard_like(tensor.flip(0), like)
 
 
-def _torn_weights(
-    self: DirectoryTransport, job: str, sequence: int, write: Callable[[Path], object]
-) -> int:
-    """Not a wrong bridge but a bad disk: the donor cannot read the weights of one step."""
+def half_of(write: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Write, and lose the second half."""
 
     def write_half(path: Path) -> None:
         write(path)
         os.truncate(path, path.stat().st_size // 2)
 
-    return _publish(
-        self, job, sequence, write_half if (job, sequence) == ("receiver", 2) else write
-    )
+    return write_half
+
+
+def _torn_weights(
+    self: DirectoryTransport, job: str, sequence: int, write: Callable[[Path], object]
+) -> int:
+    """Not a wrong bridge but a bad disk: the donor cannot read the weights of one step."""
+    is_torn = (job, sequence) == ("receiver", 2)
+    return _publish(self, job, sequence, half_of(write) if is_torn else write)
 
 
 MUTATIONS: dict[str, tuple[Any, str, Any]] = {

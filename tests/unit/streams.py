@@ -23,6 +23,11 @@ def digest(step: int) -> str:
     return f"weights-{step}"
 
 
+def publish(transport: DirectoryTransport, sequence: int, content: bytes = b"content") -> int:
+    """Publish these bytes, which are no record, as the donor."""
+    return transport.publish("donor", sequence, lambda path: path.write_bytes(content))
+
+
 @dataclasses.dataclass
 class Bridge:
     """A donor's stream on disk and the receiver's inbox over it."""

@@ -8,15 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.streams import publish
 from toolkit.bridge import files
 from toolkit.bridge.errors import BridgeError
 from toolkit.bridge.transport import DirectoryTransport
 
 LIMIT = 1000
-
-
-def publish(transport: DirectoryTransport, sequence: int, content: bytes = b"content") -> int:
-    return transport.publish("donor", sequence, lambda path: path.write_bytes(content))
 
 
 def records(transport: DirectoryTransport) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,20 @@ def make_bridge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 def bridge(make_bridge: Callable[..., Bridge]) -> Bridge:
     """One of them with the usual settings."""
     return make_bridge()
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The inodes of what is synced to the disk, in order."""
+    found: list[int] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        found.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    return found
 
 
 @pytest.fixture

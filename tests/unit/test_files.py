@@ -167,25 +167,15 @@ def test_that_a_failed_replace_leaves_the_old_content_and_nothing_else(tmp_path:
     assert names(tmp_path) == ["a"]
 
 
-def test_that_a_tree_is_synced_file_by_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_that_a_tree_is_synced_file_by_file(tmp_path: Path, synced: list[int]) -> None:
     root = tmp_path / "checkpoint"
     (root / "below").mkdir(parents=True)
     (root / "model").write_bytes(b"1")
     (root / "below" / "state").write_bytes(b"2")
-    synced: set[int] = set()
-    fsync = os.fsync
-
-    def note(descriptor: int) -> None:
-        synced.add(os.fstat(descriptor).st_ino)
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", note)
     files.fsync_tree(root)
 
     paths = (tmp_path, root, root / "model", root / "below", root / "below" / "state")
-    assert synced == {path.stat().st_ino for path in paths}
+    assert {*synced} == {path.stat().st_ino for path in paths}
 
 
 def test_that_a_created_file_is_synced_before_it_appears(

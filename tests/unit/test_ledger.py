@@ -79,11 +79,7 @@ def test_that_counts_cross_a_json_file() -> None:
     assert ledger.counts("donor") == COUNTS
 
 
-def test_that_a_durable_trail_is_synced_before_it_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced: list[int] = []
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+def test_that_a_durable_trail_is_synced_before_it_counts(tmp_path: Path, synced: list[int]) -> None:
     path = tmp_path / "ledger.jsonl"
     ledger = Ledger(path, durable=True)
     record(ledger, ENTRIES[:1])

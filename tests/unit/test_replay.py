@@ -205,10 +205,8 @@ def test_that_what_is_no_run_is_refused(start_receiver: StartReceiver, tmp_path:
 
 
 def test_that_what_a_replay_needs_outlives_a_crash_of_the_machine(
-    start_receiver: StartReceiver, monkeypatch: pytest.MonkeyPatch
+    start_receiver: StartReceiver, synced: list[int]
 ) -> None:
-    synced: set[int] = set()
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
     job = start_receiver("runs", keep_payloads=True)
     take_step(job, 0.3)
     kept = job.receiver.transport.kept_path("donor", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ PAYLOAD = dataclasses.replace(WEIGHTS, kind="gradient", job="donor", count=5.0, 
 
 class KilledError(BaseException):
     """The process ends here."""
+
+
+def read(transport: DirectoryTransport, sequence: int) -> Record:
+    return parse_record(transport.read("receiver", sequence, max_bytes=10_000))
 
 
 @pytest.mark.parametrize("is_refused", [False, True])
@@ -42,10 +47,7 @@ def test_that_a_refused_payload_is_no_answer_after_a_restart(
         assert transport.rejection("donor", 0) == "digest"
         assert transport.sequences("donor") == [0]
 
-    def read(sequence: int) -> Record:
-        return parse_record(transport.read("receiver", sequence, max_bytes=10_000))
-
-    restarted = WeightsInbox("donor", transport, read, is_resumed=True)
+    restarted = WeightsInbox("donor", transport, partial(read, transport), is_resumed=True)
 
     assert restarted.look(PeerWatch(transport, "receiver")) is (True if is_refused else None)
     assert restarted.completed_windows == (0 if is_refused else 8)
@@ -58,10 +60,7 @@ def test_a_receiver_that_has_ended_while_the_donor_joined(tmp_path: Path, is_res
     publisher.publish(WEIGHTS, {})
     publisher.publish(dataclasses.replace(WEIGHTS, kind="end", weights_digest=""), {})
 
-    def read(sequence: int) -> Record:
-        return parse_record(transport.read("receiver", sequence, max_bytes=10_000))
-
-    inbox = WeightsInbox("donor", transport, read, is_resumed=is_resumed)
+    inbox = WeightsInbox("donor", transport, partial(read, transport), is_resumed=is_resumed)
     found = inbox.look(PeerWatch(transport, "receiver"))
     assert found is (None if is_resumed else False), "one that is resumed waits for the receiver's"
 

@@ -33,7 +33,7 @@ def reset() -> None:
     PartialState._reset_state()
 
 
-def build_accelerator(accumulation: int = 1, init_scale: float | None = None) -> Accelerator:
+def build_accelerator(accumulation: int, init_scale: float | None) -> Accelerator:
     """On the CPU; with a loss scaler of this scale, if any, to be switched on by ``native_amp``."""
     accelerator = Accelerator(
         cpu=True,

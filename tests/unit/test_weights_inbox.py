@@ -79,10 +79,7 @@ def test_a_receiver_that_is_resumed_while_the_donor_looks_at_its_end(tmp_path: P
     publisher = Publisher(transport, "receiver", "run", 10_000)
     publisher.publish(dataclasses.replace(WEIGHTS, kind="end", weights_digest=""), {})
 
-    def read(sequence: int) -> Record:
-        return parse_record(transport.read("receiver", sequence, max_bytes=10_000))
-
-    inbox = WeightsInbox("donor", transport, read, is_resumed=True)
+    inbox = WeightsInbox("donor", transport, partial(read, transport), is_resumed=True)
     assert inbox.look(PeerWatch(transport, "receiver"))
     assert inbox.fetched is not None
     assert inbox.fetched.header.attempt == 2

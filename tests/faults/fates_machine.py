@@ -35,12 +35,7 @@ from toolkit.bridge.errors import PayloadError
 from toolkit.bridge.inbox import MISSING_LOOKS, MISSING_SECONDS, Inbox, Verdict
 from toolkit.bridge.ledger import Ledger
 from toolkit.bridge.liveness import PeerWatch, Wait
-from toolkit.bridge.payload import (
-    Header,
-    Record,
-    check_identity,
-    parse_record,
-)
+from toolkit.bridge.payload import Header, Record, check_identity, parse_record
 from toolkit.bridge.publisher import Publisher
 from toolkit.bridge.retention import CheckpointCursors
 from toolkit.bridge.runs import CHECKPOINT_FILE

@@ -26,12 +26,7 @@ from tests.unit.keys import SIGNER
 from toolkit.bridge.authentication import UNSIGNED, Signer
 from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.errors import PayloadError
-from toolkit.bridge.payload import (
-    Record,
-    check_identity,
-    check_sum,
-    parse_record,
-)
+from toolkit.bridge.payload import Record, check_identity, check_sum, parse_record
 from toolkit.bridge.transport import DirectoryTransport
 
 # What reading one file of LIMIT bytes may take at most. JSON text becomes objects of up to 75 times

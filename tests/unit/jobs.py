@@ -16,13 +16,7 @@ from tests.oracle import Case, Network, build_dataset, build_network
 from toolkit import BridgeConfig, GradientDonor, GradientReceiver
 from toolkit.bridge.collector import Findings
 from toolkit.bridge.digests import digest_tensors
-from toolkit.bridge.payload import (
-    Header,
-    Kind,
-    Record,
-    parse_record,
-    write_record,
-)
+from toolkit.bridge.payload import Header, Kind, Record, parse_record, write_record
 from toolkit.bridge.teacher import TeacherFactory
 
 

@@ -17,11 +17,7 @@ from tests.unit.rescaled import each_setting, two_factors
 from tests.unit.test_accumulation import Job
 from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.payload import Header, parse_record, write_record
-from toolkit.bridge.rescaling import (
-    LOSS_REDUCTIONS,
-    LossReduction,
-    RescaleRule,
-)
+from toolkit.bridge.rescaling import LOSS_REDUCTIONS, LossReduction, RescaleRule
 
 counts = st.integers(1, 10**6)
 sums = st.floats(-1e6, 1e6)

@@ -10,10 +10,7 @@ import pytest
 
 from tests.unit.metadata import SimulatedTime
 from toolkit.bridge import liveness
-from toolkit.bridge.liveness import (
-    Heartbeat,
-    PeerWatch,
-)
+from toolkit.bridge.liveness import Heartbeat, PeerWatch
 from toolkit.bridge.transport import DirectoryTransport
 
 

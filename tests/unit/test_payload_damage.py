@@ -15,12 +15,7 @@ from safetensors.torch import save_file
 from tests.unit.payloads import HEADER, tensors, written
 from toolkit.bridge.digests import digest_tensors
 from toolkit.bridge.errors import PayloadError
-from toolkit.bridge.payload import (
-    Header,
-    Record,
-    check_sum,
-    parse_record,
-)
+from toolkit.bridge.payload import Header, Record, check_sum, parse_record
 
 
 def is_same(read: Record, tmp_path: Path) -> bool:

@@ -84,6 +84,25 @@ def bad_disk(
     return mock.patch.object(DirectoryTransport, "read", read_badly)
 
 
+def prepare(setting: Setting, accelerator: Accelerator) -> tuple[nn.Module, Any, Any]:
+    """The receiver's model, optimizer and uneven batches."""
+    network = Both(setting)
+    if setting.wrapper != "fsdp2":
+        network.heads["h2"].requires_grad_(False)
+    if setting.compiled:
+        network.backbone = torch.compile(network.backbone, backend="eager")  # type: ignore
+    batches = UnevenBatches(NUM_SAMPLES["h1"], setting.case.seed + 7)
+    dataloader = DataLoader(build_dataset(setting.case, "h1"), batch_sampler=batches)
+    model: nn.Module = network
+    optimizer = build_optimizer_of(setting.case, model)
+    if setting.wrapper == "none":
+        optimizer, dataloader = accelerator.prepare(optimizer, dataloader)
+    else:
+        model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
+    assert isinstance(model, FSDPModule) == (setting.wrapper == "fsdp2")
+    return model, optimizer, dataloader
+
+
 def train(setting: Setting, directory: Path) -> None:
     """One receiver, to the end."""
     accelerator = build_accelerator(setting)
@@ -100,23 +119,10 @@ def train(setting: Setting, directory: Path) -> None:
     if donor is not None:
         donor.publish_next()
     accelerator.wait_for_everyone()
-    network = Both(setting)
-    if setting.wrapper != "fsdp2":
-        network.heads["h2"].requires_grad_(False)
-    if setting.compiled:
-        network.backbone = torch.compile(network.backbone, backend="eager")  # type: ignore
-    batches = UnevenBatches(NUM_SAMPLES["h1"], setting.case.seed + 7)
-    dataloader = DataLoader(build_dataset(setting.case, "h1"), batch_sampler=batches)
     with contextlib.ExitStack() as stack:
         if setting.wrapper == "fsdp2":
             stack.enter_context(sharding.fsdp2(accelerator, **sharding.BY_LAYER))
-        model: nn.Module = network
-        optimizer = build_optimizer_of(setting.case, model)
-        if setting.wrapper == "none":
-            optimizer, dataloader = accelerator.prepare(optimizer, dataloader)
-        else:
-            model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
-        assert isinstance(model, FSDPModule) == (setting.wrapper == "fsdp2")
+        model, optimizer, dataloader = prepare(setting, accelerator)
         factory = (lambda: OneHead(setting)) if setting.wrapper == "fsdp2" else None
         stack.enter_context(mock.patch.object(reading, "LOOK_SECONDS", 0.0))
         stack.enter_context(mock.patch.object(reading, "READ_SECONDS", 0.1))

@@ -126,6 +126,40 @@ def test_that_paths_are_there() -> None:
         assert (ROOT / path).exists(), path
 
 
+LISTED = ("toolkit", "toolkit/bridge", "recipes", "accelerate_configs", "tests")
+NOT_LISTED = ("__init__.py", "py.typed", "__pycache__")
+
+
+def listed_files() -> dict[str, list[str]]:
+    """By directory, the names in the README's table of files, each with words of its own."""
+    (table,) = re.findall(r"^## Files\n.*?\n\|---\|---\|\n(.*?)\n\n", README, re.M | re.S)
+    found: dict[str, list[str]] = {}
+    directory = ""
+    for row in table.splitlines():
+        where, entries = re.fullmatch(r"\| (.+?) \| (.+) \|", row).groups()  # type: ignore[union-attr]
+        if match := re.match(r"`([\w/]+)/`", where):
+            directory = match[1]
+        for entry in entries.split(" · "):
+            name = re.fullmatch(r"`([\w./]+)` \S.*", entry)
+            assert name, f"{entry!r} is no file and what it is for"
+            found.setdefault(directory, []).append(name[1])
+    return found
+
+
+@pytest.mark.parametrize("directory", LISTED)
+def test_that_every_file_is_named(directory: str) -> None:
+    names = {
+        path.name + "/" * path.is_dir()
+        for path in (ROOT / directory).iterdir()
+        if path.name not in NOT_LISTED and str(path.relative_to(ROOT)) not in LISTED
+    }
+    if directory == "tests":  # by its directories
+        names = {name for name in names if name.endswith("/")}
+    listed = listed_files()
+    assert sorted(listed[directory]) == sorted(names)
+    assert listed.keys() == set(LISTED)
+
+
 SET_UP = ("pip install", "pre-commit install", "pytest", ".ci/run")  # .ci/run itself runs these
 
 

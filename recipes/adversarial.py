@@ -187,7 +187,8 @@ def main() -> None:
         checkpointing_steps = steps_per_epoch
     start_tracking(accelerator, output_dir, vars(args))
     if args.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
+        with clean_errors(ValueError):
+            checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
         accelerator.load_state(str(checkpoint))
         logger.info(f"resumed from {checkpoint} at step {completed.value}")
     first_step = completed.value
@@ -273,4 +274,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clean_errors():
+        main()

@@ -33,7 +33,12 @@ from toolkit.bridge.arguments import rescaling_arguments
 from toolkit.bridge.config import BridgeConfig
 from toolkit.bridge.rescaling import check_rule, rescale_factors
 from toolkit.bundled import TASKS
-from toolkit.checkpoints import CompletedSteps, find_checkpoint, save_checkpoint
+from toolkit.checkpoints import (
+    CompletedSteps,
+    find_checkpoint,
+    refuse_other_settings,
+    save_checkpoint,
+)
 from toolkit.configuration import check_configuration
 from toolkit.data import HEADS, shard_windows, to_dtype, window_indices, windows_per_epoch
 from toolkit.flag_types import DefaultsFormatter, positive_int
@@ -65,6 +70,7 @@ OF_TWO_JOBS = (
     *("rescale", "donor_weight", "receiver_processes", "donor_processes", "donors"),
     *("donor_batch_size", "donor_accumulation_steps", "lr_head1", "lr_head2", "lr_head3"),
 )
+OF_CHECKPOINTS = ("task", "donors", "method", "optimizer")  # decide what a checkpoint fits
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -122,7 +128,8 @@ def parse_arguments() -> argparse.Namespace:
     try:
         check_rule(args.rescale, args.loss_reduction)
         weights = BridgeConfig(donor_weight=args.donor_weight)
-        args.donor_weights = {head: weights.weight_of(f"heads.{head}") for head in args.heads[1:]}
+        of_heads = weights.weights_of([f"heads.{head}" for head in args.heads[1:]])
+        args.donor_weights = dict(zip(args.heads[1:], of_heads.values(), strict=True))
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -220,13 +227,15 @@ def main() -> None:
     rule = find_method(args.method, len(tasks.names))
     separate = RuleBackward(accelerator, network.backbone, network.heads, rule) if rule else None
     accelerator.register_for_checkpointing(scheduler, completed)
+    refuse_other_settings(accelerator, {name: getattr(args, name) for name in OF_CHECKPOINTS})
     checkpointing_steps = args.checkpointing_steps
     if checkpointing_steps == "epoch":
         checkpointing_steps = steps_per_epoch
     start_tracking(accelerator, output_dir, vars(args))
     if args.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
-        accelerator.load_state(str(checkpoint))
+        with clean_errors(ValueError):
+            checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
+            accelerator.load_state(str(checkpoint))
         logger.info(f"resumed from {checkpoint} at step {completed.value}")
 
     # -- train ----------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +19,7 @@ from toolkit.patience import write_patiently
 
 logger = logging.getLogger(__name__)
 
+_SETTINGS = "settings.json"  # in a checkpoint
 _SAVING = ".saving-"  # prefix of a checkpoint that is not complete yet
 
 
@@ -33,6 +36,42 @@ class CompletedSteps:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from a checkpoint."""
         self.value = state["completed_steps"]
+
+
+def refuse_other_settings(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
+    """Keep settings in every checkpoint; ``load_state`` raises where the checkpoint has others.
+
+    It does so before it loads anything. A checkpoint that holds none is taken as it is.
+
+    Args:
+        accelerator: that saves and loads.
+        settings: by the names of their flags, fit for JSON: those that decide whether a checkpoint
+            fits.
+
+    Raises:
+        ValueError: from ``load_state``, naming both values.
+    """
+
+    def keep(models: object, weights: object, directory: str) -> None:
+        if accelerator.is_main_process:
+            Path(directory, _SETTINGS).write_text(json.dumps(dict(settings)), encoding="utf-8")
+
+    def compare(models: object, directory: str) -> None:
+        path = Path(directory, _SETTINGS)
+        saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for name in settings.keys() & saved.keys():
+            if saved[name] != settings[name]:
+                raise ValueError(
+                    f"{directory} is a checkpoint of --{name} {_as_typed(saved[name])}, and this "
+                    f"job has --{name} {_as_typed(settings[name])}: give it the same, or begin anew"
+                )
+
+    accelerator.register_save_state_pre_hook(keep)
+    accelerator.register_load_state_pre_hook(compare)
+
+
+def _as_typed(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def save_checkpoint(

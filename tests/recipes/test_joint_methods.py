@@ -106,6 +106,18 @@ def test_a_task_that_one_rank_has_no_sample_of(runs: Runs) -> None:
     assert runs.difference("one", "two") < 1e-9
 
 
+@pytest.mark.slow
+def test_that_a_checkpoint_of_another_method_is_refused(runs: Runs, tmp_path: Path) -> None:
+    finish(runs("first", "--checkpointing_steps=3"))
+    resume = f"--resume_from_checkpoint={tmp_path / 'first' / 'step_6'}"
+    jobs = {method: runs(method, f"--method={method}", resume) for method in ("rotograd", "pcgrad")}
+    for method, job in jobs.items():
+        check_refused(
+            job, f"step_6 is a checkpoint of --method sum, and this job has --method {method}"
+        )
+    check_refused(runs("absent", f"{resume}0"), "step_60 is no checkpoint")
+
+
 def test_flags_of_two_jobs_for_five_tasks(recipes: Recipes) -> None:
     rescaled = recipes(JOINT, "--task", "pair", "--rescale", "pool")
     check_refused(rescaled, "joint.py: error: --rescale is about two jobs' data", "--task pair")

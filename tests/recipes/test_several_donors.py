@@ -29,6 +29,12 @@ PARITY = {"parity": ["--head", "h3"]}
             "--donor_heads h2 h3 --donor_weight heads.h2=1",
             "donor_weight has no 'heads.h3', only ['heads.h2']",
         ),
+        (
+            receiver,
+            "--donor_weight heads.h2=1,heads.h3=1",
+            "donor_weight names ['heads.h3'], but donors train ['heads.h2']",
+        ),
+        (joint, "--donor_weight heads.h2=1,h2=1", "donor_weight names ['h2'], but donors train"),
         (donor, "--shard 2/2", "argument --shard: expected INDEX/COUNT"),
         (joint, "--donors h2 h3 --donor_weight heads.h2=1", "donor_weight has no 'heads.h3'"),
         (joint, "--task pair --donors h3", "--donors is about two jobs' data"),

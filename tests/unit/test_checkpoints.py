@@ -20,6 +20,7 @@ from toolkit.bridge.errors import BridgeError
 from toolkit.checkpoints import (
     CompletedSteps,
     find_checkpoint,
+    refuse_other_settings,
     save_checkpoint,
 )
 from toolkit.patience import write_patiently
@@ -51,6 +52,35 @@ def test_checkpoints(tmp_path: Path) -> None:
         find_checkpoint(str(tmp_path / "step_8"), tmp_path)
     with pytest.raises(ValueError, match=r"no checkpoint in .* to resume from"):
         find_checkpoint("latest", tmp_path / "elsewhere")
+
+
+def test_that_a_checkpoint_of_other_settings_is_refused_before_it_is_loaded(
+    tmp_path: Path,
+) -> None:
+    def job(**settings: Any) -> tuple[Accelerator, CompletedSteps]:
+        accelerator, completed = Accelerator(cpu=True), CompletedSteps()
+        accelerator.register_for_checkpointing(completed)
+        refuse_other_settings(accelerator, settings)
+        return accelerator, completed
+
+    accelerator, completed = job(method="sum", donors=["h2"])
+    completed.value = 1
+    save_checkpoint(accelerator, tmp_path, 1, total_limit=None)
+    checkpoint = str(tmp_path / "step_1")
+    for settings, message in (
+        ({"method": "rotograd"}, "of --method sum, and this job has --method rotograd"),
+        ({"method": "sum", "donors": ["h2", "h3"]}, "of --donors h2, and .* has --donors h2 h3"),
+    ):
+        accelerator, completed = job(**settings)
+        with pytest.raises(ValueError, match=message):
+            accelerator.load_state(checkpoint)
+        assert completed.value == 0
+    for settings in ({"method": "sum", "donors": ["h2"]}, {}):
+        accelerator, completed = job(**settings)
+        accelerator.load_state(checkpoint)
+        assert completed.value == 1
+    Path(checkpoint, "settings.json").unlink()  # of a job that kept none
+    job(method="rotograd")[0].load_state(checkpoint)
 
 
 def failing(function: Callable[..., Any], times: int) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -130,20 +130,20 @@ def rescaling_arguments() -> argparse.ArgumentParser:
 
 
 def check_bridge_arguments(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, heads: Iterable[str] = ()
+    parser: argparse.ArgumentParser, args: argparse.Namespace, heads: Collection[str] = ()
 ) -> None:
     """End with the parser's error for bridge settings that are out of range or contradict.
 
     Args:
         parser: for the error.
         args: what it parsed.
-        heads: of the donors, each of which needs a weight.
+        heads: that donors train, each of which needs a weight; none in a donor.
     """
     try:
         # A checkpoint knows its run, which the recipes leave out.
         config = bridge_config(args, run=None)
-        for head in heads:
-            config.weight_of(head)
+        if heads:
+            config.weights_of(heads)
     except ValueError as error:
         parser.error(str(error))
     if args.rank_timeout <= _SHORTEST_RANK_TIMEOUT:

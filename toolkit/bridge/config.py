@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -339,6 +339,17 @@ class BridgeConfig:
         if head not in self.donor_weight:
             raise ValueError(f"donor_weight has no {head!r}, only {sorted(self.donor_weight)}")
         return self.donor_weight[head]
+
+    def weights_of(self, heads: Collection[str]) -> dict[str, float]:
+        """Lambda of each of ``heads``, which are all that donors train.
+
+        Raises:
+            ValueError: if ``donor_weight`` names heads, and not these.
+        """
+        named = self.donor_weight if isinstance(self.donor_weight, Mapping) else {}
+        if unknown := sorted(named.keys() - set(heads)):
+            raise ValueError(f"donor_weight names {unknown}, but donors train {sorted(heads)}")
+        return {head: self.weight_of(head) for head in heads}
 
     def _check_replay(self, replay: Path) -> None:
         for name in ("resume_from_checkpoint", "keep_payloads", "require_peer"):

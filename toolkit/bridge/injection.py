@@ -40,7 +40,7 @@ class Injector:
         needs_older_weights: whether a payload is of use only with the weights it was taken at.
 
     Raises:
-        ValueError: if ``config.donor_weight`` names heads, and not all of them.
+        ValueError: if ``config.donor_weight`` names heads, and not these.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Injector:
     ) -> None:
         self.accelerator, self.parameters, self.shared = accelerator, parameters, shared
         self._control, self._config = control, config
-        self._weights = {head: config.weight_of(head) for head in shared.heads}
+        self._weights = config.weights_of(shared.heads)
         self._rule = None if config.aggregate == "sum" else find_rule(config.aggregate)
         self._history = WeightHistory(
             shared, config.max_staleness if config.has_stale_gradients else 0

@@ -49,7 +49,7 @@ class Lessons:
         were_asked: whether any rank asked for a loss in the newest closed window.
 
     Raises:
-        ValueError: if ``config.donor_weight`` names heads, and not all of them.
+        ValueError: if ``config.donor_weight`` names heads, and not these.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Lessons:
         loss_fn: LossFunction | None,
     ) -> None:
         self.teachers, self._shared, self._config = teachers, shared, config
-        self._weights = {head: config.weight_of(head) for head in shared.heads}
+        self._weights = config.weights_of(shared.heads)
         reduction = config.loss_reduction
         if loss_fn is None and config.distill_loss == "kl":
             loss_fn = functools.partial(

@@ -64,6 +64,12 @@ def test_that_the_donors_head_rests_without_a_payload(job: ReceiverAlone) -> Non
         assert torch.equal(job.network.get_parameter("heads.h2.weight"), moved)
 
 
+def test_that_a_weight_of_a_head_that_no_donor_trains_is_refused(tmp_path: Path) -> None:
+    weights = {"heads.h2": 0.5, "h2": 0.7}
+    with pytest.raises(ValueError, match=r"donor_weight names \['h2'\], but donors train \['heads"):
+        ReceiverAlone(tmp_path / "runs", donor_weight=weights)
+
+
 def test_that_calls_in_the_wrong_order_are_refused(job: ReceiverAlone, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no backward"):
         job.receiver.inject()

@@ -94,7 +94,9 @@ def receive(case: TrainerCase, directory: Path, config: BridgeConfig) -> Sequenc
         fates = trainer.receiver.fates()
         num_steps = case.num_steps(trainer.accelerator.num_processes)
         assert fates["applied"] == trainer.receiver.completed_steps == num_steps, fates
-        logged = [entry["rescale/n_r over n_d donor"] for entry in trainer.state.log_history[:-1]]
+        logged = [
+            entry["gradient/n_r over n_d donor (ratio)"] for entry in trainer.state.log_history[:-1]
+        ]
         assert len(logged) == num_steps
     return model
 
@@ -170,6 +172,7 @@ def main() -> None:
             exchange="gradient",
             unit="tokens" if case.tokens else "samples",
             require_peer=True,
+            peer_wait=180.0,  # imports take long on a busy machine
             donor_weight=DONOR_WEIGHT,
         )
         patches = [mock.patch.object(*fault) for fault in MUTATIONS[case.mutation]]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # a module's name below a wrapper
 
@@ -258,9 +261,19 @@ def check_takes_late_gradients(optimizer: torch.optim.Optimizer) -> None:
 def check_only_shared_trains(model: nn.Module, shared: SharedParameters) -> None:
     """Refuse parameters of a donor that would get gradients which cannot cross.
 
+    And warn of those of its head that would get none, as the base of adapters in a head: the
+    receiver, which freezes the whole head, cannot tell them from the others.
+
     Raises:
         ValueError: naming the first ones.
     """
+    if resting := [name for name, p in shared.head.items() if not p.requires_grad]:
+        logger.warning(
+            "%s of the donor's head require no gradient: %s%s. The receiver's optimizer steps them "
+            "on a gradient of zero, so that its weight decay moves them: give them a group with "
+            "weight_decay=0 there, or make them a part of the backbone",
+            len(resting), ", ".join(resting[:3]), ", ..." if len(resting) > 3 else "",
+        )  # fmt: skip
     known = {id(parameter) for parameter in shared.parameters.values()}
     others = [
         name

@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from toolkit.parameters import (
     check_in_optimizer,
+    check_only_shared_trains,
     schema_differences,
     shared_parameters,
 )
@@ -183,3 +184,18 @@ def test_that_an_equal_tensor_is_not_the_same_tensor() -> None:
 
     with pytest.raises(ValueError, match="in no optimizer group"):
         check_in_optimizer(shared, torch.optim.SGD(other.parameters(), lr=0.1))
+
+
+def test_that_a_part_of_a_donors_head_without_gradient_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    net = Net().requires_grad_(False)
+    for part in (net.backbone, net.heads["h2"]):
+        part.requires_grad_(True)
+    shared = shared_parameters(net, "backbone", ["heads.h2"])
+    check_only_shared_trains(net, shared)
+    assert not caplog.records
+    net.heads["h2"].weight.requires_grad_(False)  # as the base of adapters is
+    check_only_shared_trains(net, shared)
+    assert "require no gradient: heads.h2.weight. " in caplog.text
+    assert "weight_decay=0" in caplog.text

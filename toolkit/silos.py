@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from PIL import Image
 
 from toolkit.bundled import load_task
@@ -187,14 +189,32 @@ def _open(source: SiloSource, split: str) -> Dataset:
                 "with one file per split"
             )
         builder = _FILE_FORMATS[path.suffix]
-        return load_dataset(builder, data_files={"train": str(path)}, split="train")
+        with _explained(path):
+            return load_dataset(builder, data_files={"train": str(path)}, split="train")
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        saved = load_from_disk(str(path))
+        with _explained(path):
+            saved = load_from_disk(str(path))
         splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or "train"): saved}
         if split not in splits:
             raise ValueError(f"{path} has no split {split!r}; it has {list(splits)}")
         return splits[split]
-    return load_dataset(source.dataset_name, source.config_name, split=split)
+    with _explained(path):
+        return load_dataset(source.dataset_name, source.config_name, split=split)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say what could not be read, which not every error of the library does."""
+    try:
+        yield
+    except (OSError, ValueError, DatasetsError) as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        if path.exists():
+            raise ValueError(f"the data set {path} cannot be read: {cause or error}") from error
+        raise ValueError(
+            f"the data set {path} is neither a file or directory here, nor to be had from the "
+            f"hub: {error}. Give the path of one that exists, or a hub id"
+        ) from error
 
 
 def to_pixels(value: Any, shape: tuple[int, int, int] | None = None) -> FloatArray:

@@ -166,3 +166,22 @@ def test_to_pixels_converts() -> None:
 def test_to_pixels_refuses(value: object) -> None:
     with pytest.raises((ValueError, OSError)):
         to_pixels(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("broken.json", '{"picture": [', "broken.json cannot be read: JSON"),
+        ("broken.parquet", "no parquet", "broken.parquet cannot be read: "),
+        ("empty.csv", "picture,kind\n", "empty.csv cannot be read: "),
+        ("absent.parquet", None, "absent.parquet is neither a file or directory here, nor .* hub"),
+    ],
+)
+def test_that_data_that_cannot_be_read_are_named(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_silo(source(path), "train", "h1", 3)

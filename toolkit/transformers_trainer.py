@@ -155,6 +155,18 @@ class _BridgeMixin(_Base):
         metrics = self._job.metrics if self._job is not None and "loss" in logs else {}
         super().log({**metrics, **logs}, *args, **kwargs)
 
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """As the Trainer's, which leaves out what is frozen, with all of the donors' heads."""
+        heads = self._head_parameters()
+        frozen = [parameter for parameter in heads if not parameter.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        try:
+            return super().create_optimizer(*args)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
     # -- what the sides do their own way ------------------------------------------------------
 
     def _open(self, config: BridgeConfig) -> BridgeJob:
@@ -179,6 +191,11 @@ class _BridgeMixin(_Base):
         if self._job is None:
             raise RuntimeError("the bridge begins with train()")
         return self._job
+
+    def _head_parameters(self) -> list[nn.Parameter]:
+        head = self._modules["head"]
+        heads = (head,) if isinstance(head, str) else tuple(head)
+        return list(shared_parameters(self.model, self._modules["backbone"], heads).head.values())
 
     def _check_supported(self) -> None:
         reason = ""
@@ -295,22 +312,6 @@ class ReceiverMixin(_BridgeMixin):
         """The bridge's side of this job, once ``train()`` has begun."""
         job: GradientReceiver = self._bridge
         return job
-
-    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """As the Trainer's, which leaves out what is frozen, with the donors' heads."""
-        heads = self._head_parameters()
-        for parameter in heads:
-            parameter.requires_grad_(True)
-        try:
-            return super().create_optimizer(*args)
-        finally:
-            for parameter in heads:
-                parameter.requires_grad_(False)
-
-    def _head_parameters(self) -> list[nn.Parameter]:
-        head = self._modules["head"]
-        heads = (head,) if isinstance(head, str) else tuple(head)
-        return list(shared_parameters(self.model, self._modules["backbone"], heads).head.values())
 
     def _open(self, config: BridgeConfig) -> GradientReceiver:
         return GradientReceiver(

@@ -88,6 +88,20 @@ def test_that_an_evaluation_says_after_which_step_the_weights_are(tmp_path: Path
     assert [logs["eval_weights_step"] for logs in evaluations] == [1, 2, 3], "it was alone"
 
 
+def test_that_a_frozen_part_of_a_donors_head_is_no_obstacle(tmp_path: Path) -> None:
+    built = Built(DonorTrainer, tmp_path, num_train_epochs=1)
+    built.model.heads["h1"].requires_grad_(False)
+    weight = built.model.get_parameter("heads.h2.weight")
+    weight.requires_grad_(False)  # as the base of adapters is
+    before = weight.detach().clone()
+
+    built.trainer.train()
+
+    assert built.trainer.donor.windows_alone == 5
+    assert not weight.requires_grad
+    assert torch.equal(weight, before)
+
+
 def test_that_the_bridge_begins_with_train(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"begins with train\(\)"):
         _ = Built(ReceiverTrainer, tmp_path).trainer.receiver

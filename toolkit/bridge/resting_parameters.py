@@ -18,6 +18,10 @@ A pretrained backbone whose adapters alone cross, for either job:
             self.backbone = get_peft_model(base, LoraConfig(target_modules=["q_lin", "v_lin"]))
             heads = {h: torch.nn.Linear(base.config.dim, n) for h, n in num_classes.items()}
             self.heads = torch.nn.ModuleDict(heads)
+
+A model that is wrapped as a whole has other names, and of heads that are ``modules_to_save`` the
+copy is trained: ``backbone="base_model.model.backbone"``,
+``head="base_model.model.heads.h2.modules_to_save.default"``.
 """
 
 from __future__ import annotations

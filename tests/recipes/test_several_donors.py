@@ -27,7 +27,7 @@ PARITY = {"parity": ["--head", "h3"]}
         (
             receiver,
             "--donor_heads h2 h3 --donor_weight heads.h2=1",
-            "donor_weight has no 'heads.h3', only ['heads.h2']",
+            "donor_weight has no ['heads.h3'], only ['heads.h2']",
         ),
         (
             receiver,
@@ -36,7 +36,7 @@ PARITY = {"parity": ["--head", "h3"]}
         ),
         (joint, "--donor_weight heads.h2=1,h2=1", "donor_weight names ['h2'], but donors train"),
         (donor, "--shard 2/2", "argument --shard: expected INDEX/COUNT"),
-        (joint, "--donors h2 h3 --donor_weight heads.h2=1", "donor_weight has no 'heads.h3'"),
+        (joint, "--donors h2 h3 --donor_weight heads.h2=1", "donor_weight has no ['heads.h3']"),
         (joint, "--task pair --donors h3", "--donors is about two jobs' data"),
         (
             joint,

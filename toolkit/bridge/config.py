@@ -328,28 +328,20 @@ class BridgeConfig:
         """The name in a run of the job that has this role."""
         return self.donor_name if role == "donor" else role
 
-    def weight_of(self, head: str) -> float:
-        """Lambda of one head.
-
-        Raises:
-            ValueError: if ``donor_weight`` names heads, and not this one.
-        """
-        if not isinstance(self.donor_weight, Mapping):
-            return self.donor_weight
-        if head not in self.donor_weight:
-            raise ValueError(f"donor_weight has no {head!r}, only {sorted(self.donor_weight)}")
-        return self.donor_weight[head]
-
     def weights_of(self, heads: Collection[str]) -> dict[str, float]:
         """Lambda of each of ``heads``, which are all that donors train.
 
         Raises:
-            ValueError: if ``donor_weight`` names heads, and not these.
+            ValueError: if ``donor_weight`` names heads, and not exactly these.
         """
-        named = self.donor_weight if isinstance(self.donor_weight, Mapping) else {}
-        if unknown := sorted(named.keys() - set(heads)):
+        weights = self.donor_weight
+        if not isinstance(weights, Mapping):
+            return dict.fromkeys(heads, weights)
+        if unknown := sorted(weights.keys() - set(heads)):
             raise ValueError(f"donor_weight names {unknown}, but donors train {sorted(heads)}")
-        return {head: self.weight_of(head) for head in heads}
+        if missing := sorted(set(heads) - weights.keys()):
+            raise ValueError(f"donor_weight has no {missing}, only {sorted(weights)}")
+        return {head: weights[head] for head in heads}
 
     def _check_replay(self, replay: Path) -> None:
         for name in ("resume_from_checkpoint", "keep_payloads", "require_peer"):

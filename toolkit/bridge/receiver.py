@@ -225,7 +225,7 @@ class GradientReceiver(BridgeJob):
         config = self.config
         outer = OuterOptimizer(
             self.shared,
-            {head: config.weight_of(head) for head in self.shared.heads},
+            config.weights_of(self.shared.heads),
             config.outer_learning_rate,
             config.outer_momentum,
         )

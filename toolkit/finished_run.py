@@ -82,9 +82,9 @@ def open_run(directory: Path, output_dir: Path | None, signer: Signer) -> Finish
     except FileNotFoundError as error:
         absent = error.filename or output_dir / "model.safetensors"  # safetensors names none
         raise BridgeError(
-            f"run {directory} has not ended: there is no {absent}. Resume "
-            "the receiver; if it had an --output_dir, give the same to verify. A script of your "
-            "own replays with BridgeConfig(replay=...)"
+            f"run {directory} has not ended, or is none of recipes/receiver.py: there is no "
+            f"{absent}. Resume the receiver; if it had an --output_dir, give the same to verify. "
+            "A script of your own replays with BridgeConfig(replay=...)"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise BridgeError(

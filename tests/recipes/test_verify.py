@@ -214,7 +214,7 @@ def forget_the_weights(run: Path) -> None:
         (put_another_payload_in_its_place, ["payload 3 (", "sequence is 4, expected 3"]),
         (forget_the_flag, ["kept no payloads", "train with --keep_payloads on the receiver"]),
         (forget_the_end, ["has not ended", "results.json", "Resume the receiver"]),
-        (forget_the_weights, ["has not ended: there is no ", "receiver/model.safetensors. Resume"]),
+        (forget_the_weights, ["has not ended", "receiver/model.safetensors. Resume"]),
         (forget_the_ranks, ["does not hold the results of recipes/receiver.py", "num_processes"]),
         (write_results_of_another_run, ["holds the results of another run", "--output_dir"]),
         (begin_again, ["was gone on with (start 3", "results of start 2", "resume it"]),

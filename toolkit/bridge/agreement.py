@@ -16,18 +16,25 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from toolkit.bridge import files
 from toolkit.bridge.authentication import KEY_SOURCES, Signer
-from toolkit.bridge.errors import BridgeError, OtherKeyError, PayloadError, SchemaMismatchError
+from toolkit.bridge.errors import (
+    BridgeError,
+    OtherKeyError,
+    PayloadError,
+    SchemaMismatchError,
+)
 from toolkit.bridge.payload import FORMAT_VERSION
 from toolkit.bridge.signed_files import SignedFiles
 from toolkit.bridge.transport import DirectoryTransport
 from toolkit.parameters import schema_differences
 
 TERMS = ("exchange", "local_steps", "scope", "unit")
+_LISTED = 20
 _ATTEMPT = re.compile(r"[0-9]{4}|[1-9][0-9]{4,}")
 
 
@@ -152,11 +159,18 @@ def agree(bridge: Path, job: str, terms: dict[str, Any], signer: Signer) -> str:
         hint = frozen if any(" frozen at " in line for line in differences) else ""
         raise SchemaMismatchError(
             f"this {job} does not fit run {bridge.parent.name}, founded by the {founder}; these "
-            "differ:\n  " + "\n  ".join(differences) + "\nAll jobs must share the backbone, and "
+            f"differ:{in_lines(differences)}\nAll jobs must share the backbone, and "
             "those with the same head that head, exactly. Give them the same model settings, or "
             f"begin another run (--run NAME, or another --runs_dir).{hint}"
         )
     return str(found["run_id"])
+
+
+def in_lines(differences: Sequence[str]) -> str:
+    """Lines below a message: the first 20 differences, and how many more there are."""
+    more = len(differences) - _LISTED
+    lines = [*differences[:_LISTED], *([f"and {more} more"] if more > 0 else [])]
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def create_or_read(small: SignedFiles, name: str, mine: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 from accelerate import Accelerator
 from torch import nn
 
+from toolkit.bridge.agreement import in_lines
 from toolkit.bridge.config import BridgeConfig
 from toolkit.bridge.teacher import Blueprint, TeacherFactory, blueprints_of, tensors_of
 from toolkit.parameters import SharedParameters
@@ -48,7 +49,7 @@ def draw_blueprints(
         if lines and config.exchange == "auto":
             raise ValueError(
                 "in exchange 'auto' teacher_factory must make a model with the receiver's "
-                f"backbone and {head}; these differ:\n  " + "\n  ".join(lines)
+                f"backbone and {head}; these differ:{in_lines(lines)}"
             )
     return blueprints
 

@@ -12,12 +12,11 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 
-from toolkit.bridge.agreement import create_or_read
+from toolkit.bridge.agreement import create_or_read, in_lines
 from toolkit.bridge.errors import ClassMismatchError
 from toolkit.bridge.signed_files import SignedFiles
 
 _SUFFIX = ".classes"
-_LISTED = 20  # differing classes in an error, at most
 
 
 def agree_on_classes(
@@ -67,12 +66,10 @@ def _refuse(
         for number, (name, other) in pairs
         if name != other
     ]
-    more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
     raise ClassMismatchError(
         f"the classes of {head!r} are not those of run {run}, as the {theirs[0]} states them. Give "
         "both data sets the same classes in the same order (Dataset.align_labels_with_mapping), or "
-        "begin another run (--run NAME, or another --runs_dir). These differ:\n  "
-        + "\n  ".join([*lines[:_LISTED], *more])
+        "begin another run (--run NAME, or another --runs_dir). These differ:" + in_lines(lines)
     )
 
 

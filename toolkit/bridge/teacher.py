@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from toolkit.bridge.agreement import in_lines
 from toolkit.bridge.errors import BridgeError, PayloadError
 from toolkit.bridge.payload import Record
 from toolkit.inner_products import all_finite
@@ -88,7 +89,7 @@ class Blueprint:
             PayloadError: naming the tensors that differ, or for a value that is not finite.
         """
         if differences := self.differences(record.tensors, donor):
-            raise PayloadError("schema", "the weights do not fit:\n  " + "\n  ".join(differences))
+            raise PayloadError("schema", f"the weights do not fit:{in_lines(differences)}")
         if not all_finite(record.tensors.values()):
             raise PayloadError("nonfinite", "a weight is not finite")
 

@@ -239,6 +239,8 @@ def main() -> None:
     write_results(output_dir, results, final_weights(accelerator, model))
     logger.info(f"accuracy: {describe_accuracies(accuracies)}")
     logger.info(f"windows: {donor.published_windows} published, {donor.windows_alone} alone")
+    if donor.stop_reason:
+        logger.info(f"stopped: {donor.stop_reason}")
     logger.info(closing_line(accelerator, output_dir, donor.run_dir.parent))
     accelerator.free_memory()
     accelerator.wait_for_everyone()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
@@ -69,6 +71,20 @@ def mounted(target: Path, *options: object) -> Iterator[Path]:
         yield target
     finally:
         _run("umount", "-l", target)
+
+
+@contextlib.contextmanager
+def known_names(addresses: Mapping[str, str], file: Path) -> Iterator[None]:
+    """Host names that resolve as given, in private mounts.
+
+    Args:
+        addresses: of the names.
+        file: to be made, which stands in the place of ``/etc/hosts``.
+    """
+    file.write_text("".join(f"{address} {name}\n" for name, address in addresses.items()))
+    with private_mounts():
+        _run("mount", "--bind", file, "/etc/hosts")  # until the last process in there has ended
+        yield
 
 
 @contextlib.contextmanager
@@ -165,6 +181,50 @@ def _new_network() -> int:
     finally:
         _check(_LIBC.setns(before, _CLONE_NEWNET), "setns")
         os.close(before)
+
+
+@contextlib.contextmanager
+def own_network(addresses: Sequence[str]) -> Iterator[None]:
+    """What this thread starts meanwhile reaches only itself, and finds every port free.
+
+    Whatever is left of it at the end is killed, daemons included.
+
+    Where the machine does not allow it, the test is skipped.
+
+    Args:
+        addresses: of this machine in there; with loopback alone no name would resolve.
+    """
+    try:
+        host = Host(_new_network(), addresses[0], "lo")
+    except OSError as error:
+        pytest.skip(f"needs the right to make a network namespace (root): {error}")
+    try:
+        with host.here():
+            _run("ip", "link", "set", host.interface, "up")
+            for address in addresses:
+                _run("ip", "address", "add", f"{address}/32", "dev", host.interface)
+            yield
+    finally:
+        _kill_all_in(host.namespace)
+        os.close(host.namespace)
+
+
+def _kill_all_in(network: int) -> None:
+    inode = os.fstat(network).st_ino
+
+    def left() -> Iterator[int]:
+        for pid in psutil.pids():
+            with contextlib.suppress(OSError):  # it has ended
+                if os.stat(f"/proc/{pid}/ns/net").st_ino == inode:
+                    yield pid
+
+    deadline = time.monotonic() + 60
+    while pids := list(left()):
+        assert time.monotonic() < deadline, f"survive SIGKILL: {pids}"
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager

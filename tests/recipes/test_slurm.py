@@ -8,9 +8,10 @@ from tests.launching import Launcher
 from tests.oracle import largest_difference
 from tests.recipes.running import DONOR, JOINT, RECEIVER, TIMEOUT, Recipes
 from tests.slurm import Cluster
+from tests.slurm_daemons import SlurmCluster
 
 
-def check_equal_to_joint(recipes: Recipes, cluster: Cluster) -> None:
+def check_equal_to_joint(recipes: Recipes, cluster: Cluster | SlurmCluster) -> None:
     """Ten steps of both jobs on the cluster, and of joint training here."""
     own = ["--max_train_steps", 10, "--dtype", "float64", "--eval_steps", 1000]
     pair = [*own, "--runs_dir", recipes.path(), "--run", "first", "--require_peer"]

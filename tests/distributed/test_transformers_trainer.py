@@ -108,6 +108,7 @@ def test_that_a_wrong_factor_is_seen(trained: Path, case: TrainerCase) -> None:
     assert distance(directory, train_jointly(case, NUM_PROCESSES)) > 1e-6
 
 
+@pytest.mark.slow  # its parts are in tests/unit/test_transformers_trainer.py
 def test_that_a_checkpoint_of_the_trainer_has_the_bridges_position(
     launcher: Launcher, tmp_path: Path
 ) -> None:

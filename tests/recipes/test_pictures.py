@@ -42,12 +42,11 @@ def expected(recipes: Recipes, role: str, heads: list[str]) -> NDArray[np.uint8]
     return np.asarray(draw_predictions(rows["inputs"], labels, answers, names))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sharded", "whole"),
-    [
-        pytest.param(DONOR, RECEIVER, id="donor sharded"),
-        pytest.param(RECEIVER, DONOR, id="receiver sharded", marks=pytest.mark.slow),
-    ],
+    [(DONOR, RECEIVER), (RECEIVER, DONOR)],
+    ids=["donor sharded", "receiver sharded"],
 )
 def test_that_two_ranks_picture_what_the_whole_model_says(
     recipes: Recipes, launcher: Launcher, sharded: str, whole: str

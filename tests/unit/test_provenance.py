@@ -46,11 +46,12 @@ def test_that_recorded_arguments_give_the_same_arguments(
 
 def test_that_weights_of_heads_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = {"heads.h2": 0.7, "heads.h3": 0.0}
-    recorded = parse(monkeypatch, ["--donor_weight", "heads.h2=0.7, heads.h3=0"])
+    heads = ["--donor_heads", "h2", "h3"]
+    recorded = parse(monkeypatch, [*heads, "--donor_weight", "heads.h2=0.7, heads.h3=0"])
 
     assert recorded["donor_weight"] == weights
     flags = flags_of(json.loads(json.dumps({"donor_weight": weights})))
-    assert parse(monkeypatch, flags) == recorded
+    assert parse(monkeypatch, [*heads, *flags]) == recorded
 
 
 def test_that_only_what_the_weights_depend_on_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

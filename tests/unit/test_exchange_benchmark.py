@@ -16,7 +16,7 @@ from toolkit.benchmarks.exchanges.plot import plot
 from toolkit.benchmarks.exchanges.rows import ROWS, Row, commands
 from toolkit.benchmarks.exchanges.summary import Summary, notes, summarize
 from toolkit.benchmarks.exchanges.trials import Outcome
-from toolkit.bridge.payload import Header, Kind, parse_header
+from toolkit.bridge.payload import Header, Kind, parse_record
 from toolkit.bridge.transport import DirectoryTransport
 
 PARSERS = {"donor": parse_donor, "receiver": parse_receiver, "joint": parse_joint}
@@ -100,15 +100,21 @@ def test_a_late_payload_waits_for_its_step(tmp_path: Path) -> None:
     transport = DirectoryTransport(tmp_path)
     publisher = LatePublisher(2, transport, "donor", "run", 10_000)
 
+    sums = torch.zeros(1)  # in whose place those of the next payload are put
+
     def visible() -> list[int]:
         paths = [transport.path("donor", number) for number in transport.sequences("donor")]
-        return [parse_header(path.read_bytes()).receiver_step for path in paths]
+        records = [parse_record(path.read_bytes()) for path in paths]
+        steps = [record.header.receiver_step for record in records]
+        payloads = [record for record in records if record.header.kind == "gradient"]
+        assert [int(payload.tensors["w"]) for payload in payloads] == steps[: len(payloads)]
+        return steps
 
     def give(step: int, kind: Kind = "gradient") -> None:
         header = Header(
             kind=kind, run_id="run", job="donor", attempt=1, receiver_step=step, weights_digest="w"
         )
-        publisher.publish(header, {"w": torch.zeros(1)} if kind == "gradient" else {})
+        publisher.publish(header, {"w": sums.fill_(step)} if kind == "gradient" else {})
 
     for step in (0, 1, 3):  # the weights after 2 steps were missed
         publisher.release(step)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+import threading
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -38,6 +39,7 @@ class LatePublisher(Publisher):
     def __init__(self, late: int, *stream: Any) -> None:
         super().__init__(*stream)
         self._late = late
+        self._lock = threading.RLock()  # payloads come from beside the loop, and go from within it
         self._held: deque[tuple[Header, Mapping[str, Tensor]]] = deque()
         self._present = 0  # newest step of the receiver that is known
         self._released = -1  # step of the newest payload that is visible
@@ -48,8 +50,11 @@ class LatePublisher(Publisher):
         """Hold a payload back; its size then does not count yet. An end is published at once."""
         if header.kind == "end":
             return super().publish(header, tensors, digest)
-        self._held.append((header, tensors))
-        return self.release(self._present)
+        # A copy: the next payload's sums are made in the same memory.
+        held = {name: tensor.clone() for name, tensor in tensors.items()}
+        with self._lock:
+            self._held.append((header, held))
+            return self.release(self._present)
 
     def release(self, receiver_step: int) -> int:
         """Publish what is due at this step of the receiver; the bytes.
@@ -57,11 +62,13 @@ class LatePublisher(Publisher):
         Where nothing is, because the donor missed the weights of that step, the next payload is:
         the receiver waits for one.
         """
-        self._present, num_bytes = receiver_step, 0
-        while self._held and self._released < receiver_step - self._late:
-            header, tensors = self._held.popleft()
-            num_bytes += super().publish(header, tensors)
-            self._released = header.receiver_step
+        num_bytes = 0
+        with self._lock:
+            self._present = receiver_step
+            while self._held and self._released < receiver_step - self._late:
+                header, tensors = self._held.popleft()
+                num_bytes += super().publish(header, tensors)
+                self._released = header.receiver_step
         return num_bytes
 
 

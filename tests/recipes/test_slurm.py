@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.launching import Launcher
 from tests.oracle import largest_difference
 from tests.recipes.running import DONOR, JOINT, RECEIVER, TIMEOUT, Recipes
@@ -30,6 +32,7 @@ def check_equal_to_joint(recipes: Recipes, cluster: Cluster | SlurmCluster) -> N
     assert largest_difference(weights, recipes.weights("joint")) <= 1e-12
 
 
+@pytest.mark.slow
 def test_that_both_jobs_on_two_machines_each_equal_joint_training(
     recipes: Recipes, launcher: Launcher, tmp_path: Path
 ) -> None:

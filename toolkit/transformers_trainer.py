@@ -51,6 +51,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
@@ -115,7 +116,8 @@ class _BridgeMixin(_Base):
         if trial is not None:
             raise ValueError("a hyperparameter search is not supported: a run has one receiver")
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._newest_checkpoint() or True  # the Trainer has the error
+            (newest,) = broadcast_object_list([self._newest_checkpoint()])  # one for all ranks
+            resume_from_checkpoint = newest or True  # the Trainer has the error
         self._checkpoint = None
         if resume_from_checkpoint is not None and not isinstance(resume_from_checkpoint, bool):
             self._checkpoint = Path(resume_from_checkpoint)

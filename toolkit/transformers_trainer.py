@@ -235,6 +235,11 @@ class _BridgeMixin(_Base):
 
     def _begin(self) -> None:
         """Model, optimizer and checkpoint are ready."""
+        if self._saves_position and self.args.save_total_limit == 1 and self.args.should_save:
+            logger.warning(
+                "save_total_limit=1 deletes the last checkpoint before the new one is complete: a "
+                "job that is killed just then cannot be resumed; 2 always keeps one to resume from"
+            )
         config = dataclasses.replace(self._bridge_config, **self._settings())
         self._job = self._exit.enter_context(self._open(config))
         if self._checkpoint is not None:

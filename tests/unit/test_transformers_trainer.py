@@ -170,6 +170,15 @@ def test_that_a_resume_goes_on_from_a_path_or_from_what_is_complete(
     assert largest_difference(dict(first.model.state_dict()), dict(second.model.state_dict())) == 0
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_that_keeping_one_checkpoint_only_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, limit: int
+) -> None:
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": limit}
+    Built(ReceiverTrainer, tmp_path, **saving).trainer.train()
+    assert ("save_total_limit=1 deletes" in caplog.text) == (limit == 1)
+
+
 def test_that_a_second_backward_is_refused(tmp_path: Path) -> None:
     class Twice(Trainer):
         def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:

@@ -11,7 +11,9 @@
 # With --checkpointing_steps on both, a job that ends too early can go on. A minute before the end of
 # its time, and by scancel, it gets SIGTERM: it saves a checkpoint, tells the other and ends, for
 # Slurm as FAILED with status 1, or CANCELLED. When the receiver ends, its donor ends too, and says so.
-# Then submit both lines again with --resume_from_checkpoint latest.
+# Then submit both lines again with --resume_from_checkpoint latest. When the donor's time ends first,
+# the receiver goes on alone, and what it saves has those steps in it; with --require_peer it ends too,
+# and both go on from their last checkpoints as one job would.
 #
 # It has run under Slurm 22.05, with one machine as four nodes of one rank each, and no GPU.
 

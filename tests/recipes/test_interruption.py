@@ -83,6 +83,33 @@ def test_both_jobs_end_and_go_on_as_if_nothing_had_been(
     assert difference <= 1e-11
 
 
+@pytest.mark.slow
+def test_a_receiver_that_requires_its_donor_takes_no_step_alone_when_that_ends_first(
+    recipes: Recipes,
+) -> None:
+    checkpoints = ("--checkpointing_steps", 20)
+
+    def start(*flags: object) -> tuple[Job, Job]:
+        own = (*LOCKSTEP, *checkpoints, *flags)
+        return recipes(RECEIVER, *own, *STEPS, "--require_peer"), recipes(DONOR, *own)
+
+    receiver, donor = start()
+    wait_until(recipes.path("0001", "bridge", "donor", "records").exists, "the donor")
+    wait_until(lambda: records(recipes) >= 50, "50 payloads")
+    for process in donor.processes():
+        process.send_signal(signal.SIGTERM)
+    assert receiver.wait(TIMEOUT, check=False) != 0
+    assert "has ended or fell silent, and --require_peer is set" in receiver.output()
+    donor.wait(TIMEOUT, check=False)
+
+    for job in start("--resume_from_checkpoint", "latest"):
+        job.wait(TIMEOUT)
+    assert recipes.results("0001", "receiver")["fates"]["applied"] == 200
+    recipes(JOINT, *STEPS, "--output_dir", recipes.path("joint")).wait(TIMEOUT)
+    difference = largest_difference(recipes.weights("0001", "receiver"), recipes.weights("joint"))
+    assert difference <= 1e-11
+
+
 @pytest.mark.parametrize("recipe", [DONOR, pytest.param(RECEIVER, marks=pytest.mark.slow)])
 def test_ctrl_c_while_waiting_ends_soon_with_the_conventional_status(
     tmp_path: Path, recipe: str

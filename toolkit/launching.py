@@ -21,6 +21,7 @@ from rich.progress import Progress
 _TQDM = re.compile(r"(\d+)(?:/(\d+)|it) \[")
 _LOG_TAIL_LINES = 40
 _STOP_SECONDS = 10.0
+_started: list[LaunchedJob] = []  # within terminable()
 
 
 class JobFailedError(RuntimeError):
@@ -147,7 +148,7 @@ def start(
         environment.pop(variable, None)
     if not on_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    with log.open("wb") as stream:
+    with log.open("wb") as stream, _signals_deferred():
         process = subprocess.Popen(
             [*command],
             stdin=subprocess.DEVNULL,
@@ -157,21 +158,45 @@ def start(
             cwd=cwd,
             env=environment,
         )
-    return LaunchedJob(name, process, log, output_dir)
+        job = LaunchedJob(name, process, log, output_dir)
+        _started.append(job)
+    return job
+
+
+@contextlib.contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect at the end: no process is there that nobody knows of."""
+    came: list[int] = []
+
+    def defer(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    before = {number: signal.signal(number, defer) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for came_first in came[:1]:
+            signal.raise_signal(came_first)
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """End in an orderly way by SIGTERM too: whoever has launched jobs then ends them."""
+    """End in an orderly way by SIGTERM too. No job that was started inside outlives it."""
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)
 
+    first = len(_started)
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        for job in _started[first:]:
+            job.stop()
+        del _started[first:]
 
 
 def follow(jobs: Sequence[LaunchedJob], progress: Progress) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 # Interrupts itself while a job is started, or before anybody follows it; prints the job's id first.
 _SCRIPT = """
-import os, subprocess, sys
+import os, signal, subprocess, sys
 from pathlib import Path
 from toolkit import launching
 
@@ -26,6 +26,7 @@ class Popen(subprocess.Popen):
             os.kill(os.getpid(), number)
 
 subprocess.Popen = Popen
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 with launching.terminable():
     launching.start([sys.executable, "-c", "import time; time.sleep(600)"], "job", Path("job"))
     os.kill(os.getpid(), number)

@@ -47,28 +47,24 @@ def run_trials(
         outcomes: gets those of all trials that end well.
 
     Raises:
-        JobFailedError: if a job ended with an error. All others are stopped.
+        JobFailedError: if a job ended with an error; ``terminable()`` then stops all others.
     """
     waiting, running = list(trials), dict[Trial, TaskID]()
     overall = progress.add_task("all", total=len(trials))
-    try:
-        while waiting or running:
-            busy = sum(trial.row.num_jobs for trial in running)
-            if waiting and (not running or busy + waiting[0].row.num_jobs <= num_jobs):
-                trial = waiting.pop(0)
-                running[trial] = progress.add_task(trial.name, total=num_steps)
-            for trial, bar in list(running.items()):
-                if trial.advance():
-                    outcomes.append(trial.outcome())
-                    del running[trial]
-                    progress.remove_task(bar)
-                    progress.advance(overall)
-                else:
-                    progress.update(bar, completed=trial.completed_steps)
-            time.sleep(_POLL_SECONDS)
-    finally:
-        for trial in running:
-            trial.stop()
+    while waiting or running:
+        busy = sum(trial.row.num_jobs for trial in running)
+        if waiting and (not running or busy + waiting[0].row.num_jobs <= num_jobs):
+            trial = waiting.pop(0)
+            running[trial] = progress.add_task(trial.name, total=num_steps)
+        for trial, bar in list(running.items()):
+            if trial.advance():
+                outcomes.append(trial.outcome())
+                del running[trial]
+                progress.remove_task(bar)
+                progress.advance(overall)
+            else:
+                progress.update(bar, completed=trial.completed_steps)
+        time.sleep(_POLL_SECONDS)
 
 
 def measure_exchanges(args: argparse.Namespace) -> None:

@@ -93,11 +93,6 @@ class Trial:
             return 0
         return list(self._jobs.values())[-1].progress()[0]
 
-    def stop(self) -> None:
-        """End all jobs that still run."""
-        for job in self._jobs.values():
-            job.stop()
-
     def outcome(self) -> Outcome:
         """What was found, once all jobs have ended."""
         *others, measured = self._jobs.values()
